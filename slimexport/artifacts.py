@@ -1,0 +1,320 @@
+"""The values that travel between the stages, and how they are written to and read from the run directory.
+
+All are frozen. Those that hold only data go to JSON through `write_json` / `from_dict`; those that hold a model in
+memory (`LoadedModel`, `PrunedModel`) do not, their files are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from slimexport.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------------------------------- models and texts
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from. `fingerprint` is a sha256 over config and weights (names, shapes, bytes)."""
+
+    name: str
+    kind: str  # directory | hub | gguf | builtin
+    path: str
+    revision: str | None
+    fingerprint: str
+    stored_dtype: str  # what the checkpoint will be saved in unless --save-dtype says otherwise
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model in memory, in evaluation mode, on `device`, computing in `model.dtype`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text that was tokenised: by name, size and sha256 (of the UTF-8 text), so that overlap can be ruled out."""
+
+    name: str
+    tokens: int
+    sha256: str
+    license: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """`input_ids` is int64 [sequences, sequence_length], no padding."""
+
+    input_ids: torch.Tensor
+    source: TextSource
+    seed: int
+
+
+# ------------------------------------------------------------------------------------------------------- pruning
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What one block holds: `kv_groups` KV groups of `heads_per_group` query heads each, and `channels`."""
+
+    kv_groups: int
+    heads_per_group: int
+    channels: int
+
+    @property
+    def query_heads(self) -> int:
+        return self.kv_groups * self.heads_per_group
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Follows from sizes alone; bytes in the stored dtype, FLOPs = 2 per multiply-add of the matrix products."""
+
+    parameters: int
+    block_parameters: int
+    bytes: int
+    decode_bytes_per_token: int  # weights streamed for one decoded token (batch 1), without the KV cache
+    prefill_flops_per_token: int  # linear layers and lm_head, without the attention scores
+    kv_cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """How much of every block stays. Legal (DESIGN.md, "Words") and rounded; `ratio` is what it removes exactly."""
+
+    model_type: str
+    criterion: str
+    allocation: str
+    layout: str  # uniform | per_layer
+    ratio_asked: float
+    ratio: float
+    dense: tuple[BlockSizes, ...]
+    blocks: tuple[BlockSizes, ...]
+    dense_estimates: Estimates
+    estimates: Estimates
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What pruning did to one block. Errors are ||(W' - W) X||^2 / ||W X||^2, before and after compensation."""
+
+    block: int
+    query_heads: tuple[int, ...]  # indices kept, in the dense numbering
+    kv_groups: tuple[int, ...]
+    channels: tuple[int, ...]
+    attention_error_before: float
+    attention_error: float
+    ffn_error_before: float
+    ffn_error: float
+    seconds_forward: float
+    seconds_hessian: float
+    seconds_selection: float
+    damping: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """The shrunk model in memory (`model` really has the smaller tensors) and how it came about."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan
+    trace: tuple[BlockTrace, ...]
+    calibration: TextSource
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class ShrunkCheckpoint:
+    """A Hugging Face directory that was reloaded in a fresh process and compared."""
+
+    path: str
+    parameters: int
+    bytes: int
+    files: Mapping[str, str]  # name -> sha256
+    max_logit_difference: float  # reloaded against in memory; 0.0 or the stage fails
+
+
+# ---------------------------------------------------------------------------------------------- export and verify
+
+
+@dataclass(frozen=True)
+class ExportArtifact:
+    """One exported model: a directory that stands alone, and how to call the graph in it."""
+
+    path: str
+    target: str
+    builder: str  # mobius | transformers
+    precision: str  # fp32 | fp16 | bf16
+    provider: str  # cpu | cuda: what the graph was optimised for
+    files: Mapping[str, str]  # name -> sha256
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kv_heads: tuple[int, ...]  # per block
+    head_dim: int
+    left_padding: bool  # whether the graph is right with left padding; where not, the runtime refuses it
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the report, shrunk beside baseline.
+
+    `name` is dotted ("accuracy.perplexity", "decode.tpot_ms.p50"). `ratio` is shrunk / baseline, with its confidence
+    interval where one was measured; `ideal` is the ratio that the removed bytes or FLOPs would give. A figure with
+    `valid=False` was measured too badly to be printed as a number; `note` says why.
+    """
+
+    name: str
+    unit: str
+    shrunk: float | None = None
+    baseline: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    ideal: float | None = None
+    better: str = "lower"  # lower | higher
+    valid: bool = True
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Everything measured on the exported graphs. `figures` is the flat view that gates and tables read."""
+
+    figures: tuple[Figure, ...]
+    numerics: dict[str, Any] = field(default_factory=dict)
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def figure(self, name: str) -> Figure | None:
+        return next((f for f in self.figures if f.name == name), None)
+
+
+# ------------------------------------------------------------------------------------------------------ JSON, files
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Dataclass -> plain dict with `schema_version` first."""
+    return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(value)}
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Plain dict -> dataclass, nested and typed; raises BadInputError that names `where` and the field."""
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise BadInputError(f"{where} has schema_version {version}, this slimexport reads {SCHEMA_VERSION}.")
+    try:
+        return _build(cls, {k: v for k, v in data.items() if k != "schema_version"})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInputError(f"{where} is not a valid {cls.__name__}: {error}") from error
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := set(value) - known:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        return kind(**{name: _build(hints[name], v) for name, v in value.items()})  # type: ignore[operator]
+    if origin is tuple:
+        return tuple(_build(args[0], v) for v in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(next(a for a in args if a is not type(None)), value)
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Raises BadInputError for a missing, unreadable or truncated file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInputError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} is not valid JSON ({error}); it may be truncated.") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes aside and renames; floats as Python prints them, keys in the given order."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside, syncs and renames, so that a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a build artifact is for everybody
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty sibling `.<name>.partial`; on success it replaces `path`, on failure it is removed.
+
+    A killed process leaves the sibling behind: the next call clears it, and `path` never holds half a stage.
+    """
+    import shutil
+
+    path = Path(path)
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_tree(directory: Path) -> dict[str, str]:
+    """Relative name -> sha256 of every file below `directory`, sorted by name."""
+    files = sorted(p for p in Path(directory).rglob("*") if p.is_file())
+    return {p.relative_to(directory).as_posix(): sha256_file(p) for p in files}
