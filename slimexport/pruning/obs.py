@@ -1,0 +1,284 @@
+"""SlimGPT's mathematics on plain tensors (arXiv 2412.18110, sections 3.2-3.4; Optimal Brain Surgeon underneath).
+
+An output matrix W [out, in] reads inputs X [in, tokens]; H = X X^T / tokens, damped. Removing the input columns R and
+re-fitting the others costs, with A = H^-1 restricted to what is still there,
+
+    error(R) = tr(W_R (A_RR)^-1 W_R^T),          W <- W - W_R (A_RR)^-1 A_R:,      A <- A - A_:R (A_RR)^-1 A_R:
+
+which is the exact least-squares optimum. This module imports torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+ENUMERATION_LIMIT = 512  # combinations of one head per group that are still scored one by one
+DAMPING_RETRIES = 6
+
+
+class NotPositiveDefiniteError(RuntimeError):
+    """H stayed singular even with the largest damping that was tried."""
+
+
+# ----------------------------------------------------------------------------------------------------- damped inverse
+
+
+def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Inverse of H + lambda I in float64, lambda = damping * mean(diag H), ten times more whenever Cholesky fails.
+
+    Args:
+        H: [n, n], symmetric.
+        damping: share of the mean diagonal.
+
+    Returns:
+        The inverse [n, n] float64; `dead` [n] bool, inputs that never fired (their diagonal is set to one, so that
+        removing them costs nothing and touches nothing); the damping that was used.
+    """
+    H = H.double().clone()
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    diagonal[dead] = 1.0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    added = 0.0
+    for _ in range(DAMPING_RETRIES):
+        diagonal += damping * mean - added
+        added = damping * mean
+        factor, failed = torch.linalg.cholesky_ex(H)
+        if not bool(failed):
+            return torch.cholesky_inverse(factor), dead, damping
+        damping *= 10
+    raise NotPositiveDefiniteError(f"H of size {len(H)} is not positive definite, even with damping {damping / 10:g}")
+
+
+# --------------------------------------------------------------------------------------------------------- elimination
+
+
+class Eliminator:
+    """W and A = H^-1 while columns go, one group after another.
+
+    A is never downdated: the columns of a pivoted block Cholesky factor L, computed when a group is chosen, give any
+    entry of the current A as A_0 - L L^T. For n inputs of which k go that costs O(n k^2) instead of O(n^2 k), and
+    loses no digits to repeated subtraction.
+    """
+
+    def __init__(self, W: torch.Tensor, inverse: torch.Tensor):
+        """W [out, n] and inverse [n, n], both float64 on one device; W is copied, `inverse` only read."""
+        self.W = W.double().clone()
+        self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
+        self.error = 0.0  # sum of the exact errors of all groups removed so far
+        self._inverse = inverse
+        self._factor = torch.zeros(W.shape[1], min(64, W.shape[1]), dtype=torch.float64, device=W.device)
+        self._used = 0
+        self.diagonal = inverse.diagonal().clone()  # of the current A
+
+    @property
+    def _L(self) -> torch.Tensor:
+        return self._factor[:, : self._used]
+
+    def blocks(self, columns: torch.Tensor) -> torch.Tensor:
+        """Current A restricted to each candidate: columns [c, s] -> [c, s, s]."""
+        L = self._L[columns]  # [c, s, used]
+        return self._inverse[columns.unsqueeze(2), columns.unsqueeze(1)] - L @ L.transpose(1, 2)
+
+    def scores(self, columns: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c].
+
+        One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error = ||l^-1 W_P^T||^2.
+        """
+        parts = []
+        for some in columns.split(chunk):
+            factor = torch.linalg.cholesky(self.blocks(some))
+            W = self.W[:, some].permute(1, 2, 0)  # [c, s, out]
+            parts.append(torch.linalg.solve_triangular(factor, W, upper=False).square().sum(dim=(1, 2)))
+        return torch.cat(parts)
+
+    def channel_scores(self) -> torch.Tensor:
+        """||W_j||^2 / A_jj for every single input [n]; infinite where it is gone already."""
+        scores = self.W.square().sum(0) / self.diagonal
+        return scores.masked_fill(~self.alive, math.inf)
+
+    def eliminate(self, columns: torch.Tensor) -> float:
+        """Removes `columns` [s], compensates W, returns the exact error that this adds."""
+        block = self._inverse[:, columns] - self._L @ self._L[columns].T  # current A_:P, [n, s]
+        factor = torch.linalg.cholesky(block[columns])
+        new = torch.linalg.solve_triangular(factor, block.T, upper=False).T  # A_:P l^-T, [n, s]
+        W = torch.linalg.solve_triangular(factor, self.W[:, columns].T, upper=False).T  # W_P l^-T, [out, s]
+        self.W -= W @ new.T
+        self.W[:, columns] = 0.0
+        self.alive[columns] = False
+        self.diagonal -= new.square().sum(1)
+        self._append(new)
+        error = float(W.square().sum())
+        self.error += error
+        return error
+
+    def _append(self, new: torch.Tensor) -> None:
+        end = self._used + new.shape[1]
+        if end > self._factor.shape[1]:
+            room = min(self._factor.shape[0], max(end, 2 * self._factor.shape[1]))
+            grown = torch.zeros(self._factor.shape[0], room, dtype=torch.float64, device=new.device)
+            grown[:, : self._used] = self._L
+            self._factor = grown
+        self._factor[:, self._used : end] = new
+        self._used = end
+
+    def trial(self) -> Eliminator:
+        """An independent copy, to look one move ahead; shares only what is never written."""
+        other = object.__new__(Eliminator)
+        other.W, other.alive, other.error = self.W.clone(), self.alive.clone(), self.error
+        other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
+        other.diagonal = self.diagonal.clone()
+        return other
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays (indices, ascending), and W [out, in] float64: compensated, with zeros in the removed columns."""
+
+    kept: tuple[int, ...]
+    W: torch.Tensor
+    error: float  # tr((W' - W) H (W' - W)^T) with the damped H
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+def select_heads(
+    W: torch.Tensor,
+    inverse: torch.Tensor,
+    *,
+    kv_groups: int,
+    heads_per_group: int,
+    head_dim: int,
+    keep_groups: int,
+    keep_per_group: int,
+    kv_cost: float = 2.0,
+) -> Selection:
+    """Batched Greedy Pruning of attention heads over legal moves.
+
+    A move takes a whole KV group, or one query head from every kept group, so that every kept group ends with the
+    same number of query heads (graphs with grouped heads can express nothing else). Every move of both kinds is
+    scored with its exact joint error; the cheapest per removed parameter is made, W compensated, A eliminated, until
+    `keep_groups` groups of `keep_per_group` heads are left.
+
+    Args:
+        W: o_proj [out, kv_groups * heads_per_group * head_dim].
+        inverse: damped H^-1 over the same columns, float64.
+        kv_cost: parameters of a group's key and value heads, in units of one query head's (q and o): for the price of
+            a move. Keys and values are one matrix row block each, q and o likewise, hence 2 / 2 per head pair.
+
+    Returns:
+        Selection whose `kept` are query heads in the dense numbering.
+    """
+    state = Eliminator(W, inverse)
+    groups = {g: list(range(g * heads_per_group, (g + 1) * heads_per_group)) for g in range(kv_groups)}
+
+    def columns(heads: Sequence[int]) -> torch.Tensor:
+        steps = torch.arange(head_dim, device=W.device)
+        return (torch.tensor(list(heads), device=W.device).unsqueeze(1) * head_dim + steps).flatten()
+
+    while True:
+        moves: list[tuple[float, list[int]]] = []
+        per_group = len(next(iter(groups.values())))
+        if len(groups) > keep_groups:
+            candidates = list(groups.values())
+            scores = state.scores(torch.stack([columns(heads) for heads in candidates])).tolist()
+            price = 2 * per_group + kv_cost
+            moves += [(s / price, heads) for s, heads in zip(scores, candidates, strict=True)]
+        if per_group > keep_per_group:
+            score, heads = _one_head_from_each(state, list(groups.values()), columns)
+            moves.append((score / (2 * len(groups)), heads))
+        if not moves:
+            break
+        _, heads = min(moves)
+        state.eliminate(columns(heads))
+        gone = set(heads)
+        groups = {g: left for g, members in groups.items() if (left := [h for h in members if h not in gone])}
+    kept = tuple(h for g in sorted(groups) for h in groups[g])
+    return Selection(kept, state.W, state.error)
+
+
+def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:  # type: ignore[no-untyped-def]
+    """The cheapest way to take one query head from every group, with its exact joint error.
+
+    All combinations are scored where there are few. Otherwise one is built head by head, each the cheapest given those
+    already taken (the errors of successive eliminations add up to the joint error), and improved by swapping one
+    group's head at a time while that helps.
+    """
+    if math.prod(len(heads) for heads in groups) <= ENUMERATION_LIMIT:
+        combinations = [list(c) for c in itertools.product(*groups)]
+        scores = state.scores(torch.stack([columns(c) for c in combinations]), chunk=64)
+        best = int(scores.argmin())
+        return float(scores[best]), combinations[best]
+    trial, chosen, open_groups = state.trial(), {}, dict(enumerate(groups))
+    while open_groups:
+        candidates = [(g, h) for g, heads in open_groups.items() for h in heads]
+        scores = trial.scores(torch.stack([columns([h]) for _, h in candidates]))
+        group, head = candidates[int(scores.argmin())]
+        trial.eliminate(columns([head]))
+        chosen[group] = head
+        del open_groups[group]
+    taken = [chosen[g] for g in range(len(groups))]
+    score = trial.error - state.error
+    improved = True
+    while improved:
+        improved = False
+        for g, heads in enumerate(groups):
+            swaps = [[*taken[:g], h, *taken[g + 1 :]] for h in heads if h != taken[g]]
+            if not swaps:
+                continue
+            scores = state.scores(torch.stack([columns(s) for s in swaps]), chunk=16)
+            best = int(scores.argmin())
+            if float(scores[best]) < score * (1 - 1e-9):
+                score, taken, improved = float(scores[best]), swaps[best], True
+    return score, taken
+
+
+# ------------------------------------------------------------------------------------------------------------ channels
+
+
+def group_sizes(remove: int, start: int, end: int) -> list[int]:
+    """Dynamic Group Size: how many channels go at once, from `start` down to `end`, summing to `remove`.
+
+    The size shrinks linearly with the share of channels already removed: coarse while many cheap ones are left, fine
+    where a wrong choice costs most (the paper shrinks it towards the end of each matrix; section 3.3).
+    """
+    sizes: list[int] = []
+    done = 0
+    while done < remove:
+        size = max(end, round(start + (end - start) * done / remove), 1)
+        sizes.append(min(size, remove - done))
+        done += sizes[-1]
+    return sizes
+
+
+def select_channels(
+    W: torch.Tensor, inverse: torch.Tensor, *, keep: int, group_size_start: int, group_size_end: int
+) -> Selection:
+    """Greedy removal of FFN channels in groups of shrinking size, with compensation over all that is kept.
+
+    Args:
+        W: down_proj [out, channels].
+        inverse: damped H^-1 [channels, channels], float64.
+        keep: channels that stay. Group sizes 1 and 1 are exact one-at-a-time greedy.
+    """
+    state = Eliminator(W, inverse)
+    for size in group_sizes(W.shape[1] - keep, group_size_start, group_size_end):
+        # A stable sort makes ties (dead channels) go in index order, on every device alike.
+        chosen = state.channel_scores().sort(stable=True).indices[:size]
+        state.eliminate(chosen)
+    kept = tuple(state.alive.nonzero().flatten().tolist())
+    return Selection(kept, state.W, state.error)
+
+
+def removal_error(W: torch.Tensor, changed: torch.Tensor, H: torch.Tensor) -> float:
+    """||(W' - W) X||^2 / ||W X||^2 from H = X X^T (any scale), without damping; 0.0 where W X is zero."""
+    H = H.double()
+    D = (changed - W).double()
+    total = float(((W.double() @ H) * W.double()).sum())
+    return max(float(((D @ H) * D).sum()), 0.0) / total if total > 0 else 0.0
