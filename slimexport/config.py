@@ -6,32 +6,64 @@ Built from a YAML recipe and from flags (flags win). What does not change the re
 
 from __future__ import annotations
 
+import re
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimexport.errors import BadInputError, nearest
 
 Operator = Literal["<=", ">="]
 GateOf = Literal["shrunk", "baseline", "ratio", "speedup"]
 
+_GATE = re.compile(r"(?:(?P<of>\w+)\((?P<inner>[^()]+)\)|(?P<figure>[^()<>=]+))\s*(?P<op><=|>=)\s*(?P<bound>\S+)")
+
 
 class Gate(BaseModel):
-    """A figure of the report, an operator and a bound: `accuracy.perplexity` of `ratio` `<=` 1.5."""
+    """A figure of the report, an operator and a bound: `accuracy.perplexity` of `ratio` `<=` 1.5.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Written on one line it is `accuracy.kl<=0.2` (of the shrunk model) or `ratio(accuracy.perplexity)<=1.5`; flags
+    and recipes take that form, `str(gate)` gives it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     figure: str
     of: GateOf = "shrunk"
     op: Operator = "<="
     bound: float
 
+    @classmethod
+    def parse(cls, spec: str) -> Gate:
+        """Reads the one-line form; raises ValueError that says what is wrong with it."""
+        match = _GATE.fullmatch(spec.strip())
+        if match is None:
+            raise ValueError(f"{spec!r} is not a gate: write FIGURE<=BOUND, FIGURE>=BOUND or ratio(FIGURE)<=BOUND")
+        of = match["of"] or "shrunk"
+        known = typing.get_args(GateOf)
+        if of not in known:
+            raise ValueError(f"{spec!r}: {of!r} is none of {', '.join(known)}.{nearest(of, known)}")
+        try:
+            bound = float(match["bound"])
+        except ValueError:
+            raise ValueError(f"{spec!r}: the bound {match['bound']!r} is not a number") from None
+        if bound - bound != 0:  # inf and nan: a gate that always or never holds is a mistake
+            raise ValueError(f"{spec!r}: the bound must be finite")
+        figure = (match["inner"] or match["figure"]).strip()
+        return cls(figure=figure, of=of, op=match["op"], bound=bound)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        figure = self.figure if self.of == "shrunk" else f"{self.of}({self.figure})"
+        return f"{figure}{self.op}{self.bound:g}"
+
 
 class RunConfig(BaseModel):
     """One run. Field descriptions are the help texts of the flags."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # load
     model: str = Field(description="Local directory, Hub id, .gguf file, or the built-in smollm2-135m.")
@@ -55,10 +87,12 @@ class RunConfig(BaseModel):
     sequence_length: int = Field(512, ge=8, description="Tokens per calibration sequence.")
 
     # prune
-    ratio: float = Field(0.25, description="Share of the block linear parameters to remove.")
+    ratio: float = Field(0.25, ge=0, lt=1, description="Share of the block linear parameters to remove.")
     criterion: str = Field("slimgpt", description="What scores heads and channels.")
     allocation: str = Field("auto", description="How the ratio is spread over the blocks; auto follows the layout.")
-    first_ratio: float | None = Field(None, description="incremental: ratio of the first block; default: solved.")
+    first_ratio: float | None = Field(
+        None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
+    )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
         "auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
     )
@@ -69,7 +103,9 @@ class RunConfig(BaseModel):
 
     # export
     target: tuple[str, ...] = Field(("onnx",), description="What to export to.")
-    exporter: Literal["auto", "mobius", "transformers"] = Field("auto", description="Graph builder; auto tries in order.")
+    exporter: Literal["auto", "mobius", "transformers"] = Field(
+        "auto", description="Graph builder; auto tries in order."
+    )
     provider: Literal["cpu", "cuda"] = Field("cpu", description="ONNX Runtime execution provider.")
     baseline: bool = Field(True, description="Export and measure the dense model beside the shrunk one.")
     baseline_cache: Path | None = Field(None, description="Directory that keeps dense graphs across runs.")
@@ -85,22 +121,43 @@ class RunConfig(BaseModel):
 
     # gate
     max_perplexity_ratio: float | None = Field(None, gt=0, description="Fail if perplexity / dense is above.")
-    max_kl: float | None = Field(None, ge=0, description="Fail if the KL divergence to the dense model is above (nats).")
+    max_kl: float | None = Field(
+        None, ge=0, description="Fail if the KL divergence to the dense model is above (nats)."
+    )
     min_speedup: float | None = Field(None, gt=0, description="Fail if decoding is not this many times faster.")
     max_latency_ms: float | None = Field(None, gt=0, description="Fail if the median time per output token is above.")
     max_size_mb: float | None = Field(None, gt=0, description="Fail if the exported files are larger (MB = 1e6 bytes).")
-    gates: tuple[Gate, ...] = Field((), description="Further gates: figure, of, op, bound.")
+    gates: tuple[Gate, ...] = Field(
+        (), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
+    )
+
+    @field_validator("target", "prompt_lengths", "gates", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | Mapping) else value
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _gates_on_one_line(cls, value: Any) -> Any:
+        many = (value,) if isinstance(value, str | Mapping) else value
+        return tuple(Gate.parse(g) if isinstance(g, str) else g for g in many) if _is_list(many) else many
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: Any) -> Any:
+        # pydantic would take `seed: yes` for 1; only the two switches are booleans.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("Input should not be a boolean")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio must be at least 0 and below 1, not {self.ratio}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.layout == "uniform" and self.allocation not in ("auto", "uniform"):
-            raise ValueError(f"layout uniform has the same sizes in every block: allocation {self.allocation!r} cannot differ")
-        if self.first_ratio is not None and not 0 <= self.first_ratio < 1:
-            raise ValueError(f"first_ratio must be at least 0 and below 1, not {self.first_ratio}")
+            raise ValueError(
+                f"layout uniform has the same sizes in every block: allocation {self.allocation!r} cannot differ"
+            )
         return self
 
     @property
@@ -132,16 +189,30 @@ class RunConfig(BaseModel):
         return made + self.gates
 
 
-def make_config(values: dict[str, Any], where: str = "recipe") -> RunConfig:
-    """Validates `values`; raises BadInputError that names `where`, the key, and the nearest known key."""
-    for key in values:
-        if key not in RunConfig.model_fields:
-            raise BadInputError(f"{where}: unknown key {key!r}.{nearest(key, RunConfig.model_fields)}")
+def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collection[str] = ()) -> RunConfig:
+    """Validates `values`; raises BadInputError that names `where`, the key, and the nearest known key.
+
+    Keys in `flags` came from the command line: an error in one of them names the flag instead of `where`.
+    """
+    check_keys(values, where)
     try:
         return RunConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        message = first["msg"].removeprefix("Value error, ")
-        shown = f" (got {first['input']!r})" if first["loc"] and first["type"] != "missing" else ""
-        raise BadInputError(f"{where}: {key}: {message}{shown}.") from error
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        shown = f" (got {first['input']!r})" if key and first["type"] not in ("missing", "value_error") else ""
+        if key.split(".")[0] in flags:
+            where, key = f"--{key.replace('_', '-')}", ""
+        raise BadInputError(": ".join(part for part in (where, key, f"{message}{shown}.") if part)) from error
+
+
+def check_keys(values: Mapping[str, Any], where: str) -> None:
+    """Raises BadInputError for the first key that RunConfig does not know, with the nearest one."""
+    for key in values:
+        if key not in RunConfig.model_fields:
+            raise BadInputError(f"{where}: unknown key {key!r}.{nearest(str(key), RunConfig.model_fields)}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -1,0 +1,337 @@
+"""The command line: every command turns options into a RunConfig (or overrides), makes one call, prints the result.
+
+Results go to stdout, progress and errors to stderr. Everything heavy is imported inside the commands, so that
+`slimexport --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from slimexport import __version__
+from slimexport.errors import BadInputError, ExitCode, SlimExportError, UsageError, nearest
+from slimexport.options import ConfigCommand, given
+
+if TYPE_CHECKING:
+    from slimexport.config import RunConfig
+    from slimexport.progress import Progress
+
+_INTERRUPTED = 130  # 128 + SIGINT, what shells expect
+
+
+class Main(click.Group):
+    """The group that turns every way to fail into one line and a documented exit code."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        argv = list(sys.argv[1:] if args is None else args)
+        extra.pop("standalone_mode", None)
+        debug = "--debug" in argv
+        try:
+            code = super().main(argv, prog_name, standalone_mode=False, **extra)
+        except BaseException as error:
+            code = _fail(error, as_json="--json" in argv, debug=debug)
+        sys.exit(int(code or 0))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the road, not of the alphabet
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}.{nearest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    """Prints one line (or JSON) for `error` and returns the exit code."""
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        message, code = "Interrupted.", _INTERRUPTED
+    elif isinstance(error, click.ClickException):
+        usage = getattr(error, "ctx", None)
+        hint = f" (see {usage.command_path} --help)" if usage else ""
+        message, code = error.format_message() + hint, error.exit_code
+    elif isinstance(error, SlimExportError):
+        message, code = str(error), error.exit_code
+    elif full := _storage_problem(error):
+        message, code = full, ExitCode.BAD_INPUT
+    elif isinstance(error, Exception):
+        message = f"internal error: {type(error).__name__}: {error}"
+        message, code = message if debug else f"{message} (--debug shows the traceback)", ExitCode.INTERNAL
+    else:
+        raise error  # SystemExit and the like are not ours
+    message = " ".join(message.split())
+    if debug:
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"error": message, "exit_code": int(code)}))
+    else:
+        click.echo(f"Error: {message}", err=True)
+    return int(code)
+
+
+def _storage_problem(error: BaseException) -> str | None:
+    """Full disks and read-only places are the user's to mend; writers below raise them in many classes."""
+    advice = "Make room or choose another place."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{os.strerror(error.errno)}{where}. {advice}"
+    if isinstance(error, Exception) and os.strerror(errno.ENOSPC) in str(error):
+        return f"{error}. {advice}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ shared by commands
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command has and that do not change the result."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' warnings."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):
+        function = option(function)
+    return function
+
+
+def resumable(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")(function)
+    return click.option("--force", is_flag=True, help="Replace what the directory holds.")(function)
+
+
+recipe_option = click.option(
+    "--recipe", type=click.Path(path_type=Path), help="YAML file with any of the settings below; flags win."
+)
+output_option = click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path, file_okay=False), help="Run directory."
+)
+model_argument = click.argument("model", required=False)
+directory_argument = click.argument("directory", type=click.Path(path_type=Path))
+
+
+def _config(ctx: click.Context, model: str | None, recipe: Path | None) -> RunConfig:
+    """Recipe, then flags over it, validated."""
+    from slimexport.config import make_config
+    from slimexport.recipe import load_recipe
+
+    flags = given(ctx) | ({"model": model} if model is not None else {})
+    values = (load_recipe(recipe) if recipe else {}) | flags
+    if "model" not in values:
+        raise click.UsageError("Missing argument 'MODEL' (or the key `model` in a recipe).", ctx)
+    return make_config(values, str(recipe) if recipe else "options", flags)
+
+
+def _overrides(ctx: click.Context, recipe: Path | None) -> dict[str, Any]:
+    """What a command that goes on in a run directory changes: only fields of its own stages."""
+    from slimexport.recipe import load_recipe
+
+    command = ctx.command
+    assert isinstance(command, ConfigCommand)
+    from_recipe = load_recipe(recipe) if recipe else {}
+    return {k: v for k, v in from_recipe.items() if k in command.fields} | given(ctx)
+
+
+def _run_directory(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise BadInputError(f"{directory} is not a directory; `slimexport prune MODEL -o {directory}` makes one.")
+    return directory
+
+
+def _flags(force: bool, resume: bool) -> dict[str, bool]:
+    if force and resume:
+        raise UsageError("--force starts again and --resume goes on: give one of them.")
+    return {"force": force, "resume": resume}
+
+
+@contextlib.contextmanager
+def _working(quiet: bool, debug: bool) -> Iterator[Progress]:
+    """Keeps stdout for the result, whatever libraries print, and their chatter away unless --debug."""
+    import warnings
+
+    from slimexport.progress import Progress
+
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(sys.stderr), Progress(quiet=quiet) as progress:
+        yield progress
+
+
+def _print(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> None:
+    click.echo(json.dumps(data(), indent=2, default=str, ensure_ascii=False) if as_json else text())
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="slimexport")
+def main() -> None:
+    """Make a language model smaller with SlimGPT and ship it to ONNX Runtime, verified.
+
+    \b
+    slimexport run smollm2-135m --ratio 0.25 --target onnx -o out/
+    slimexport plan MODEL --ratio 0.3        what would be removed; reads no weights
+
+    Exit codes: 0 passed, 1 internal error, 2 wrong usage, 3 a gate failed, 4 bad input, 5 a result does not
+    reproduce what it was made from.
+    """
+
+
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "export", "verify", "gate"))
+@model_argument
+@output_option
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None, force: bool, resume: bool,
+        as_json: bool, quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
+    """Prune, export, verify and report, all in one go.
+
+    MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
+    """
+    config, flags = _config(ctx, model, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import pipeline, reporting
+
+        report = pipeline.run(config, output, **flags, progress=progress)
+    _print(as_json, lambda: reporting.to_json(report), lambda: reporting.summary(report, output / "report"))
+    return ExitCode.PASSED if report.passed else ExitCode.GATE_FAILED
+
+
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune"))
+@model_argument
+@recipe_option
+@common
+@click.pass_context
+def plan(ctx: click.Context, model: str | None, recipe: Path | None, as_json: bool, quiet: bool, debug: bool,
+         **_: Any) -> None:  # fmt: skip
+    """Show what would be removed; reads no weights.
+
+    MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
+    """
+    config = _config(ctx, model, recipe)
+    with _working(quiet, debug):
+        from slimexport import artifacts, pipeline, reporting
+
+        made = pipeline.plan(config)
+    _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.plan_text(made))
+
+
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune"))
+@model_argument
+@output_option
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | None, force: bool, resume: bool,
+          as_json: bool, quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+    """Write the shrunk checkpoint; no export.
+
+    MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
+    """
+    config, flags = _config(ctx, model, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import artifacts, pipeline, reporting
+
+        checkpoint = pipeline.prune(config, output, **flags, progress=progress)
+    _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint))
+
+
+@main.command(cls=ConfigCommand, stages=("export",))
+@directory_argument
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def export(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
+           quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+    """Export the checkpoint in a run directory.
+
+    DIRECTORY is what `slimexport prune` or `run` wrote; the dense model is exported beside the shrunk one.
+    """
+    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import artifacts, pipeline, reporting
+
+        made = pipeline.export(_run_directory(directory), overrides, **flags, progress=progress)
+    _print(
+        as_json,
+        lambda: {name: artifacts.to_dict(artifact) for name, artifact in made.items()},
+        lambda: reporting.exports_text(made),
+    )
+
+
+@main.command(cls=ConfigCommand, stages=("verify",))
+@directory_argument
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def verify(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
+           quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+    """Measure the exported graphs in ONNX Runtime.
+
+    Numerics, accuracy and latency of the shrunk model beside the baseline, in run directory DIRECTORY.
+    """
+    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import artifacts, pipeline, reporting
+
+        verification = pipeline.verify(_run_directory(directory), overrides, **flags, progress=progress)
+    _print(as_json, lambda: artifacts.to_dict(verification), lambda: reporting.figures_text(verification))
+
+
+@main.command(cls=ConfigCommand, stages=("gate",))
+@directory_argument
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
+           quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
+    """Write the report and apply the gates.
+
+    Measures nothing: reads what `slimexport verify` or `run` left in run directory DIRECTORY.
+    """
+    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import pipeline, reporting
+
+        made = pipeline.report(_run_directory(directory), overrides, **flags, progress=progress)
+    _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
+    return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
+
+
+@main.command()
+@common
+def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
+    """Check this machine and its Python packages."""
+    with _working(quiet, debug):
+        from slimexport import environment
+
+        checks, machine = environment.doctor(), environment.environment(cuda=True)
+    healthy = all(check.ok for check in checks)
+    _print(
+        as_json,
+        lambda: {"ok": healthy, "checks": [vars(check) for check in checks], "environment": machine},
+        lambda: environment.doctor_text(checks),
+    )
+    return ExitCode.PASSED if healthy else ExitCode.BAD_INPUT
+
+
+if __name__ == "__main__":
+    main()
