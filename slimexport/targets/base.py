@@ -1,0 +1,108 @@
+"""The contract of a target, and of the graph builders behind the ONNX target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from slimexport.artifacts import ExportArtifact, from_dict, read_json
+from slimexport.errors import BadInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILDERS = ("auto", "mobius", "transformers")
+PRECISIONS = ("fp32", "fp16", "bf16")
+PROVIDERS = ("cpu", "cuda")
+MANIFEST = "export.json"
+
+Check = Callable[[ExportArtifact], None]
+"""Raises NotReproducedError when the graph in `artifact.path` does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for."""
+
+    builder: str = "auto"
+    precision: str = "fp32"
+    provider: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("exporter", self.builder, BUILDERS),
+            ("precision", self.precision, PRECISIONS),
+            ("provider", self.provider, PROVIDERS),
+        ):
+            if value not in known:
+                raise BadInputError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+
+
+class Target(Protocol):
+    """Writes one deployable directory."""
+
+    def export(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        directory: Path,
+        options: ExportOptions,
+        check: Check | None = None,
+    ) -> ExportArtifact:
+        """Exports `model` (evaluation mode, any device) into `directory`, which exists and is empty.
+
+        `check`, where given, is called on the finished directory and decides whether it may leave.
+
+        Raises:
+            BadInputError: nothing here can export this model with these options, or a package is missing.
+            NotReproducedError: whatever `check` raised for the last builder that was tried.
+        """
+        ...
+
+
+def load_artifact(directory: Path) -> ExportArtifact:
+    """Reads the manifest of an exported directory, wherever that stands now.
+
+    Raises BadInputError where it is missing or not valid. The files are not compared with their sums here.
+    """
+    path = Path(directory) / MANIFEST
+    artifact = from_dict(ExportArtifact, read_json(path), str(path))
+    return dataclasses.replace(artifact, path=str(directory))
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """What a builder put into `model.onnx`, and how to call it."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kv_heads: tuple[int, ...]  # per block
+    query_heads: int  # the largest of all blocks
+    head_dim: int
+    left_padding: bool
+    shared_kv: bool  # every block writes its KV in place (GroupQueryAttention), so past and present may share memory
+    notes: tuple[str, ...] = ()
+
+
+class BuilderUnsupportedError(BadInputError):
+    """This builder cannot build this model; another one may."""
+
+
+class Builder(Protocol):
+    """Turns a model into `model.onnx` + `model.onnx.data`.
+
+    The graph's contract, whoever builds it (b = batch, t = new tokens, p = past tokens, n = block):
+        inputs   input_ids int64 [b, t], attention_mask int64 [b, p + t], position_ids int64 [b, t] (only where the
+                 graph reads it), past_key_values.n.key and .value [b, kv_heads of n, p, head_dim]
+        outputs  logits [b, t, vocabulary], present.n.key and .value [b, kv_heads of n, p + t, head_dim]
+    b, t and p are dynamic and p may be 0: one graph serves prefill, decode and chunked prefill.
+    """
+
+    name: str
+
+    def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
+        """Raises BuilderUnsupportedError with the reason, in words for the user."""
+        ...

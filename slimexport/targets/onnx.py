@@ -1,0 +1,112 @@
+"""The `onnx` target: a directory for ONNX Runtime and onnxruntime-genai."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimexport.artifacts import ExportArtifact, sha256_tree, to_dict, write_json
+from slimexport.errors import BadInputError, NotReproducedError
+from slimexport.targets import registry
+from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, Check, ExportOptions
+from slimexport.targets.builders.mobius import MobiusBuilder
+from slimexport.targets.builders.transformers import TransformersBuilder
+from slimexport.targets.files import write_config, write_tokenizer
+from slimexport.targets.genai_config import genai_config
+from slimexport.targets.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BUILDERS: tuple[Builder, ...] = (MobiusBuilder(), TransformersBuilder())
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "mobius")
+
+
+class OnnxTarget:
+    """See `slimexport.targets.base.Target`."""
+
+    def export(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        directory: Path,
+        options: ExportOptions,
+        check: Check | None = None,
+    ) -> ExportArtifact:
+        directory = Path(directory)
+        _require_packages()
+        builders = [b for b in _BUILDERS if options.builder in ("auto", b.name)]
+        notes: list[str] = []
+        for builder in builders:
+            last = builder is builders[-1]
+            _empty(directory)
+            try:
+                artifact = _export_with(builder, model, tokenizer, directory, options, tuple(notes))
+                if check is not None:
+                    check(artifact)
+                return artifact
+            except BuilderUnsupportedError as error:
+                if last:
+                    tried = "".join(f" {note}" for note in notes)
+                    raise BadInputError(
+                        f"The {builder.name} builder cannot export this model: {error}{tried}"
+                    ) from error
+                notes.append(f"The {builder.name} builder was not used: {error}")
+            except NotReproducedError as error:
+                if last:
+                    raise
+                notes.append(f"The {builder.name} builder's graph was dropped: {error}")
+        raise AssertionError("no builder")  # ExportOptions allows known names only
+
+
+def _export_with(
+    builder: Builder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    options: ExportOptions,
+    notes: tuple[str, ...],
+) -> ExportArtifact:
+    with quiet():
+        graph = builder.build(model, directory, options)
+        write_config(model, directory)
+        write_tokenizer(tokenizer, directory)
+    write_json(directory / "genai_config.json", genai_config(model, tokenizer, graph, options))
+    artifact = ExportArtifact(
+        path=str(directory),
+        target="onnx",
+        builder=builder.name,
+        precision=options.precision,
+        provider=options.provider,
+        files=sha256_tree(directory),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        kv_heads=graph.kv_heads,
+        head_dim=graph.head_dim,
+        left_padding=graph.left_padding,
+        notes=notes + graph.notes,
+    )
+    # "." because the directory moves (staging, a copy to a server), and so that the same model gives the same bytes.
+    write_json(directory / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
+    return artifact
+
+
+def _require_packages() -> None:
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise BadInputError(f"Exporting to ONNX needs the package {name!r}: pip install 'slimexport[cpu]'.")
+
+
+def _empty(directory: Path) -> None:
+    """What an earlier builder left behind must not be shipped."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+registry.register("onnx")(OnnxTarget())
