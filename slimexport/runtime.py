@@ -1,0 +1,258 @@
+"""ONNX Runtime: opens an exported decoder and runs it with a KV cache. No other module opens a session.
+
+The graphs are those of `targets/`: `input_ids`, `attention_mask`, sometimes `position_ids`, one past key and one past
+value per block in; logits and the grown cache out. One graph serves prefill, decode and chunk. The cache lives in
+OrtValues and never passes through numpy. torch is imported only for what numpy cannot read (bfloat16, CUDA memory),
+so that a process which measures the graph's memory holds nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimexport.artifacts import ExportArtifact, from_dict, read_json
+from slimexport.errors import BadInputError
+from slimexport.signature import read_signature
+
+GRAPH = "model.onnx"
+MANIFEST = "export.json"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class KVState:
+    """A KV cache on the session's device: one OrtValue [batch, kv_heads, length, head_dim] per cache input."""
+
+    values: tuple[Any, ...]
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy tokens, int64 [steps], and the logit gap between first and second choice, float32 [steps]."""
+
+    tokens: NDArray[np.int64]
+    margins: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TimedGreedy:
+    """Seconds to the first token, seconds of each further token, and the tokens (one more than `token_seconds`)."""
+
+    ttft_seconds: float
+    token_seconds: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+def default_threads() -> int:
+    """Cores this process may use; ONNX Runtime's own default is every core of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return max(1, len(affinity(0)) if affinity else (os.cpu_count() or 1))
+
+
+class OnnxDecoder:
+    """An exported decoder in an ONNX Runtime session.
+
+    Raises BadInputError when onnxruntime is missing, the directory holds no readable graph, the graph is not a decoder
+    with a KV cache, or the provider asked for is not the one that would compute.
+    """
+
+    def __init__(self, directory: Path, provider: str = "cpu", threads: int | None = None):
+        self.directory = Path(directory)
+        self.path = self.directory / GRAPH
+        self.provider = provider
+        self.threads = threads or default_threads()
+        if not self.path.is_file():
+            raise BadInputError(f"{self.path} does not exist: not the directory of an ONNX export.")
+        manifest = self.directory / MANIFEST
+        self.artifact = from_dict(ExportArtifact, read_json(manifest), str(manifest)) if manifest.exists() else None
+        self.max_positions = _max_positions(self.directory)
+        started = time.perf_counter()
+        self._session = _open_session(self.path, provider, self.threads)
+        self.load_seconds = time.perf_counter() - started
+        self._device = "cuda" if provider == "cuda" else "cpu"
+        self.signature = read_signature(self._session, self.path, self.artifact)
+
+    @property
+    def left_padding(self) -> bool:
+        """Whether the graph is right with left padding; without a manifest nobody said so."""
+        return self.artifact is not None and self.artifact.left_padding
+
+    # -------------------------------------------------------------------------------------------------- running
+
+    def forward(
+        self,
+        input_ids: NDArray[np.int64],
+        past: KVState | None = None,
+        attention_mask: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], KVState]:
+        """Runs the graph once.
+
+        `input_ids` is int64 [b, t]; `attention_mask` int64 [b, past + t], ones by default. Returns logits float32
+        [b, t, vocab] (they may share the graph's memory: treat as read-only) and the cache after these tokens.
+        Raises BadInputError for impossible inputs, and for left padding where the graph is silently wrong with it.
+        """
+        return self._step(input_ids, past, attention_mask, last=False)
+
+    def greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> Greedy:
+        """Decodes `steps` tokens greedily after `prompt_ids` int64 [t]; equal logits go to the lowest token id."""
+        tokens, margins = np.empty(steps, np.int64), np.empty(steps, np.float32)
+        ids, past = np.asarray(prompt_ids, np.int64)[None], None
+        for step in range(steps):
+            logits, past = self._step(ids, past, None, last=True)
+            row = logits[0, -1]
+            tokens[step] = token = int(row.argmax())
+            margins[step] = row[token] - np.partition(row, -2)[-2]
+            ids = np.array([[token]], np.int64)
+        return Greedy(tokens, margins)
+
+    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
+        """Like `greedy`, with the wall clock read after each token is known on the host.
+
+        The first token belongs to the prefill (TTFT); `steps` further tokens are decoded, one call each.
+        """
+        ids, past = np.asarray(prompt_ids, np.int64)[None], None
+        tokens: list[int] = []
+        clock = [time.perf_counter()]
+        for _ in range(steps + 1):
+            logits, past = self._step(ids, past, None, last=True)
+            tokens.append(int(logits[0, -1].argmax()))
+            ids = np.array([[tokens[-1]]], np.int64)
+            clock.append(time.perf_counter())
+        seconds = [after - before for before, after in pairwise(clock)]
+        return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
+
+    def _step(
+        self, input_ids: NDArray[np.int64], past: KVState | None, mask: NDArray[np.int64] | None, *, last: bool
+    ) -> tuple[NDArray[np.float32], KVState]:
+        feeds, batch, total = self._token_feeds(input_ids, past, mask)
+        past_values = past.values if past else self._empty_cache(batch)
+        # A fresh binding each time: a kept one would offer the last call's outputs as this call's buffers.
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for cache, value in zip(self.signature.caches, past_values, strict=True):
+            binding.bind_ortvalue_input(cache.past, value)
+        for name in (self.signature.logits, *(cache.present for cache in self.signature.caches)):
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises a dozen types of its own
+            shape = f"input_ids {list(input_ids.shape)} on a past of {past.length if past else 0} tokens"
+            raise BadInputError(f"{self.path}: ONNX Runtime failed on {shape}: {_first_line(error)}") from error
+        logits, *present = binding.get_outputs()
+        return _to_float32(logits, last), KVState(tuple(present), batch, total)
+
+    def _token_feeds(
+        self, input_ids: NDArray[np.int64], past: KVState | None, mask: NDArray[np.int64] | None
+    ) -> tuple[dict[str, NDArray[Any]], int, int]:
+        """Checks the inputs; returns what to feed, the batch size, and the length after this call."""
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            raise BadInputError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}.")
+        batch, new = ids.shape
+        if self.signature.fixed_batch not in (None, batch) or (past and past.batch != batch):
+            wanted = past.batch if past else self.signature.fixed_batch
+            raise BadInputError(f"input_ids has batch {batch}, {self.path} and its cache need {wanted}.")
+        if ids.min() < 0 or (self.signature.vocab_size is not None and ids.max() >= self.signature.vocab_size):
+            raise BadInputError(
+                f"input_ids reach from {ids.min()} to {ids.max()}: vocabulary is {self.signature.vocab_size}."
+            )
+        total = new + (past.length if past else 0)
+        if self.max_positions is not None and total > self.max_positions:
+            raise BadInputError(f"{total} tokens are more than the {self.max_positions} positions of the model.")
+        if mask is None:
+            full = np.ones((batch, total), np.int64)
+            positions = np.broadcast_to(np.arange(total - new, total, dtype=np.int64), ids.shape)
+        else:
+            full = np.asarray(mask)
+            self._check_mask(full, (batch, total))
+            positions = np.maximum(full.cumsum(1) - 1, 0)[:, -new:]
+        values = {"input_ids": ids, "attention_mask": full, "position_ids": positions}
+        feeds = {
+            name: np.ascontiguousarray(values[role], dtype) for role, (name, dtype) in self.signature.inputs.items()
+        }
+        return feeds, batch, total
+
+    def _check_mask(self, mask: NDArray[Any], shape: tuple[int, int]) -> None:
+        if mask.shape != shape or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+            raise BadInputError(f"attention_mask must be 0 and 1, {list(shape)}, with a 1 in every row.")
+        if not self.left_padding and (np.diff(mask.astype(np.int8), axis=1) > 0).any():
+            raise BadInputError(
+                f"{self.path} is wrong with left padding (a 0 before a 1 in attention_mask): pad on the right."
+            )
+
+    def _empty_cache(self, batch: int) -> tuple[Any, ...]:
+        from onnxruntime import OrtValue
+
+        return tuple(
+            OrtValue.ortvalue_from_shape_and_type([batch, c.heads, 0, c.head_dim], c.element, self._device)
+            for c in self.signature.caches
+        )
+
+
+def _open_session(path: Path, provider: str, threads: int) -> Any:
+    """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
+    if provider not in PROVIDERS:
+        raise BadInputError(f"Unknown provider {provider!r}: known are {', '.join(PROVIDERS)}.")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BadInputError("onnxruntime is not installed: pip install 'slimexport[cpu]'") from error
+    wanted = PROVIDERS[provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise BadInputError(
+            f"Provider {provider} needs {wanted}, which the installed onnxruntime lacks: pip install 'slimexport[gpu]' "
+            "in an environment without onnxruntime (the two packages overwrite each other's files)."
+        )
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that came as wheels (torch's)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only: what matters is raised
+    # Workers would go on spinning after a run, on the cores that the other session or torch needs next: torch's
+    # log-softmax took 5 times as long. Decoding was not slower without.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+    except Exception as error:  # onnxruntime raises a dozen types of its own
+        raise BadInputError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}") from error
+    if session.get_providers()[0] != wanted:
+        raise BadInputError(f"{path}: asked for {wanted}, ONNX Runtime took {session.get_providers()[0]} instead.")
+    return session
+
+
+def _to_float32(value: Any, last: bool) -> NDArray[np.float32]:
+    """OrtValue [b, t, vocab] -> float32; of the last position only if `last`."""
+    rows = slice(-1, None) if last else slice(None)
+    if value.device_name() == "cpu" and value.data_type() != "tensor(bfloat16)":
+        array: NDArray[np.float32] = value.numpy()[:, rows].astype(np.float32, copy=False)
+        return array
+    import torch  # slices on the device, so that one row crosses the bus and not the whole prompt's
+
+    return torch.from_dlpack(value)[:, rows].float().cpu().numpy()
+
+
+def _max_positions(directory: Path) -> int | None:
+    """The model's positions from the config.json of the export, if there is one."""
+    path = directory / "config.json"
+    if not path.exists():
+        return None
+    config = read_json(path)
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

@@ -1,0 +1,102 @@
+"""What an exported decoder takes and gives: names, cache sizes and types, read from the graph (and its manifest)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimexport.artifacts import ExportArtifact
+from slimexport.errors import BadInputError
+
+# ONNX Runtime's type string -> (TensorProto code, bytes per element), for the types a cache can have.
+_FLOATS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
+_INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+_ROLES = ("input_ids", "attention_mask", "position_ids")
+# past_key_values.0.key and present.0.value (mobius), past_key_values.layers.0.keys (transformers.exporters)
+_CACHE_NAME = re.compile(r"\.(\d+)\.(?:\w+\.)*(key|value)s?$")
+
+_Slot = tuple[int, str]  # block, "key" | "value"
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """One cache input, the output that continues it, and the sizes of [batch, heads, length, head_dim]."""
+
+    block: int
+    past: str
+    present: str
+    heads: int
+    head_dim: int
+    element: int  # TensorProto code
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Signature:
+    """`inputs` maps input_ids, attention_mask, position_ids (those that exist) to their name and type in the graph."""
+
+    inputs: Mapping[str, tuple[str, Any]]
+    logits: str
+    caches: tuple[CacheInput, ...]  # ordered by block, key before value
+    fixed_batch: int | None  # None: any
+    vocab_size: int | None  # None: symbolic
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(cache.heads * cache.head_dim * cache.itemsize for cache in self.caches)
+
+
+def read_signature(session: Any, path: Path, artifact: ExportArtifact | None) -> Signature:
+    """Reads the signature of an `onnxruntime.InferenceSession`.
+
+    KV heads may differ per block, so sizes come from each cache input; where a graph leaves them symbolic, from the
+    manifest. Raises BadInputError if the graph in `path` is not a decoder with a KV cache that slimexport can call.
+    """
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    if artifact and (missing := set(artifact.inputs) - set(inputs)):
+        raise BadInputError(f"{path} lacks the input {min(missing)} that its manifest names.")
+    past = {slot: name for name in inputs if (slot := _slot(name))}
+    present = {slot: name for name in outputs if (slot := _slot(name))}
+    logits = [name for name in outputs if name.endswith("logits")]
+    if not past or past.keys() != present.keys() or len(logits) != 1:
+        raise BadInputError(f"{path} is not a decoder with a KV cache: no logits, or past and present differ.")
+    tokens: dict[str, tuple[str, Any]] = {}
+    for name in sorted(inputs.keys() - set(past.values())):
+        role = name.rsplit(".", 1)[-1]
+        if role not in _ROLES or inputs[name].type not in _INTEGERS:
+            raise BadInputError(f"{path} has an input that slimexport cannot feed: {name} {inputs[name].type}.")
+        tokens[role] = (name, _INTEGERS[inputs[name].type])
+    if "input_ids" not in tokens:
+        raise BadInputError(f"{path} has no input_ids.")
+    caches = tuple(_cache(slot, inputs[past[slot]], present[slot], path, artifact) for slot in sorted(past))
+    batch, vocab = inputs[tokens["input_ids"][0]].shape[0], outputs[logits[0]].shape[-1]
+    return Signature(
+        inputs=tokens,
+        logits=logits[0],
+        caches=caches,
+        fixed_batch=batch if isinstance(batch, int) else None,
+        vocab_size=vocab if isinstance(vocab, int) else None,
+    )
+
+
+def _cache(slot: _Slot, value: Any, present: str, path: Path, artifact: ExportArtifact | None) -> CacheInput:
+    if value.type not in _FLOATS or len(value.shape) != 4:
+        raise BadInputError(f"{path}: cache input {value.name} is {value.type} {value.shape}, not [b, h, t, d].")
+    _, heads, _, head_dim = value.shape
+    if artifact and slot[0] < len(artifact.kv_heads):
+        heads = heads if isinstance(heads, int) else artifact.kv_heads[slot[0]]
+        head_dim = head_dim if isinstance(head_dim, int) else artifact.head_dim
+    if not (isinstance(heads, int) and isinstance(head_dim, int)):
+        raise BadInputError(f"{path}: cache input {value.name} has symbolic sizes {value.shape} and no manifest.")
+    return CacheInput(slot[0], value.name, present, heads, head_dim, *_FLOATS[value.type])
+
+
+def _slot(name: str) -> _Slot | None:
+    match = _CACHE_NAME.search(name)
+    return (int(match[1]), match[2]) if match else None
