@@ -49,7 +49,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense model in memory, in evaluation mode, on `device`, computing in `model.dtype`."""
+    """A dense model in evaluation mode, in host memory, in its stored precision."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -251,6 +251,10 @@ def _build(kind: Any, value: Any) -> Any:
         return kind(**{name: _build(hints[name], v) for name, v in value.items()})  # type: ignore[operator]
     if origin is tuple:
         return tuple(_build(args[0], v) for v in value)
+    if origin in (dict, Mapping):
+        return {k: _build(args[1], v) for k, v in value.items()}
+    if hasattr(kind, "model_validate"):  # Gate, which is pydantic's
+        return kind.model_validate(value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _build(next(a for a in args if a is not type(None)), value)
     return value

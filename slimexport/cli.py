@@ -32,12 +32,13 @@ _INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 class Main(click.Group):
     """The group that turns every way to fail into one line and a documented exit code."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(  # always ends the process, as Click's own does in its standalone mode
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any
+    ) -> NoReturn:
         argv = list(sys.argv[1:] if args is None else args)
-        extra.pop("standalone_mode", None)
         debug = "--debug" in argv
         try:
-            code = super().main(argv, prog_name, standalone_mode=False, **extra)
+            code = super().main(argv, prog_name, standalone_mode=False)
         except BaseException as error:
             code = _fail(error, as_json="--json" in argv, debug=debug)
         sys.exit(int(code or 0))

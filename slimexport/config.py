@@ -67,68 +67,79 @@ class RunConfig(BaseModel):
 
     # load
     model: str = Field(description="Local directory, Hub id, .gguf file, or the built-in smollm2-135m.")
-    revision: str | None = Field(None, description="Revision of a Hub model.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    revision: str | None = Field(default=None, description="Revision of a Hub model.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the forward passes; auto is float32 on the CPU, the stored one on CUDA."
+        default="auto",
+        description="Precision of the forward passes; auto is float32 on the CPU, the stored one on CUDA.",
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the written checkpoint; auto is the input's (a GGUF becomes float32)."
+        default="auto", description="Precision of the written checkpoint; auto is the input's (a GGUF becomes float32)."
     )
-    seed: int = Field(0, ge=0, description="The one seed of everything random.")
+    seed: int = Field(default=0, ge=0, description="The one seed of everything random.")
 
     # calibrate
     calibration: str = Field(
-        "default",
-        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], self (text the model writes), or default.",
+        default="default",
+        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], self (the model writes it), or default.",
     )
-    calibration_tokens: int = Field(32768, ge=1, description="Tokens of calibration text.")
-    sequence_length: int = Field(512, ge=8, description="Tokens per calibration sequence.")
+    calibration_tokens: int = Field(default=32768, ge=1, description="Tokens of calibration text.")
+    sequence_length: int = Field(default=512, ge=8, description="Tokens per calibration sequence.")
 
     # prune
-    ratio: float = Field(0.25, ge=0, lt=1, description="Share of the block linear parameters to remove.")
-    criterion: str = Field("slimgpt", description="What scores heads and channels.")
-    allocation: str = Field("auto", description="How the ratio is spread over the blocks; auto follows the layout.")
+    ratio: float = Field(default=0.25, ge=0, lt=1, description="Share of the block linear parameters to remove.")
+    criterion: str = Field(default="slimgpt", description="What scores heads and channels.")
+    allocation: str = Field(
+        default="auto", description="How the ratio is spread over the blocks; auto follows the layout."
+    )
     first_ratio: float | None = Field(
-        None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
+        default=None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
     )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
-        "auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
+        default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
     )
-    round_to: int = Field(32, ge=1, description="Channels are rounded to multiples of this.")
-    group_size_start: int = Field(64, ge=1, description="Channels removed at once at the beginning.")
-    group_size_end: int = Field(1, ge=1, description="Channels removed at once at the end; 1 and 1 is exact greedy.")
-    damping: float = Field(0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
+    round_to: int = Field(default=32, ge=1, description="Channels are rounded to multiples of this.")
+    group_size_start: int = Field(default=64, ge=1, description="Channels removed at once at the beginning.")
+    group_size_end: int = Field(
+        default=1, ge=1, description="Channels removed at once at the end; 1 and 1 is exact greedy."
+    )
+    damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
 
     # export
-    target: tuple[str, ...] = Field(("onnx",), description="What to export to.")
+    target: tuple[str, ...] = Field(default=("onnx",), description="What to export to.")
     exporter: Literal["auto", "mobius", "transformers"] = Field(
-        "auto", description="Graph builder; auto tries in order."
+        default="auto", description="Graph builder; auto tries in order."
     )
-    provider: Literal["cpu", "cuda"] = Field("cpu", description="ONNX Runtime execution provider.")
-    baseline: bool = Field(True, description="Export and measure the dense model beside the shrunk one.")
-    baseline_cache: Path | None = Field(None, description="Directory that keeps dense graphs across runs.")
+    provider: Literal["cpu", "cuda"] = Field(default="cpu", description="ONNX Runtime execution provider.")
+    baseline: bool = Field(default=True, description="Export and measure the dense model beside the shrunk one.")
+    baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
 
     # verify
-    eval_text: str = Field("default", description="Text for perplexity and KL: a .txt or .jsonl file, or default.")
-    eval_tokens: int = Field(16384, ge=2, description="Tokens of evaluation text.")
-    eval_window: int = Field(512, ge=2, description="Window of the perplexity, without overlap.")
-    prompt_lengths: tuple[int, ...] = Field((32, 128, 512), description="Prompt lengths for TTFT.")
-    decode_tokens: int = Field(64, ge=2, description="Tokens decoded per latency run.")
-    latency_runs: int = Field(10, ge=0, description="Interleaved latency runs per model; 0 leaves latency out.")
-    threads: int | None = Field(None, ge=1, description="ONNX Runtime threads; default: the affinity mask.")
+    eval_text: str = Field(
+        default="default", description="Text for perplexity and KL: a .txt or .jsonl file, or default."
+    )
+    eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
+    eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
+    prompt_lengths: tuple[int, ...] = Field(default=(32, 128, 512), description="Prompt lengths for TTFT.")
+    decode_tokens: int = Field(default=64, ge=2, description="Tokens decoded per latency run.")
+    latency_runs: int = Field(default=10, ge=0, description="Interleaved latency runs per model; 0 leaves latency out.")
+    threads: int | None = Field(default=None, ge=1, description="ONNX Runtime threads; default: the affinity mask.")
 
     # gate
-    max_perplexity_ratio: float | None = Field(None, gt=0, description="Fail if perplexity / dense is above.")
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, description="Fail if perplexity / dense is above.")
     max_kl: float | None = Field(
-        None, ge=0, description="Fail if the KL divergence to the dense model is above (nats)."
+        default=None, ge=0, description="Fail if the KL divergence to the dense model is above (nats)."
     )
-    min_speedup: float | None = Field(None, gt=0, description="Fail if decoding is not this many times faster.")
-    max_latency_ms: float | None = Field(None, gt=0, description="Fail if the median time per output token is above.")
-    max_size_mb: float | None = Field(None, gt=0, description="Fail if the exported files are larger (MB = 1e6 bytes).")
+    min_speedup: float | None = Field(default=None, gt=0, description="Fail if decoding is not this many times faster.")
+    max_latency_ms: float | None = Field(
+        default=None, gt=0, description="Fail if the median time per output token is above."
+    )
+    max_size_mb: float | None = Field(
+        default=None, gt=0, description="Fail if the exported files are larger (MB = 1e6 bytes)."
+    )
     gates: tuple[Gate, ...] = Field(
-        (), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
+        default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
     )
 
     @field_validator("target", "prompt_lengths", "gates", mode="before")

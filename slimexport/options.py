@@ -109,7 +109,8 @@ def _click_type(kind: Any) -> click.ParamType:
         return _GateType()
     if kind is Path:
         return click.Path(path_type=Path)
-    return {int: click.INT, float: click.FLOAT, str: click.STRING}[kind]
+    plain: dict[Any, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+    return plain[kind]
 
 
 def _default(default: Any) -> str:

@@ -1,0 +1,63 @@
+"""report.md: what a colleague understands in one minute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from slimexport.gate import failed
+from slimexport.reporting import view
+from slimexport.reporting.schema import Report
+
+
+def render(report: Report) -> str:
+    first, rest = view.tables(report)
+    parts = [
+        f"# {_text(report.headline)}",
+        *(f"- {_text(result.message)}" for result in failed(report.gates)),
+        _text(view.sentence(report)),
+        _table(view.COLUMNS, [row.cells for row in first], right=(1, 2, 3, 4)),
+        view.LEGEND,
+    ]
+    parts += [f"- {_text(note)}" for note in report.verification.notes]
+    if rest:
+        parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=(1, 2, 3, 4))))
+    parts += [
+        "## What was removed",
+        _table(view.REMOVED_COLUMNS, view.removed(report.plan), right=(1, 2, 3)),
+        f"Ratio asked {report.plan.ratio_asked:.4f}, reached {report.plan.ratio:.4f}.",
+    ]
+    parts += [f"- {_text(note)}" for note in report.plan.notes]
+    parts.append(
+        _folded(
+            f"What {len(report.plan.blocks)} blocks kept, and their relative output errors",
+            _table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)),
+        )
+    )
+    texts = view.texts(report)
+    if texts:
+        parts += ["## Texts", _table(("use", "name", "tokens", "sha256", "licence, notes"), texts, right=(2,))]
+    parts += ["## Do it again", f"```sh\n{view.command(report)}\n```"]
+    parts += [_text(line) for line in (view.versions(report), view.timings(report)) if line]
+    parts.append(f"Model fingerprint {_text(report.source.fingerprint)}; seed {report.config.get('seed', view.DASH)}.")
+    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    numbers = set(right)
+    rule = ["---:" if i in numbers else "---" for i in range(len(columns))]
+    lines = [columns, rule, *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{_text(title)}</summary>\n\n{body}\n\n</details>"
+
+
+def _text(value: str) -> str:
+    """Names come from files and hubs: neither markup nor a table's bars may come along."""
+    escaped = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(value.split()))
+    escaped = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", escaped)  # a tag may follow; `<= 1.5` stays as it reads best
+    for character in "\\|*`[]":
+        escaped = escaped.replace(character, "\\" + character)
+    return escaped

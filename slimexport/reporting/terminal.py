@@ -1,0 +1,71 @@
+"""What the commands print on stdout for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
+from slimexport.reporting import view
+from slimexport.reporting.schema import Report
+
+
+def summary(report: Report, directory: Path | None = None) -> str:
+    """The lines at the end of `slimexport run`: verdict, figures, and where the report lies."""
+    first, _ = view.tables(report)
+    lines = [report.verdict, view.sentence(report), "", _figures(first)]
+    if directory is not None:
+        lines += ["", f"report: {directory / 'report.md'} (also .html, .json, junit.xml)"]
+    return "\n".join(lines)
+
+
+def plan_text(plan: PruningPlan) -> str:
+    """Sizes of every block, what they save, and the notes (memory, time)."""
+    head = (
+        f"{plan.model_type}: {view.percent(plan.ratio)} of the block linear parameters removed "
+        f"({view.percent(plan.ratio_asked)} asked), criterion {plan.criterion}, allocation {plan.allocation}, "
+        f"layout {plan.layout}"
+    )
+    lines = [head, "", _table(view.BLOCK_COLUMNS[:4], view.sizes(plan)), ""]
+    lines += [_table(view.REMOVED_COLUMNS, view.removed(plan)), ""]
+    lines.append(view.ideal_speedups(plan.dense_estimates, plan.estimates))
+    return "\n".join([*lines, *plan.notes])
+
+
+def checkpoint_text(checkpoint: ShrunkCheckpoint) -> str:
+    return (
+        f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB; reloaded in a "
+        f"fresh process, largest logit difference {view.number(checkpoint.max_logit_difference)}"
+    )
+
+
+def exports_text(exports: Mapping[str, ExportArtifact]) -> str:
+    lines = []
+    for name, made in exports.items():
+        lines.append(f"{name}: {made.path} ({made.target}, {made.builder}, {made.precision}, {made.provider})")
+        lines += [f"  {note}" for note in made.notes]
+    return "\n".join(lines)
+
+
+def figures_text(report: VerificationReport) -> str:
+    return "\n".join([_figures(view.figure_rows(report)), *report.notes])
+
+
+def _figures(rows: Sequence[view.Row]) -> str:
+    """The table; why a figure is invalid stands below it, where it has room."""
+    columns = len(view.COLUMNS) if any(row.gate for row in rows) else len(view.COLUMNS) - 1
+    cells = [[cell.partition(":")[0] if cell.startswith("invalid:") else cell for cell in row.cells] for row in rows]
+    why = [f"{row.name}: {row.shrunk}" for row in rows if row.shrunk.startswith("invalid:")]
+    return "\n".join([_table(view.COLUMNS[:columns], [line[:columns] for line in cells]), *why])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain columns: the first and the gate to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    left = {0, *(i for i, name in enumerate(columns) if name == "gate")}
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(cells) for cells in (columns, *rows))

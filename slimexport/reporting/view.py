@@ -1,0 +1,245 @@
+"""What every rendering shows, as text: rows of figures, what was removed, how to do it again. No markup in here."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+
+from slimexport.artifacts import BlockSizes, Estimates, Figure, PruningPlan, VerificationReport
+from slimexport.config import Gate, RunConfig
+from slimexport.gate import GateResult
+from slimexport.progress import seconds
+from slimexport.reporting.schema import Report
+
+DASH = "–"
+_HEADLINES = 14  # more than that is not read in one minute; the others follow below, folded
+_DETAILS = (".p90", ".p99", ".min", ".max", ".mean", ".std", "_low", "_high")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure as the tables print it. `state` is passed, failed or "" (no gate on it)."""
+
+    name: str
+    dense: str
+    shrunk: str
+    ratio: str
+    ideal: str
+    gate: str
+    state: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.name, self.dense, self.shrunk, self.ratio, self.ideal, self.gate)
+
+
+LEGEND = (
+    "Ratio is shrunk / dense, with its confidence interval where one was measured; ideal is the ratio that the "
+    "removed bytes or FLOPs would give."
+)
+COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "gate")
+REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
+BLOCK_COLUMNS = ("block", "query heads", "KV groups", "channels", "attention error", "FFN error")
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, thousands apart; a dash for None."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    # Small ones in powers of ten; the rest without, and without zeros that were not measured.
+    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
+    on_it = [r for r in results if r.gate.figure == figure.name]
+    name = f"{figure.name} ({figure.unit})" if figure.unit else figure.name
+    gate = "; ".join(_gate(r) for r in on_it)
+    state = "" if not on_it else "passed" if all(r.passed for r in on_it) else "failed"
+    if not figure.valid:
+        why = f"invalid: {figure.note or 'measured too badly'}"
+        return Row(name, DASH, why, DASH, _ratio(figure.ideal), gate, state)
+    ratio = _ratio(figure.ratio)
+    if figure.ratio is not None and figure.ratio_low is not None and figure.ratio_high is not None:
+        ratio += f" ({figure.ratio_low:.3f} to {figure.ratio_high:.3f})"
+    return Row(name, number(figure.baseline), number(figure.shrunk), ratio, _ratio(figure.ideal), gate, state)
+
+
+def tables(report: Report) -> tuple[list[Row], list[Row]]:
+    """(the rows to read first, all others). A figure with a gate is always among the first."""
+    gated = {r.gate.figure for r in report.gates}
+    first: list[Row] = []
+    rest: list[Row] = []
+    for figure in report.verification.figures:
+        wanted = figure.name in gated or not figure.name.endswith(_DETAILS)
+        row = figure_row(figure, report.gates)
+        (first if wanted and (figure.name in gated or len(first) < _HEADLINES) else rest).append(row)
+    known = {f.name for f in report.verification.figures}
+    lost = [r for r in report.gates if r.gate.figure not in known]
+    first += [Row(r.gate.figure, DASH, DASH, DASH, DASH, _gate(r), "failed") for r in lost]
+    return first, rest
+
+
+def sentence(report: Report) -> str:
+    """The run in one sentence."""
+    plan = report.plan
+    asked = "" if abs(plan.ratio - plan.ratio_asked) < 5e-5 else f" ({percent(plan.ratio_asked)} asked)"
+    how = f"criterion {plan.criterion}, allocation {plan.allocation}, layout {plan.layout}"
+    parts = [f"{report.source.name}: {percent(plan.ratio)} of the block linear parameters removed{asked}; {how}"]
+    for name, template in (
+        ("accuracy.perplexity", "token perplexity {dense} → {shrunk}"),
+        ("decode.tpot_ms", "time per output token {dense} → {shrunk} ms"),
+        ("size.export_mb", "files {dense} → {shrunk} MB"),
+    ):
+        figure = report.verification.figure(name)
+        if figure and figure.valid and figure.shrunk is not None and figure.baseline is not None:
+            parts.append(template.format(dense=number(figure.baseline), shrunk=number(figure.shrunk)))
+    return "; ".join(parts) + "."
+
+
+def removed(plan: PruningPlan) -> list[tuple[str, str, str, str]]:
+    """Rows of REMOVED_COLUMNS: what follows from the sizes alone."""
+    rows = []
+    for name, field, unit in (
+        ("parameters", "parameters", 1.0),
+        ("block linear parameters", "block_parameters", 1.0),
+        ("checkpoint (MB)", "bytes", 1e6),
+        ("weights read per decoded token (MB)", "decode_bytes_per_token", 1e6),
+        ("prefill FLOPs per token (MFLOP)", "prefill_flops_per_token", 1e6),
+        ("KV cache per token (kB)", "kv_cache_bytes_per_token", 1e3),
+    ):
+        dense, shrunk = getattr(plan.dense_estimates, field), getattr(plan.estimates, field)
+        ratio = _ratio(shrunk / dense) if dense else DASH
+        rows.append((name, number(dense / unit), number(shrunk / unit), ratio))
+    return rows
+
+
+def ideal_speedups(dense: Estimates, shrunk: Estimates) -> str:
+    decode = dense.decode_bytes_per_token / shrunk.decode_bytes_per_token if shrunk.decode_bytes_per_token else 1
+    prefill = dense.prefill_flops_per_token / shrunk.prefill_flops_per_token if shrunk.prefill_flops_per_token else 1
+    return f"ideal speed-up: decode {decode:.2f}x (bytes read), prefill {prefill:.2f}x (FLOPs)"
+
+
+def blocks(report: Report) -> list[tuple[str, ...]]:
+    """Rows of BLOCK_COLUMNS: kept of dense, and the relative output error after compensation."""
+    errors = {b.block: b for b in report.pruning.blocks} if report.pruning else {}
+    rows: list[tuple[str, ...]] = []
+    for i, (dense, kept) in enumerate(zip(report.plan.dense, report.plan.blocks, strict=True)):
+        trace = errors.get(i)
+        rows.append(
+            (
+                str(i),
+                *_kept(dense, kept),
+                _error(trace.attention_error_before, trace.attention_error) if trace else DASH,
+                _error(trace.ffn_error_before, trace.ffn_error) if trace else DASH,
+            )
+        )
+    return rows
+
+
+def texts(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """(use, name, tokens, sha256, licence and note)."""
+    rows = []
+    for use, text in (("calibration", report.calibration), ("evaluation", report.evaluation)):
+        if text:
+            remark = "; ".join(part for part in (text.license, text.note) if part)
+            rows.append((use, text.name, f"{text.tokens:,}", text.sha256, remark))
+    return rows
+
+
+def timings(report: Report) -> str:
+    parts = [f"{stage} {seconds(value)}" for stage, value in report.seconds.items()]
+    if report.pruning:
+        p = report.pruning
+        split = (p.seconds_forward, p.seconds_hessian, p.seconds_selection)
+        named = zip(("forward", "Hessian", "selection"), split, strict=True)
+        parts.append(f"of pruning: {', '.join(f'{name} {seconds(value)}' for name, value in named)}")
+        parts.append(f"peak memory of pruning {p.peak_memory_bytes / 1e9:.2f} GB")
+    return "; ".join(parts)
+
+
+def versions(report: Report) -> str:
+    """`slimexport 0.1.0, Python 3.11.7, torch 2.13.0, ...; cpu name, cores`."""
+    environment = report.environment
+    packages = environment.get("packages") or {}
+    parts = [f"{name} {version}" for name, version in packages.items() if version]
+    head = [f"{name} {environment[key]}" for name, key in (("slimexport", "slimexport"), ("Python", "python"))
+            if environment.get(key)]  # fmt: skip
+    machine = [str(environment[key]) for key in ("platform", "cpu") if environment.get(key)]
+    if environment.get("cores"):
+        machine.append(f"{environment['cores']} cores")
+    return "; ".join(part for part in (", ".join(head + parts), ", ".join(machine)) if part)
+
+
+def command(report: Report) -> str:
+    """The command that does it again: what was typed, or else every setting that is not the default's."""
+    if report.command:
+        return report.command
+    words = ["slimexport", "run", str(report.config.get("model", report.source.name))]
+    defaults = json.loads(RunConfig(model="-").model_dump_json())
+    for name, value in report.config.items():
+        if name == "model" or name not in defaults or value == defaults[name]:
+            continue
+        flag = "--" + ("gate" if name == "gates" else name).replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "gates":
+            words += [word for gate in value for word in (flag, _spec(gate))]
+        elif value is not None:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return shlex.join([*words, "-o", "out/"])
+
+
+def sizes(plan: PruningPlan) -> list[tuple[str, ...]]:
+    """Rows of the first four BLOCK_COLUMNS; neighbours of equal sizes share one ("8 to 11")."""
+    rows: list[tuple[str, ...]] = []
+    start = 0
+    pairs = list(zip(plan.dense, plan.blocks, strict=True))
+    for i, (dense, kept) in enumerate(pairs):
+        if i + 1 < len(pairs) and pairs[i + 1] == pairs[i]:
+            continue
+        rows.append((str(i) if i == start else f"{start} to {i}", *_kept(dense, kept)))
+        start = i + 1
+    return rows
+
+
+def _kept(dense: BlockSizes, kept: BlockSizes) -> tuple[str, str, str]:
+    return (
+        f"{kept.query_heads} of {dense.query_heads}",
+        f"{kept.kv_groups} of {dense.kv_groups}",
+        f"{kept.channels} of {dense.channels}",
+    )
+
+
+def figure_rows(report: VerificationReport) -> list[Row]:
+    return [figure_row(figure) for figure in report.figures]
+
+
+def _spec(gate: dict[str, object] | str) -> str:
+    return gate if isinstance(gate, str) else str(Gate.model_validate(gate))
+
+
+def _gate(result: GateResult) -> str:
+    of = "" if result.gate.of == "shrunk" else f"{result.gate.of} "
+    # Why is said beside the verdict; a table has no room for it.
+    outcome = "passed" if result.passed else "FAILED, undecidable" if result.undecidable else "FAILED"
+    return f"{of}{result.gate.op} {result.gate.bound:g} {outcome}"
+
+
+def _ratio(value: float | None) -> str:
+    return DASH if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _error(before: float | None, after: float | None) -> str:
+    return f"{number(after)} (was {number(before)})" if before else number(after)
