@@ -54,6 +54,9 @@ class Main(click.Group):
 
 def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Prints one line (or JSON) for `error` and returns the exit code."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()  # no command: the help, which is no error message
+        return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):
         message, code = "Interrupted.", _INTERRUPTED
     elif isinstance(error, click.ClickException):
@@ -131,20 +134,17 @@ def _config(ctx: click.Context, model: str | None, recipe: Path | None) -> RunCo
     return make_config(values, str(recipe) if recipe else "options", flags)
 
 
-def _overrides(ctx: click.Context, recipe: Path | None) -> dict[str, Any]:
+def _overrides(ctx: click.Context, directory: Path, recipe: Path | None) -> dict[str, Any]:
     """What a command that goes on in a run directory changes: only fields of its own stages."""
     from slimexport.recipe import load_recipe
+
+    if not directory.is_dir():
+        raise BadInputError(f"{directory} is not a directory; `slimexport prune MODEL -o {directory}` makes one.")
 
     command = ctx.command
     assert isinstance(command, ConfigCommand)
     from_recipe = load_recipe(recipe) if recipe else {}
     return {k: v for k, v in from_recipe.items() if k in command.fields} | given(ctx)
-
-
-def _run_directory(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise BadInputError(f"{directory} is not a directory; `slimexport prune MODEL -o {directory}` makes one.")
-    return directory
 
 
 def _flags(force: bool, resume: bool) -> dict[str, bool]:
@@ -264,11 +264,11 @@ def export(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
     DIRECTORY is what `slimexport prune` or `run` wrote; the dense model is exported beside the shrunk one.
     """
-    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    overrides, flags = _overrides(ctx, directory, recipe), _flags(force, resume)
     with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
-        made = pipeline.export(_run_directory(directory), overrides, **flags, progress=progress)
+        made = pipeline.export(directory, overrides, **flags, progress=progress)
     _print(
         as_json,
         lambda: {name: artifacts.to_dict(artifact) for name, artifact in made.items()},
@@ -288,11 +288,11 @@ def verify(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
     Numerics, accuracy and latency of the shrunk model beside the baseline, in run directory DIRECTORY.
     """
-    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    overrides, flags = _overrides(ctx, directory, recipe), _flags(force, resume)
     with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
-        verification = pipeline.verify(_run_directory(directory), overrides, **flags, progress=progress)
+        verification = pipeline.verify(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(verification), lambda: reporting.figures_text(verification))
 
 
@@ -308,11 +308,11 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
     Measures nothing: reads what `slimexport verify` or `run` left in run directory DIRECTORY.
     """
-    overrides, flags = _overrides(ctx, recipe), _flags(force, resume)
+    overrides, flags = _overrides(ctx, directory, recipe), _flags(force, resume)
     with _working(quiet, debug) as progress:
         from slimexport import pipeline, reporting
 
-        made = pipeline.report(_run_directory(directory), overrides, **flags, progress=progress)
+        made = pipeline.report(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
     return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
 
