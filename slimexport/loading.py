@@ -157,7 +157,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_model(config: RunConfig) -> LoadedModel:
-    """Loads weights and tokenizer; the model is in evaluation mode on its device, in the compute precision.
+    """Loads weights and tokenizer; the model is in evaluation mode on the CPU, in its stored precision.
+
+    The prune stage moves one block at a time to the compute device and precision.
 
     Raises BadInputError for anything that is wrong with the input: missing or truncated safetensors, pickles, packed
     weights, NaN, shapes that contradict the config, no tokenizer, an absent device.
@@ -166,7 +168,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     located = locate(config)
-    device = resolve_device(config.device)
+    resolve_device(config.device)  # an absent device is said before minutes are spent
     model_config, architecture = load_config(config, located)
     if not located.gguf:
         _check_safetensors(located)
@@ -206,11 +208,7 @@ def load_model(config: RunConfig) -> LoadedModel:
         if not bool(torch.isfinite(parameter).all()):
             raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
     stored = str(model.dtype).removeprefix("torch.")
-    if config.dtype == "auto":
-        compute = torch.float32 if device.type == "cpu" else model.dtype
-    else:
-        compute = getattr(torch, config.dtype)
-    model = model.to(device=device, dtype=compute).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     source = ModelSource(
         name=located.name,
         kind=located.kind,

@@ -1,0 +1,8 @@
+"""Checkpoints: a Hugging Face directory with really smaller tensors, written, loaded, and compared after a reload."""
+
+from __future__ import annotations
+
+from slimexport.checkpoint.load import load
+from slimexport.checkpoint.save import apply_sizes, save_checkpoint
+
+__all__ = ["apply_sizes", "load", "save_checkpoint"]

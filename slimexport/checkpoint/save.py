@@ -1,0 +1,133 @@
+"""Writing a checkpoint, and the proof that a fresh process reads it back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimexport.architectures.base import Architecture
+from slimexport.artifacts import (
+    BlockSizes,
+    PruningPlan,
+    ShrunkCheckpoint,
+    read_json,
+    sha256_tree,
+    write_json,
+    write_text,
+)
+from slimexport.checkpoint import modeling_slimexport
+from slimexport.errors import NotReproducedError
+from slimexport.pruning.planner import plain_config_can_say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+REMOTE_CLASS = "SlimExportForCausalLM"
+PROBE_TOKENS = 64
+
+
+def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:
+    """Makes `config` say `blocks`: plainly where all are equal and the family allows it, else per block.
+
+    The global sizes of a per-block config stay those of the dense model, so that a reader that knows nothing of
+    `per_layer_config` fails on tensor shapes instead of computing something else.
+    """
+    family = architecture.family
+    config.head_dim = architecture.head_dim  # never to be recomputed from hidden_size / heads
+    config.per_layer_config = None
+    if len(set(blocks)) == 1 and plain_config_can_say(architecture, blocks[0]):
+        for name, value in family.config_fields(blocks[0]).items():
+            setattr(config, name, value)
+        return
+    config.allow_global_per_layer_attribute_access = True  # the stock validators read global sizes
+    config.per_layer_config = {i: family.config_fields(b) for i, b in enumerate(blocks)}
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture,
+    plan: PruningPlan,
+    directory: Path,
+    *,
+    card: str,
+) -> dict[str, str]:
+    """Writes weights (safetensors), config, generation config, tokenizer, chat template and model card.
+
+    `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256.
+    """
+    model.save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))
+    path = directory / "config.json"
+    data = read_json(path)
+    _add_old_rope_fields(data)
+    if "per_layer_config" in data:
+        base = type(model).__name__
+        data["auto_map"] = {"AutoModelForCausalLM": f"{modeling_slimexport.__name__.rpartition('.')[2]}.{REMOTE_CLASS}"}
+        write_text(directory / "modeling_slimexport.py", _modelling_file(base, architecture.family.blocks))
+    write_json(path, data)
+    write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
+                                               "allocation": plan.allocation, "layout": plan.layout})  # fmt: skip
+    write_text(directory / "README.md", card)
+    return sha256_tree(directory)
+
+
+def _add_old_rope_fields(data: dict[str, Any]) -> None:
+    """transformers 5 writes `rope_parameters`; transformers 4, vLLM and llama.cpp read the older two fields."""
+    rope = data.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        data.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            data.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+
+
+def _modelling_file(base: str, blocks: str) -> str:
+    source = Path(modeling_slimexport.__file__).read_text(encoding="utf-8")
+    source = source.replace("from torch import nn\n", f"from torch import nn\nfrom transformers import {base}\n")
+    return source + f"\n\nclass {REMOTE_CLASS}(PerBlockSizes, {base}):\n    blocks_path = {blocks!r}\n"
+
+
+def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> float:
+    """Loads `directory` in a fresh process and compares logits with those of `model` (CPU, stored precision).
+
+    Returns the largest absolute difference, which is 0.0; raises NotReproducedError where it is not.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, PROBE_TOKENS), generator=generator)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
+        save_file({"ids": ids}, given)
+        threads = torch.get_num_threads()
+        result = subprocess.run(
+            [sys.executable, "-m", "slimexport.checkpoint.probe", str(directory), str(given), str(made), str(threads)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if result.returncode:
+            reason = (result.stderr.strip() or "no message").splitlines()[-1]
+            raise NotReproducedError(f"The checkpoint does not load in a fresh process: {reason}")
+        logits = load_file(made)["logits"]
+    if logits.shape != expected.shape or not torch.equal(logits, expected):
+        difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("inf")
+        raise NotReproducedError(
+            f"The reloaded checkpoint differs from the model in memory: logits by up to {difference:.3g}."
+        )
+    return 0.0
+
+
+def checkpoint_artifact(directory: Path, architecture: Architecture, files: dict[str, str], difference: float) -> ShrunkCheckpoint:
+    weights = sum((directory / name).stat().st_size for name in files if name.endswith(".safetensors"))
+    return ShrunkCheckpoint(
+        path=str(directory),
+        parameters=architecture.estimates(1).parameters,
+        bytes=weights,
+        files=files,
+        max_logit_difference=difference,
+    )

@@ -1,0 +1,147 @@
+"""The three seams through which the engine sees a model.
+
+Where a block comes from (`BlockSource`), where the finished one goes (`BlockSink`), and where the hidden states of the
+calibration set live (`HiddenStates`). Here all three are in memory, the sink with a copy on disk so that a killed run
+can go on; an implementation that streams from and to disk replaces them without touching the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from slimexport.architectures.base import Architecture, Kept
+from slimexport.artifacts import BlockTrace, from_dict, read_json, to_dict, write_json
+from slimexport.errors import BadInputError
+from slimexport.pruning.shrink import shrink_block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BlockSource(Protocol):
+    """Blocks in order. `load(i)` is the block itself, in stored precision, to be shrunk in place."""
+
+    def __len__(self) -> int: ...
+    def load(self, index: int) -> nn.Module: ...
+
+
+class BlockSink(Protocol):
+    """Takes finished blocks; knows how many an earlier, killed run has finished."""
+
+    def finished(self) -> int: ...
+    def restore(self, index: int, block: nn.Module) -> BlockTrace: ...
+    def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None: ...
+
+
+class HiddenStates(Protocol):
+    """One tensor [sequences, length, width] per calibration batch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, batch: int) -> torch.Tensor: ...
+    def __setitem__(self, batch: int, states: torch.Tensor) -> None: ...
+
+
+class ModelBlocks:
+    """Blocks of a model that is in memory."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture):
+        self._blocks = model.get_submodule(architecture.family.blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)  # type: ignore[arg-type]
+
+    def load(self, index: int) -> nn.Module:
+        return self._blocks[index]  # type: ignore[index]
+
+
+class MemoryStates(list):  # type: ignore[type-arg]
+    """Hidden states in a list, on the compute device."""
+
+
+class DirectorySink:
+    """Keeps every finished block as `NNN.safetensors` (tensors) and `NNN.json` (trace) until the run is complete.
+
+    The JSON is written last and by rename: a block counts as finished only with both files whole. `identity` says what
+    the blocks were made from; a directory made from anything else is refused, with the first difference.
+    """
+
+    def __init__(self, directory: Path, architecture: Architecture, identity: dict[str, Any], *, resume: bool):
+        self._directory, self._architecture = directory, architecture
+        if not resume:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "identity.json"
+        identity = json.loads(json.dumps(identity, default=str))
+        if path.is_file():
+            earlier = read_json(path)
+            for key in sorted({*earlier, *identity}):
+                if earlier.get(key) != identity.get(key):
+                    raise BadInputError(
+                        f"Cannot resume {directory.parent}: the interrupted run had {key} = {earlier.get(key)!r}, "
+                        f"this one has {identity.get(key)!r}. Use the same options, or start over with --force."
+                    )
+        else:
+            write_json(path, identity)
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        return self._directory / f"{index:03d}.safetensors", self._directory / f"{index:03d}.json"
+
+    def finished(self) -> int:
+        count = 0
+        while all(path.is_file() for path in self._paths(count)):
+            count += 1
+        return count
+
+    def restore(self, index: int, block: nn.Module) -> BlockTrace:
+        from safetensors.torch import load_file
+
+        tensors, meta = self._paths(index)
+        data = read_json(meta)
+        digest = data.pop("sha256")
+        if hashlib.sha256(tensors.read_bytes()).hexdigest() != digest:
+            raise BadInputError(f"{tensors} does not match its hash; start over with --force.")
+        trace = from_dict(BlockTrace, data, str(meta))
+        shrink_block(block, self._architecture, kept_of(trace), load_file(tensors))
+        return trace
+
+    def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
+        from safetensors.torch import save
+
+        tensors, meta = self._paths(index)
+        state = {w.name: block.get_parameter(w.name).detach().cpu() for w in self._architecture.block_weights()}
+        payload = save(state)
+        partial = tensors.with_suffix(".partial")
+        with open(partial, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, tensors)
+        write_json(meta, {**to_dict(trace), "sha256": hashlib.sha256(payload).hexdigest()})
+
+    def discard(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class NullSink:
+    """Keeps nothing: for the Python API and for tests."""
+
+    def finished(self) -> int:
+        return 0
+
+    def restore(self, index: int, block: nn.Module) -> BlockTrace:
+        raise NotImplementedError
+
+    def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
+        pass
+
+
+def kept_of(trace: BlockTrace) -> Kept:
+    return Kept(tuple(trace.kv_groups), tuple(trace.query_heads), tuple(trace.channels))

@@ -1,0 +1,189 @@
+"""From a ratio to legal, rounded sizes for every block; reads no weights.
+
+Legal means: every kept KV group has the same number of query heads, at least one head and one step of channels stay,
+channels are multiples of `round_to` (or the dense count), and the config of the family can say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from slimexport.architectures.base import Architecture
+from slimexport.artifacts import BlockSizes, PruningPlan
+from slimexport.errors import BadInputError
+from slimexport.pruning import allocation as allocations
+
+TOLERANCE = 0.005  # of the ratio asked, in absolute terms: what the plan may miss by rounding
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def make_plan(
+    architecture: Architecture,
+    *,
+    ratio: float,
+    criterion: str,
+    allocation: str,
+    layout: str,
+    round_to: int = 32,
+    first_ratio: float | None = None,
+    stored_dtype: str = "float32",
+) -> PruningPlan:
+    """Raises BadInputError where the ratio is beyond what legality allows, with the most that is possible."""
+    notes: list[str] = []
+    dense = architecture.blocks
+    if layout == "uniform" and len(set(dense)) > 1:
+        raise BadInputError("layout uniform needs the same sizes in every block, but this model's blocks differ already.")
+    if ratio == 0:
+        blocks = dense
+    elif layout == "uniform":
+        blocks = _uniform_blocks(architecture, ratio, round_to)
+    else:
+        _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
+        wanted = allocations.registry.get(allocation)(allocations.Request(len(dense), ratio, first_ratio))
+        blocks = _per_layer_blocks(architecture, _clip(architecture, wanted, ratio, round_to), ratio, round_to)
+    reached = ratio_of(architecture, blocks)
+    if abs(reached - ratio) > TOLERANCE:
+        notes.append(f"rounding to legal sizes reaches {reached:.4f} instead of {ratio:.4f}")
+    size = BYTES[stored_dtype]
+    return PruningPlan(
+        model_type=architecture.family.model_type,
+        criterion=criterion,
+        allocation=allocation,
+        layout=layout,
+        ratio_asked=ratio,
+        ratio=reached,
+        dense=dense,
+        blocks=blocks,
+        dense_estimates=architecture.estimates(size),
+        estimates=architecture.with_blocks(blocks).estimates(size),
+        notes=tuple(notes),
+    )
+
+
+def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:
+    """Share of the block linear parameters that `blocks` removes."""
+    dense = sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
+    return 1 - sum(architecture.block_linear_parameters(b) for b in blocks) / dense
+
+
+def head_structures(dense: BlockSizes) -> list[BlockSizes]:
+    """Every legal (KV groups, heads per group) of a block, with its dense channels."""
+    return [
+        replace(dense, kv_groups=g, heads_per_group=h)
+        for g in range(1, dense.kv_groups + 1)
+        for h in range(1, dense.heads_per_group + 1)
+    ]
+
+
+def _smallest(dense: BlockSizes, round_to: int) -> BlockSizes:
+    return BlockSizes(1, 1, min(round_to, dense.channels))
+
+
+def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence[BlockSizes]) -> None:
+    most = ratio_of(architecture, smallest)
+    if ratio > most + TOLERANCE:
+        raise BadInputError(
+            f"ratio {ratio:g} is beyond what legal sizes allow: the most that can be removed from this model is {most:.4f}."
+        )
+
+
+def _clip(architecture: Architecture, wanted: Sequence[float], ratio: float, round_to: int) -> list[float]:
+    """Wanted ratios clipped to what each block can lose; what that cuts off is handed to the others in equal parts."""
+    linear = [architecture.block_linear_parameters(b) for b in architecture.blocks]
+    most = [
+        1 - architecture.block_linear_parameters(_smallest(b, round_to)) / p
+        for b, p in zip(architecture.blocks, linear, strict=True)
+    ]
+    shift_low, shift_high = -1.0, 1.0
+    for _ in range(60):  # bisection on one shift: the mean of clip(wanted + shift) rises with it
+        shift = (shift_low + shift_high) / 2
+        clipped = [min(max(w + shift, 0.0), m) for w, m in zip(wanted, most, strict=True)]
+        mean = sum(c * p for c, p in zip(clipped, linear, strict=True)) / sum(linear)
+        shift_low, shift_high = (shift, shift_high) if mean < ratio else (shift_low, shift)
+    return clipped
+
+
+def _per_layer_blocks(
+    architecture: Architecture, ratios: Sequence[float], ratio: float, round_to: int
+) -> tuple[BlockSizes, ...]:
+    """Heads rounded with the error carried to the next block, channels filling up each block's share, and last a
+    correction of single steps until the whole is as near to the ratio as the steps allow."""
+    channel = architecture.channel_parameters()
+    blocks: list[BlockSizes] = []
+    residue: list[float] = []  # parameters that a block has too many (+) or too few (-) after rounding
+    carry = 0.0
+    for dense, share in zip(architecture.blocks, ratios, strict=True):
+        heads = _nearest_heads(architecture, dense, (1 - share) * architecture.attention_parameters(dense) - carry)
+        carry += architecture.attention_parameters(heads) - (1 - share) * architecture.attention_parameters(dense)
+        target = (1 - share) * architecture.block_linear_parameters(dense)
+        channels = _round_channels((target - architecture.attention_parameters(heads)) / channel, dense, round_to)
+        block = replace(heads, channels=channels)
+        blocks.append(block)
+        residue.append(architecture.block_linear_parameters(block) - target)
+    wanted = (1 - ratio) * sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
+    while True:
+        off = sum(architecture.block_linear_parameters(b) for b in blocks) - wanted
+        step = -1 if off > 0 else 1
+        options = [
+            (residue[i] * step, i, moved)
+            for i, (b, dense) in enumerate(zip(blocks, architecture.blocks, strict=True))
+            if (moved := _move_channels(b, dense, step, round_to)) is not None
+        ]
+        if not options:
+            return tuple(blocks)
+        _, i, moved = min(options)
+        change = (moved - blocks[i].channels) * channel
+        if abs(off + change) >= abs(off):
+            return tuple(blocks)
+        blocks[i] = replace(blocks[i], channels=moved)
+        residue[i] += change
+
+
+def _uniform_blocks(architecture: Architecture, ratio: float, round_to: int) -> tuple[BlockSizes, ...]:
+    """One size for all blocks: the legal heads nearest to an equal share, then the channels that reach the ratio."""
+    dense = architecture.blocks[0]
+    legal = [s for s in head_structures(dense) if plain_config_can_say(architecture, s)]
+    smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
+    _check_possible(architecture, ratio, [smallest] * len(architecture.blocks))
+    target = (1 - ratio) * architecture.block_linear_parameters(dense)
+    wanted = (1 - ratio) * architecture.attention_parameters(dense)
+
+    def fill(heads: BlockSizes) -> BlockSizes:
+        room = (target - architecture.attention_parameters(heads)) / architecture.channel_parameters()
+        return replace(heads, channels=_round_channels(room, dense, round_to))
+
+    def miss(block: BlockSizes) -> tuple[bool, float, int]:
+        off = abs(architecture.block_linear_parameters(block) - target) / architecture.block_linear_parameters(dense)
+        return off > TOLERANCE, abs(architecture.attention_parameters(block) - wanted), -block.query_heads
+
+    return (min((fill(s) for s in legal), key=miss),) * len(architecture.blocks)
+
+
+def plain_config_can_say(architecture: Architecture, sizes: BlockSizes) -> bool:
+    """Whether a config without per-block sizes accepts this head count."""
+    return not architecture.family.heads_divide_hidden or architecture.hidden % sizes.query_heads == 0
+
+
+def _nearest_heads(architecture: Architecture, dense: BlockSizes, wanted: float) -> BlockSizes:
+    """The legal heads whose parameters are nearest to `wanted`; of equals the one with more query heads."""
+    return min(
+        head_structures(dense),
+        key=lambda s: (abs(architecture.attention_parameters(s) - wanted), -s.query_heads),
+    )
+
+
+def _round_channels(wanted: float, dense: BlockSizes, round_to: int) -> int:
+    steps = round(wanted / round_to) * round_to
+    if wanted > dense.channels - round_to / 2:
+        return dense.channels
+    return max(min(steps, dense.channels), min(round_to, dense.channels))
+
+
+def _move_channels(block: BlockSizes, dense: BlockSizes, step: int, round_to: int) -> int | None:
+    """The next legal channel count up (+1) or down (-1), None at the end."""
+    if step > 0:
+        up = min((block.channels // round_to + 1) * round_to, dense.channels)
+        return up if up > block.channels else None
+    down = ((block.channels - 1) // round_to) * round_to
+    return down if down >= min(round_to, dense.channels) and down < block.channels else None

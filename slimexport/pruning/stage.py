@@ -1,0 +1,72 @@
+"""The prune stage: a loaded model and a plan in, the same model with really smaller tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from slimexport.artifacts import CalibrationSet, LoadedModel, PrunedModel, PruningPlan
+from slimexport.checkpoint.save import apply_sizes
+from slimexport.loading import resolve_device
+from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
+from slimexport.pruning.criteria import registry as criteria
+from slimexport.pruning.engine import Settings, first_states, prune_blocks
+
+if TYPE_CHECKING:
+    from slimexport.config import RunConfig
+
+
+def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
+    """Name of the precision the checkpoint is written in."""
+    return loaded.source.stored_dtype if config.save_dtype == "auto" else config.save_dtype
+
+
+def prune_model(
+    loaded: LoadedModel,
+    plan: PruningPlan,
+    calibration: CalibrationSet,
+    config: RunConfig,
+    *,
+    sink: BlockSink | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> PrunedModel:
+    """Prunes `loaded.model` in place (its tensors become the smaller ones, in the precision they are saved in).
+
+    With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched.
+    """
+    device = resolve_device(config.device)
+    model = loaded.model.to(dtype=getattr(torch, save_dtype_of(config, loaded)))
+    compute = _compute_dtype(config, device, model.dtype)
+    _full_float32_matmul()
+    trace = ()
+    if plan.blocks != plan.dense:
+        settings = Settings(device, compute, config.group_size_start, config.group_size_end, config.damping)
+        states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)
+        trace = prune_blocks(
+            source=ModelBlocks(model, loaded.architecture),
+            sink=sink or NullSink(),
+            states=states,
+            arguments=arguments,
+            architecture=loaded.architecture,
+            plan=plan,
+            criterion=criteria.get(plan.criterion),
+            settings=settings,
+            progress=progress,
+        )
+        apply_sizes(model.config, loaded.architecture, plan.blocks)
+    return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source)
+
+
+def _compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """float32 on the CPU, where half precision is slow; the stored precision on CUDA; or what was asked for."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else stored
+
+
+def _full_float32_matmul() -> None:
+    """TF32 keeps ten bits of mantissa: too few for H, whose smallest eigenvalues decide."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
