@@ -6,7 +6,7 @@ its first tokens, so that two runs with different seeds are measured on the same
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 OVERLAP_WINDOW = 32  # tokens
 OVERLAP_SHARE = 0.01  # of the evaluation's windows; stock phrases do occur in two honest texts
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class EvaluationText:
@@ -39,11 +37,16 @@ class EvaluationText:
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def calibrate(config: RunConfig, tokenizer: Any, model: Any = None) -> CalibrationSet:
+def calibrate(
+    config: RunConfig,
+    tokenizer: Any,
+    model: Any = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> CalibrationSet:
     """Reads `config.calibration` and returns floor(calibration_tokens / sequence_length) sequences, at least one.
 
     `input_ids` is int64 [sequences, sequence_length]. Windows do not overlap, keep the order of the text, and are
-    spread over it by `config.seed`. `model` is needed for `self` only; where given, its context length is checked.
+    spread over it by `config.seed`. `model` is needed for `self` only; where given, its context length is checked. `progress` is told of sampled sequences.
     Raises BadInputError for texts that are missing, unreadable, too short, or those of `config.eval_text`.
     """
     import torch
@@ -57,7 +60,7 @@ def calibrate(config: RunConfig, tokenizer: Any, model: Any = None) -> Calibrati
 
         if model is None:
             raise ValueError("calibrate() needs the model for --calibration self")
-        ids = generated.sample(model, tokenizer, count, length, config.seed)
+        ids = generated.sample(model, tokenizer, count, length, config.seed, progress)
         written = Text("self", (tokenizer.decode(ids.flatten()),), note=generated.NOTE)
         return CalibrationSet(ids, _source(written, ids.numel()), config.seed)
 
@@ -75,7 +78,6 @@ def calibrate(config: RunConfig, tokenizer: Any, model: Any = None) -> Calibrati
         )
     grid = torch.tensor(tokens[: windows * length], dtype=torch.int64).view(windows, length)
     ids = grid[spread(windows, count, config.seed)]
-    log.info("calibration: %d of %d windows of %d tokens from %s", count, windows, length, text.name)
     return CalibrationSet(ids, _source(text, ids.numel()), config.seed)
 
 

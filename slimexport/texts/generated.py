@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slimexport.errors import BadInputError
@@ -14,10 +13,17 @@ if TYPE_CHECKING:
 BATCH = 16
 NOTE = "sampled from the dense model itself; in the field this measured worse than real text: prefer a text of your own"
 
-log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
 
 
-def sample(model: Any, tokenizer: Any, sequences: int, length: int, seed: int) -> torch.Tensor:
+def sample(
+    model: Any,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    seed: int,
+    progress: Progress = lambda done, total, text: None,
+) -> torch.Tensor:
     """int64 [sequences, length] of the model's own text: temperature 1, no top-k, no top-p, KV cache, seeded.
 
     Every sequence begins with bos (or eos); an eos in the middle ends a document and the next one follows.
@@ -29,12 +35,11 @@ def sample(model: Any, tokenizer: Any, sequences: int, length: int, seed: int) -
     if start is None:
         raise BadInputError("The tokenizer has no bos or eos token to sample from: use --calibration FILE, not self.")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, and not the global one: nobody else's draws change
-    began = time.monotonic()
     batches: list[torch.Tensor] = []
     for done in range(0, sequences, BATCH):
         ids = torch.full((min(BATCH, sequences - done), 1), start, dtype=torch.int64)
         batches.append(_sample_batch(model, ids, length, generator))
-        log.info("self calibration: %d of %d sequences, %.0f s", done + len(ids), sequences, time.monotonic() - began)
+        progress(done + len(ids), sequences, "sequences sampled")
     return torch.cat(batches)
 
 

@@ -349,7 +349,10 @@ def test_the_model_writes_its_own_text(tokenizer: Any) -> None:
     model = tiny_model()
     asked = config(calibration="self", calibration_tokens=20 * 12, sequence_length=12)
     state = torch.random.get_rng_state()
-    first, again = calibrate(asked, tokenizer, model), calibrate(asked, tokenizer, model)
+    seen: list[tuple[int, int]] = []
+    first = calibrate(asked, tokenizer, model, lambda done, total, text: seen.append((done, total)))
+    assert seen == [(16, 20), (20, 20)]
+    again = calibrate(asked, tokenizer, model)
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
     assert (first.input_ids.shape, first.input_ids.dtype) == ((20, 12), torch.int64)
     assert (first.input_ids[:, 0] == tokenizer.eos_token_id).all()
