@@ -46,8 +46,9 @@ def calibrate(
     """Reads `config.calibration` and returns floor(calibration_tokens / sequence_length) sequences, at least one.
 
     `input_ids` is int64 [sequences, sequence_length]. Windows do not overlap, keep the order of the text, and are
-    spread over it by `config.seed`. `model` is needed for `self` only; where given, its context length is checked. `progress` is told of sampled sequences.
-    Raises BadInputError for texts that are missing, unreadable, too short, or those of `config.eval_text`.
+    spread over it by `config.seed`. `model` is needed for `self` only; where given, its context length is checked;
+    `progress` is told of the sequences it sampled. Raises BadInputError for texts that are missing, unreadable, too
+    short, or those of `config.eval_text`.
     """
     import torch
 
