@@ -106,6 +106,17 @@ class Estimates:
 
 
 @dataclass(frozen=True)
+class PruningCost:
+    """What the prune stage will take on this machine: counted operations at a rate that was measured just now."""
+
+    seconds: float
+    peak_memory_bytes: int
+    flops: float
+    flops_per_second: float
+    device: str
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """How much of every block stays. Legal (DESIGN.md, "Words") and rounded; `ratio` is what it removes exactly."""
 
@@ -120,6 +131,7 @@ class PruningPlan:
     dense_estimates: Estimates
     estimates: Estimates
     notes: tuple[str, ...] = ()
+    cost: PruningCost | None = None  # filled by `slimexport plan` only
 
 
 @dataclass(frozen=True)

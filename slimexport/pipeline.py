@@ -1,0 +1,380 @@
+"""The ordered stages (DESIGN.md, "The road"): what the CLI and the Python API call.
+
+Every function takes a run directory, does its stages, and leaves their results in it; `run` does all. A stage that is
+done already with the same inputs is skipped under `resume`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimexport.artifacts import (
+    ExportArtifact,
+    ModelSource,
+    PruningPlan,
+    ShrunkCheckpoint,
+    VerificationReport,
+    from_dict,
+    read_json,
+    staged_directory,
+    to_dict,
+    write_json,
+)
+from slimexport.config import RunConfig, make_config
+from slimexport.errors import BadInputError
+from slimexport.options import STAGES
+from slimexport.progress import Progress
+from slimexport.run_directory import (
+    BASELINE,
+    CHECKPOINT,
+    NUMERICS,
+    PLAN,
+    PRUNE,
+    REPORT,
+    VERIFICATION,
+    WORK,
+    PruneRecord,
+    RunDirectory,
+    VerifyRecord,
+)
+
+if TYPE_CHECKING:
+    from slimexport.artifacts import LoadedModel
+    from slimexport.reporting import Report
+
+
+def run(
+    config: RunConfig, output: str | Path, *, force: bool = False, resume: bool = False, progress: Progress | None = None
+) -> Report:
+    """All stages. A failed gate does not raise: `report.passed` is False (the CLI exits 3).
+
+    Raises SlimExportError with the exit code that the CLI returns.
+    """
+    progress = progress or Progress(quiet=True)
+    _check_targets(config)
+    directory = RunDirectory(Path(output))
+    with directory.locked():
+        _prune(directory, config, force=force, resume=resume, progress=progress)
+        _export(directory, config, progress)
+        _verify(directory, config, progress)
+        return _report(directory, config, progress)
+
+
+def plan(config: RunConfig) -> PruningPlan:
+    """Legal sizes, counts and estimates; reads the config of the model and no weights."""
+    from slimexport.loading import load_config
+    from slimexport.pruning.cost import with_cost
+
+    model_config, architecture = load_config(config)
+    stored = str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
+    made = _make_plan(config, architecture, stored if config.save_dtype == "auto" else config.save_dtype)
+    return with_cost(made, architecture, config)
+
+
+def prune(
+    config: RunConfig, output: str | Path, *, force: bool = False, resume: bool = False, progress: Progress | None = None
+) -> ShrunkCheckpoint:
+    """Load, calibrate, plan, prune, shrink: ends with `checkpoint/`, reloaded in a fresh process and compared."""
+    directory = RunDirectory(Path(output))
+    with directory.locked():
+        return _prune(directory, config, force=force, resume=resume, progress=progress or Progress(quiet=True))
+
+
+def export(
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, ExportArtifact]:
+    """Exports the checkpoint in `output`, and the dense model beside it; names as in the run directory."""
+    directory, config = _go_on(output, overrides)
+    _check_targets(config)
+    with directory.locked():
+        if directory.done("export") and not force and not resume:
+            raise BadInputError(f"{output} is exported already: --force replaces it, --resume keeps what is the same.")
+        return _export(directory, config, progress or Progress(quiet=True), force=force)
+
+
+def verify(
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> VerificationReport:
+    """Measures the exported graphs in `output` anew (with `resume`: only if it was not done with these options)."""
+    directory, config = _go_on(output, overrides)
+    with directory.locked():
+        return _verify(directory, config, progress or Progress(quiet=True), again=not resume)
+
+
+def report(
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Writes `report/` from what was measured, and applies the gates; measures nothing."""
+    directory, config = _go_on(output, overrides)
+    with directory.locked():
+        return _report(directory, config, progress or Progress(quiet=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _go_on(output: str | Path, overrides: dict[str, Any] | None) -> tuple[RunDirectory, RunConfig]:
+    directory = RunDirectory.existing(Path(output))
+    return directory, make_config({**directory.state["config"], **(overrides or {})}, "options", overrides or {})
+
+
+def _check_targets(config: RunConfig) -> None:
+    """Unknown names are said before minutes of pruning."""
+    from slimexport.targets import registry as targets
+
+    for name in config.target:
+        targets.get(name)
+
+
+def _fields(config: RunConfig, *stages: str) -> dict[str, Any]:
+    """The part of the config that decides the results of `stages`."""
+    data = config.model_dump(mode="json")
+    names = [name for stage in stages for name in STAGES[stage] if name != "baseline_cache"]
+    return {name: data[name] for name in names}
+
+
+def _make_plan(config: RunConfig, architecture: Any, stored_dtype: str) -> PruningPlan:
+    from slimexport.pruning.criteria import registry as criteria
+    from slimexport.pruning.planner import make_plan
+
+    criteria.get(config.criterion)
+    return make_plan(
+        architecture,
+        ratio=config.ratio,
+        criterion=config.criterion,
+        allocation=config.resolved_allocation,
+        layout=config.resolved_layout,
+        round_to=config.round_to,
+        first_ratio=config.first_ratio,
+        stored_dtype=stored_dtype,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- prune
+
+
+def _prune(
+    directory: RunDirectory, config: RunConfig, *, force: bool, resume: bool, progress: Progress
+) -> ShrunkCheckpoint:
+    from slimexport.calibration import calibrate
+    from slimexport.environment import environment
+    from slimexport.loading import load_model
+    from slimexport.pruning.blocks import DirectorySink
+    from slimexport.pruning.stage import prune_model, save_dtype_of
+
+    directory.check_free(force=force, resume=resume)
+    if resume and directory.state.get("config"):
+        _check_same_options(directory, config)
+        if directory.done("prune"):
+            directory.save(config=config.model_dump(mode="json"))
+            return directory.read(PRUNE, PruneRecord).checkpoint
+
+    started = time.monotonic()
+    with progress.stage("load"):
+        loaded = load_model(config)
+        progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
+    plan_made = _make_plan(config, loaded.architecture, save_dtype_of(config, loaded))
+    with progress.stage("calibrate"):
+        calibration = calibrate(config, loaded.tokenizer, loaded.model)
+        text = calibration.source
+        progress.note(f"{text.tokens} tokens of {text.name}")
+    # Everything the user could have got wrong has been looked at: from here on the directory is ours to write.
+    if force:
+        directory.clear()
+    directory.save(
+        config=config.model_dump(mode="json"), environment=environment(cuda=True), source=to_dict(loaded.source)
+    )
+    directory.write(PLAN, plan_made)
+    key = {**_fields(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
+    with progress.stage("prune"):
+        for note in plan_made.notes:
+            progress.note(note)
+        sink = DirectorySink(directory / WORK, loaded.architecture, {**key, **_numbers()}, resume=resume)
+        if sink.finished():
+            progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
+        pruned = prune_model(loaded, plan_made, calibration, config, sink=sink, progress=progress.update)
+    with progress.stage("shrink"):
+        checkpoint = _shrink(directory, pruned, loaded, config)
+    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint))
+    directory.finish("prune", key, time.monotonic() - started)
+    sink.discard()
+    return checkpoint
+
+
+def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig) -> ShrunkCheckpoint:
+    """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
+    import dataclasses
+
+    from slimexport.checkpoint.card import model_card
+    from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
+
+    architecture = loaded.architecture.with_blocks(pruned.plan.blocks)
+    with staged_directory(directory / CHECKPOINT) as place:
+        card = model_card(loaded.source, pruned.plan, pruned.calibration)
+        files = save_checkpoint(pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card)
+        difference = check_round_trip(pruned.model, place, config.seed)
+        made = checkpoint_artifact(place, architecture, files, difference)
+    return dataclasses.replace(made, path=CHECKPOINT)
+
+
+def _check_same_options(directory: RunDirectory, config: RunConfig) -> None:
+    """--resume is for the same run: names the first option of the pruning stages that differs."""
+    before = make_config(directory.state["config"], str(directory / "run.json"))
+    old, new = ({"model": c.model, **_fields(c, "load", "calibrate", "prune")} for c in (before, config))
+    for name, value in new.items():
+        if old[name] != value:
+            raise BadInputError(
+                f"Cannot resume {directory.path}: it was started with {name} = {old[name]!r}, not {value!r}. "
+                "Use the same options, or start over with --force."
+            )
+
+
+def _numbers() -> dict[str, Any]:
+    """What else decides the last bits: the same bytes are promised for the same machine and libraries."""
+    import torch
+
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _sizes(loaded: LoadedModel) -> str:
+    estimates = loaded.architecture.estimates(1)
+    return (
+        f"{loaded.architecture.family.model_type}, {len(loaded.architecture.blocks)} blocks, "
+        f"{estimates.parameters / 1e6:.1f} M parameters, stored as {loaded.source.stored_dtype}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def _export(
+    directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False
+) -> dict[str, ExportArtifact]:
+    from slimexport.export import baseline_for, export_checkpoint
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("prune"):
+        raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
+    key = {"prune": directory.key("prune"), **_fields(config, "export")}
+    names = [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+    if directory.done("export", key) and not force and all((directory / n).is_dir() for n in names):
+        return {name: load_artifact(directory / name) for name in names}
+    started = time.monotonic()
+    source = from_dict(ModelSource, directory.state["source"], "run.json")
+    numerics: dict[str, Any] = {}
+    with progress.stage("export"):
+        for target in config.target:
+            numerics[target] = export_checkpoint(directory / CHECKPOINT, directory / target, target, config, progress)
+            if config.baseline:
+                place = f"{BASELINE}/{target}"
+                numerics[place] = baseline_for(source, directory / place, target, config, progress)
+    write_json(directory / NUMERICS, numerics)
+    directory.finish("export", key, time.monotonic() - started)
+    directory.save(config=config.model_dump(mode="json"))
+    return {name: load_artifact(directory / name) for name in names}
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+def _verify(
+    directory: RunDirectory, config: RunConfig, progress: Progress, *, again: bool = False
+) -> VerificationReport:
+    from slimexport import verification
+    from slimexport.calibration import evaluation_ids
+    from slimexport.loading import load_tokenizer
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("export"):
+        raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
+    key = {"export": directory.key("export"), **_fields(config, "verify")}
+    if directory.done("verify", key) and not again:
+        return directory.read(VERIFICATION, VerifyRecord).report
+    started = time.monotonic()
+    record = directory.read(PRUNE, PruneRecord)
+    plan_made = directory.read(PLAN, PruningPlan)
+    numerics = read_json(directory / NUMERICS)
+    target = config.target[0]
+    baseline = f"{BASELINE}/{target}" if config.baseline and (directory / BASELINE / target).is_dir() else None
+    with progress.stage("verify"):
+        tokenizer = load_tokenizer(_as_located(directory), config)
+        text = evaluation_ids(config, tokenizer, record.calibration)
+        made = verification.verify(
+            load_artifact(directory / target),
+            load_artifact(directory / baseline) if baseline else None,
+            text,
+            config,
+            plan_made.estimates,
+            plan_made.dense_estimates,
+            numerics[target],
+            numerics.get(baseline) if baseline else None,
+            progress.update,
+        )
+    directory.write(VERIFICATION, VerifyRecord(made, text.source))
+    directory.finish("verify", key, time.monotonic() - started)
+    directory.save(config=config.model_dump(mode="json"))
+    return made
+
+
+def _as_located(directory: RunDirectory) -> Any:
+    from slimexport.loading import Located
+
+    return Located(str(directory / CHECKPOINT), "directory", directory / CHECKPOINT)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def _report(directory: RunDirectory, config: RunConfig, progress: Progress) -> Report:
+    from slimexport import gate, reporting
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("verify"):
+        raise BadInputError(f"{directory.path} is not verified yet; `slimexport verify {directory.path}` does that.")
+    record = directory.read(PRUNE, PruneRecord)
+    verified = directory.read(VERIFICATION, VerifyRecord)
+    names = [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+    made = reporting.Report(
+        source=from_dict(ModelSource, directory.state["source"], "run.json"),
+        config=config.model_dump(mode="json"),
+        plan=directory.read(PLAN, PruningPlan),
+        checkpoint=record.checkpoint,
+        verification=verified.report,
+        gates=gate.evaluate(config.all_gates(), verified.report),
+        pruning=reporting.PruningSummary.from_trace(record.trace) if record.trace else None,
+        calibration=record.calibration,
+        evaluation=verified.evaluation,
+        exports={name: load_artifact(directory / name) for name in names},
+        environment=directory.state["environment"],
+        seconds=directory.seconds(),
+        command=_command(),
+    )
+    with progress.stage("report"):
+        reporting.write_report(made, directory / REPORT)
+    return made
+
+
+def _command() -> str | None:
+    """What was typed, where it was the command line."""
+    import shlex
+    import sys
+
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]]) if name in ("slimexport", "optimum-cli") else None

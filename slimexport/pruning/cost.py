@@ -1,0 +1,86 @@
+"""What pruning will cost, counted from sizes, at a rate measured on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from slimexport.architectures.base import Architecture
+from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from slimexport.config import RunConfig
+
+# Matrix products run at the measured rate; what goes with them (norms, softmax, slicing, small solves) does not.
+OVERHEAD = 1.5
+LIBRARIES_BYTES = 600_000_000  # interpreter with torch and transformers loaded
+
+
+def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) -> PruningPlan:
+    """`plan` with an estimate of the prune stage's time and peak memory; takes about a second to measure the rate."""
+    from slimexport.loading import resolve_device
+
+    device = resolve_device(config.device)
+    tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+    flops, double = _operations(plan, architecture, tokens, config.sequence_length)
+    single_rate, double_rate = _measure(device)
+    cost = PruningCost(
+        seconds=round(OVERHEAD * (flops / single_rate + double / double_rate), 1),
+        peak_memory_bytes=_memory(plan, architecture, tokens),
+        flops=flops + double,
+        flops_per_second=single_rate,
+        device=str(device),
+    )
+    return replace(plan, cost=cost)
+
+
+def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
+    """FLOPs in the precision of the forward passes, and in float64."""
+    single = double = 0.0
+    hidden = architecture.hidden
+    for dense, kept in zip(plan.dense, plan.blocks, strict=True):
+        heads, channels = dense.query_heads * architecture.head_dim, dense.channels
+        scores = 2 * tokens * length * heads  # causal: half of QK^T and of PV
+        if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
+            single += 2 * tokens * architecture.attention_parameters(dense) + scores + 2 * tokens * heads**2
+            double += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
+        if channels != kept.channels:
+            single += 2 * tokens * architecture.channel_parameters() * channels + 2 * tokens * channels**2
+            double += _solve(channels, hidden, channels - kept.channels)
+        single += 2 * tokens * architecture.block_linear_parameters(kept) + scores
+    return single, double
+
+
+def _solve(n: int, out: int, removed: int) -> float:
+    """Cholesky and inverse of H, the eliminations, and the three error products."""
+    return n**3 + 2 * removed * n * (removed + out) + 6 * out * n**2
+
+
+def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
+    """Weights as stored, hidden states and the inputs of one block's heads in float32, and H with its inverse."""
+    widest = max(max(b.channels, _columns(b, architecture)) for b in plan.dense)
+    states = 4 * tokens * (architecture.hidden + max(_columns(b, architecture) for b in plan.dense))
+    return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2
+
+
+def _columns(sizes: BlockSizes, architecture: Architecture) -> int:
+    return sizes.query_heads * architecture.head_dim
+
+
+def _measure(device: torch.device, size: int = 1024) -> tuple[float, float]:
+    """FLOP/s of a square product in float32 and in float64, the best of a few."""
+    import torch
+
+    rates = []
+    for dtype in (torch.float32, torch.float64):
+        a = torch.randn(size, size, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a).sum().item()  # item() waits for the device
+            best = min(best, time.perf_counter() - start)
+        rates.append(2 * size**3 / best)
+    return rates[0], rates[1]
