@@ -54,7 +54,7 @@ class Main(click.Group):
 
 def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Prints one line (or JSON) for `error` and returns the exit code."""
-    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+    if isinstance(error, click.UsageError) and type(error).__name__ == "NoArgsIsHelpError":  # Click 8.2
         error.show()  # no command: the help, which is no error message
         return error.exit_code
     if isinstance(error, click.Abort | KeyboardInterrupt):

@@ -1,0 +1,295 @@
+"""The report in its five forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report_data
+
+from slimexport.artifacts import BlockTrace, Figure, ModelSource, VerificationReport
+from slimexport.cli import main as cli
+from slimexport.config import RunConfig
+from slimexport.errors import BadInputError
+from slimexport.options import given
+from slimexport.reporting import (
+    PruningSummary,
+    Report,
+    html,
+    junit,
+    load_report,
+    markdown,
+    plan_text,
+    summary,
+    to_json,
+    view,
+    write_report,
+)
+
+FAILING = ("speedup(decode.tpot_ms)>=1.5", "prefill.ttft_ms.128<=400", "ratio(memory.peak_rss_mb)<=1", "typo<=1")
+EVIL = "<script>alert(1)</script>|`x`&amp; \"'\x00\n# heading"
+
+
+def evil_report() -> Report:
+    figure = Figure(EVIL, EVIL, valid=False, note=EVIL)
+    made = report_data.report(
+        (),
+        source=ModelSource(EVIL, "hub", EVIL, EVIL, EVIL, "float32"),
+        verification=VerificationReport((figure,), notes=(EVIL,)),
+        environment={"cpu": EVIL, "packages": {EVIL: EVIL}},
+        seconds={EVIL: 1.0},
+        command=EVIL,
+    )
+    text = dataclasses.replace(made.calibration, name=EVIL, license=EVIL, note=EVIL)
+    plan = dataclasses.replace(made.plan, criterion=EVIL, notes=(EVIL,))
+    return dataclasses.replace(made, calibration=text, plan=plan)
+
+
+# ---------------------------------------------------------------------------------------------------------- content
+
+
+def test_verdicts() -> None:
+    assert report_data.report().verdict == "PASSED: all 2 gates held."
+    assert report_data.report(("accuracy.kl<=1",)).verdict == "PASSED: the gate held."
+    assert report_data.report(()).verdict == "PASSED: no gate was set, so nothing was required."
+    failing = report_data.report(("accuracy.kl<=1", "accuracy.kl<=0.1"))
+    assert failing.verdict == "FAILED: 1 of 2 gates: accuracy.kl 0.241 <= 0.1 does not hold."
+    assert not failing.passed
+
+
+def test_rows_show_dashes_intervals_and_invalid_figures() -> None:
+    rows = {row.name: row for row in view.tables(report_data.report(FAILING))[0]}
+    assert rows["memory.peak_rss_mb (MB)"].cells[1:4] == (view.DASH, "812", view.DASH)
+    assert rows["decode.tpot_ms (ms)"].ratio == "0.760 (0.744 to 0.777)"
+    invalid = rows["prefill.ttft_ms.128 (ms)"]
+    assert invalid.shrunk == "invalid: spread 38 % of the median over 10 runs"
+    assert (invalid.dense, invalid.ratio) == (view.DASH, view.DASH)
+    assert rows["decode.tpot_ms (ms)"].gate == "speedup >= 1.5 FAILED"
+    assert rows["typo"].gate == "<= 1 FAILED, undecidable"
+
+
+def test_an_invalid_number_is_printed_nowhere() -> None:
+    figure = Figure("prefill.ttft_ms.128", "ms", 987.25, 986.25, 1.001, valid=False, note="noise")
+    made = report_data.report((), verification=VerificationReport((figure,)))
+    for text in (markdown.render(made), html.render(made), summary(made)):
+        assert "987" not in text
+        assert "986" not in text
+        assert "1.001" not in text
+        assert "invalid" in text
+
+
+def test_details_are_folded_unless_a_gate_is_on_them() -> None:
+    first, rest = view.tables(report_data.report(()))
+    assert "decode.tpot_ms.p90 (ms)" in [row.name for row in rest]
+    first, rest = view.tables(report_data.report(("decode.tpot_ms.p90<=20",)))
+    assert "decode.tpot_ms.p90 (ms)" in [row.name for row in first]
+
+
+def test_many_figures_leave_a_short_first_table() -> None:
+    figures = tuple(Figure(f"f{i}", "", float(i)) for i in range(60))
+    first, rest = view.tables(report_data.report(("f59<=1",), verification=VerificationReport(figures)))
+    assert len(first) <= 15
+    assert len(first) + len(rest) == 60
+    assert first[-1].name == "f59"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0"), (3.0, "3"), (134515008, "134,515,008"), (23.371, "23.37"), (1.9e-4, "1.90e-04"),
+     (12345.6, "12,346"), (math.nan, "nan"), (math.inf, "inf"), (-0.5, "-0.5")],
+)  # fmt: skip
+def test_number(value: float | None, text: str) -> None:
+    assert view.number(value) == text
+
+
+def test_equal_neighbours_share_a_row_of_the_plan() -> None:
+    rows = view.sizes(report_data.plan())
+    assert rows[0] == ("0 to 1", "9 of 9", "3 of 3", "1472 of 1536")
+    assert rows[-1][0] == "29"
+    assert "ideal speed-up" in plan_text(report_data.plan())
+
+
+def test_command_gives_the_same_config() -> None:
+    config = RunConfig(
+        model="a model", ratio=0.3, baseline=False, trust_remote_code=True, target=("onnx", "genai"), max_kl=0.2,
+        prompt_lengths=(16,), gates=("ratio(a)<=1.5",), baseline_cache=Path("/c c"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    words = shlex.split(view.command(report_data.report(config=config.model_dump(mode="json"))))
+    assert words[:3] == ["slimexport", "run", "a model"]
+    command = cli.commands["run"]
+    with command.make_context("run", words[2:]) as ctx:
+        assert RunConfig(model="a model", **given(ctx)) == config
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    for gates in ((), FAILING):
+        made = report_data.report(gates)
+        write_report(made, tmp_path / "report")
+        assert load_report(tmp_path / "report") == made
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "junit.xml",
+        "report",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_json_is_strict_and_whole() -> None:
+    figure = Figure("a", "", math.nan, math.inf, 1.0)
+    made = report_data.report(FAILING, verification=VerificationReport((figure,), latency={"runs": [math.nan, 1.5]}))
+    data = json.loads(json.dumps(to_json(made), allow_nan=False))
+    assert data["schema_version"] == 1
+    assert data["passed"] is False
+    assert data["verdict"] == made.verdict
+    assert data["gates"][0]["gate"] == {"figure": "decode.tpot_ms", "of": "speedup", "op": ">=", "bound": 1.5}
+    assert data["verification"]["latency"] == {"runs": [None, 1.5]}
+    assert data["plan"]["blocks"][0]["channels"] == 1472
+    assert len(data["pruning"]["blocks"]) == report_data.BLOCKS
+    assert data["config"]["model"] == "smollm2-135m"
+
+
+def test_report_without_pruning_and_texts(tmp_path: Path) -> None:
+    made = report_data.report(
+        (), pruning=None, calibration=None, evaluation=None, exports={}, environment={}, seconds={}
+    )
+    write_report(made, tmp_path / "r")
+    assert load_report(tmp_path / "r") == made
+    assert "## Texts" not in markdown.render(made)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"gates": [{}]}', '{"plan": 1}'])
+def test_broken_report_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(BadInputError):
+        load_report(tmp_path)
+
+
+def test_missing_report(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="does not exist"):
+        load_report(tmp_path)
+
+
+def test_pruning_summary_from_a_trace() -> None:
+    trace = tuple(
+        BlockTrace(i, (0,), (0,), (1, 2), 0.4, 0.1, 0.5, 0.2, 1.0, 2.0, 3.0, 0.01, 100 + i, ("dead",)) for i in range(2)
+    )
+    made = PruningSummary.from_trace(trace)
+    assert (made.seconds_forward, made.seconds_hessian, made.seconds_selection) == (2.0, 4.0, 6.0)
+    assert made.peak_memory_bytes == 101
+    assert made.blocks[1].seconds == 6.0
+    assert made.blocks[1].notes == ("dead",)
+
+
+# -------------------------------------------------------------------------------------------------- Markdown, HTML
+
+
+def test_markdown_says_the_verdict_first_and_all_else() -> None:
+    text = markdown.render(report_data.report(FAILING))
+    lines = text.splitlines()
+    assert lines[0] == "# FAILED: 4 of 4 gates"
+    assert lines[1].startswith("- decode.tpot")
+    assert "| figure | dense | shrunk | ratio | ideal | gate |" in lines
+    assert "23.37 → 30.1" in text
+    assert "12" * 32 in text
+    assert "| 29 | 6 of 9 | 2 of 3 |" in text
+    assert "slimexport run smollm2-135m" in text
+    assert "torch 2.13.0+cpu" in text
+    for table in text.split("\n\n"):  # every row of a table has its header's columns
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in rows}) <= 1
+
+
+def test_markdown_lets_no_markup_through() -> None:
+    text = markdown.render(evil_report())
+    fence = text.index("```sh")
+    prose = text[:fence] + text[text.index("```\n", fence + 5) :]
+    assert "<script" not in prose
+    assert "\n# heading" not in prose
+    assert "&amp;amp;" in prose
+
+
+class Checker(HTMLParser):
+    """Counts tags; fails on what is not closed."""
+
+    VOID = frozenset({"meta", "rect", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("made", [report_data.report(), report_data.report(FAILING), evil_report()])
+def test_html_is_well_formed_and_loads_nothing(made: Report) -> None:
+    text = html.render(made)
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open
+    assert checker.seen.isdisjoint({"script", "link", "img", "iframe", "a", "heading"})
+    assert not [name for name in checker.attributes if name.startswith("on") or name in ("src", "href")]
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_html_escapes_everything() -> None:
+    text = html.render(evil_report())
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_html_has_a_bar_for_every_block() -> None:
+    text = html.render(report_data.report())
+    assert text.count("<title>block ") == 2 * report_data.BLOCKS
+    assert "block 29: 928 of 1536 channels" in text
+
+
+# ------------------------------------------------------------------------------------------------- JUnit, terminal
+
+
+def test_junit_has_a_case_for_every_gate() -> None:
+    root = ET.fromstring(junit.render(report_data.report((*FAILING, "accuracy.kl<=1"))))
+    suite = root.find("testsuite")
+    assert suite is not None
+    assert (root.tag, suite.get("tests"), suite.get("failures")) == ("testsuites", "5", "4")
+    cases = suite.findall("testcase")
+    assert [case.get("name") for case in cases] == [*FAILING, "accuracy.kl<=1"]
+    kinds = [f.get("type") if (f := case.find("failure")) is not None else None for case in cases]
+    assert kinds == ["failed", "undecidable", "undecidable", "undecidable", None]
+
+
+def test_junit_survives_any_name_and_no_gates() -> None:
+    root = ET.fromstring(junit.render(evil_report()))
+    assert root.get("tests") == "0"
+    assert "<script>" in root.find(".//property").get("value")  # type: ignore[union-attr,operator]
+
+
+def test_summary_fits_a_terminal(tmp_path: Path) -> None:
+    text = summary(report_data.report(FAILING), tmp_path / "report")
+    assert text.startswith("FAILED: 4 of 4 gates: decode.tpot_ms speedup 1.316 >= 1.5 does not hold; ")
+    assert str(tmp_path / "report" / "report.md") in text
+    table = text[text.index("figure  ") : text.index("report:")]
+    assert "prefill.ttft_ms.128 (ms): invalid: spread 38 %" in table
+    assert max(len(line) for line in table.splitlines()) < 120
