@@ -45,7 +45,8 @@ svg { display: block; width: 100%; height: 5.5rem; margin: .2rem 0 .9rem; }
 @media (max-width: 38rem) {
   .figures thead { display: none; } .figures, .figures tbody, .figures tr, .figures td { display: block; }
   .figures tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } .figures tr:last-child { border: 0; }
-  .figures td { display: flex; white-space: normal; min-width: 0; overflow-wrap: anywhere; justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0;
+  .figures td { display: flex; white-space: normal; min-width: 0; overflow-wrap: anywhere;
+    justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0;
     text-align: right; }
   .figures td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none; }
   .figures td:first-child { font-weight: 600; text-align: left; } .figures td:first-child::before { content: none; }
@@ -60,7 +61,7 @@ def render(report: Report) -> str:
     body = [
         f'<header class="verdict {state}"><h1>{escape(report.headline)}</h1>'
         f"{_list(r.message for r in failed(report.gates))}<p>{escape(view.sentence(report))}</p></header>",
-        _section("Figures", _figures(first), _soft(view.LEGEND), _list(report.verification.notes), _more(rest)),
+        _section("Figures", _figures(first), _soft(view.LEGEND), _list(view.notes(report)), _more(rest)),
         _section(
             "What was removed",
             _table(view.REMOVED_COLUMNS, view.removed(report.plan), "figures", right=(1, 2, 3)),
@@ -78,6 +79,8 @@ def render(report: Report) -> str:
         columns = ("use", "name", "tokens", "sha256", "licence, notes")
         body.append(_section("Texts", _table(columns, texts, "figures texts", right=(2,))))
     lines = [view.versions(report), view.timings(report), f"Model fingerprint {report.source.fingerprint}."]
+    if report.command:
+        lines.insert(0, f"Typed: {report.command}")
     body.append(
         _section("Do it again", f"<pre>{escape(view.command(report))}</pre>", *(_soft(line) for line in lines if line))
     )

@@ -19,7 +19,7 @@ def render(report: Report) -> str:
         _table(view.COLUMNS, [row.cells for row in first], right=(1, 2, 3, 4)),
         view.LEGEND,
     ]
-    parts += [f"- {_text(note)}" for note in report.verification.notes]
+    parts += [f"- {_text(note)}" for note in view.notes(report)]
     if rest:
         parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=(1, 2, 3, 4))))
     parts += [
@@ -38,6 +38,7 @@ def render(report: Report) -> str:
     if texts:
         parts += ["## Texts", _table(("use", "name", "tokens", "sha256", "licence, notes"), texts, right=(2,))]
     parts += ["## Do it again", f"```sh\n{view.command(report)}\n```"]
+    parts += [f"Typed: {_text(report.command)}"] if report.command else []
     parts += [_text(line) for line in (view.versions(report), view.timings(report)) if line]
     parts.append(f"Model fingerprint {_text(report.source.fingerprint)}; seed {report.config.get('seed', view.DASH)}.")
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"

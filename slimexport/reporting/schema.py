@@ -76,7 +76,8 @@ class PruningSummary:
 class Report:
     """Everything about one run. `config` is RunConfig.model_dump(mode="json"); `seconds` is by stage.
 
-    `exports` has the names of the run directory: "onnx", "baseline/onnx". `command` is what was typed, where known.
+    `exports` has the names of the run directory: "onnx", "baseline/onnx". `command` is what was typed last, where
+    known; how to do it again follows from `config`.
     """
 
     source: ModelSource

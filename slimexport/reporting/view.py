@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def percent(share: float) -> str:
 
 def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
     on_it = [r for r in results if r.gate.figure == figure.name]
-    name = f"{figure.name} ({figure.unit})" if figure.unit else figure.name
+    name = _with_unit(figure)
     gate = "; ".join(_gate(r) for r in on_it)
     state = "" if not on_it else "passed" if all(r.passed for r in on_it) else "failed"
     if not figure.valid:
@@ -106,6 +107,12 @@ def sentence(report: Report) -> str:
         if figure and figure.valid and figure.shrunk is not None and figure.baseline is not None:
             parts.append(template.format(dense=number(figure.baseline), shrunk=number(figure.shrunk)))
     return "; ".join(parts) + "."
+
+
+def notes(report: Report) -> list[str]:
+    """How the figures were measured; why one is invalid stands in its row."""
+    of_figures = [f"{f.name}: {f.note}" for f in report.verification.figures if f.note and f.valid]
+    return [*report.verification.notes, *of_figures]
 
 
 def removed(plan: PruningPlan) -> list[tuple[str, str, str, str]]:
@@ -183,9 +190,7 @@ def versions(report: Report) -> str:
 
 
 def command(report: Report) -> str:
-    """The command that does it again: what was typed, or else every setting that is not the default's."""
-    if report.command:
-        return report.command
+    """The command that does it again, from the resolved config: it needs no recipe and no earlier stage."""
     words = ["slimexport", "run", str(report.config.get("model", report.source.name))]
     defaults = json.loads(RunConfig(model="-").model_dump_json())
     for name, value in report.config.items():
@@ -224,6 +229,12 @@ def _kept(dense: BlockSizes, kept: BlockSizes) -> tuple[str, str, str]:
 
 def figure_rows(report: VerificationReport) -> list[Row]:
     return [figure_row(figure) for figure in report.figures]
+
+
+def _with_unit(figure: Figure) -> str:
+    """`accuracy.kl (nats/token)`, but not `decode.tpot_ms (ms)`: that name has said it."""
+    said = {*re.split(r"[._]", figure.name.lower()), ""}
+    return figure.name if figure.unit.lower() in said else f"{figure.name} ({figure.unit})"
 
 
 def _spec(gate: dict[str, object] | str) -> str:
