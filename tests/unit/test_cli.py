@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import subprocess
 import sys
@@ -307,3 +308,9 @@ def test_python_api_is_lazy_and_complete(pipeline) -> None:
     assert set(dir(slimexport)) >= {"run", "plan", "prune", "export", "verify", "report", "load", "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'prnue'"):
         slimexport.prnue  # noqa: B018
+
+
+def test_no_module_takes_the_name_of_a_function() -> None:
+    # Importing slimexport/export.py would put the module where slimexport.export(...) is called.
+    for name in ("run", "plan", "prune", "export", "verify", "report", "load"):
+        assert importlib.util.find_spec(f"slimexport.{name}") is None, name

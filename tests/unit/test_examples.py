@@ -1,4 +1,4 @@
-"""Examples and packaging files say what the tool understands; tests/e2e runs them."""
+"""Examples and packaging files say what the tool understands; tests/e2e/test_run_examples.py runs them."""
 
 from __future__ import annotations
 
