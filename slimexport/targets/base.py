@@ -20,7 +20,8 @@ PROVIDERS = ("cpu", "cuda")
 MANIFEST = "export.json"
 
 Check = Callable[[ExportArtifact], None]
-"""Raises NotReproducedError when the graph in `artifact.path` does not compute what the model computes."""
+"""Raises NotReproducedError when the graph in `artifact.path` does not compute what the model computes, BadInputError
+when ONNX Runtime cannot open it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ExportOptions:
         ):
             if value not in known:
                 raise BadInputError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+        if self.precision == "bf16" and self.provider == "cpu":
+            raise BadInputError("ONNX Runtime does not compute in bf16 on the CPU: use fp32, or the provider cuda.")
 
 
 class Target(Protocol):

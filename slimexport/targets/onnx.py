@@ -37,29 +37,31 @@ class OnnxTarget:
         check: Check | None = None,
     ) -> ExportArtifact:
         directory = Path(directory)
-        _require_packages()
-        builders = [b for b in _BUILDERS if options.builder in ("auto", b.name)]
+        _require(*_PACKAGES, *(("onnxruntime",) if check else ()))
+        builders = [builder for builder in _BUILDERS if options.builder in ("auto", builder.name)]
         notes: list[str] = []
         for builder in builders:
             last = builder is builders[-1]
             _empty(directory)
             try:
                 artifact = _export_with(builder, model, tokenizer, directory, options, tuple(notes))
-                if check is not None:
-                    check(artifact)
-                return artifact
             except BuilderUnsupportedError as error:
                 if last:
-                    tried = "".join(f" {note}" for note in notes)
-                    raise BadInputError(
-                        f"The {builder.name} builder cannot export this model: {error}{tried}"
-                    ) from error
+                    tried = " ".join(notes)
+                    message = f"The {builder.name} builder cannot export this model: {error} {tried}"
+                    raise BadInputError(message) from error
                 notes.append(f"The {builder.name} builder was not used: {error}")
-            except NotReproducedError as error:
+                continue
+            if check is None:
+                return artifact
+            try:
+                check(artifact)
+                return artifact
+            except (NotReproducedError, BadInputError) as error:  # BadInputError: ONNX Runtime cannot open the graph
                 if last:
                     raise
                 notes.append(f"The {builder.name} builder's graph was dropped: {error}")
-        raise AssertionError("no builder")  # ExportOptions allows known names only
+        raise AssertionError(options.builder)  # ExportOptions lets known names through only
 
 
 def _export_with(
@@ -94,8 +96,8 @@ def _export_with(
     return artifact
 
 
-def _require_packages() -> None:
-    for name in _PACKAGES:
+def _require(*packages: str) -> None:
+    for name in packages:
         if importlib.util.find_spec(name) is None:
             raise BadInputError(f"Exporting to ONNX needs the package {name!r}: pip install 'slimexport[cpu]'.")
 

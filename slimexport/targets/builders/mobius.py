@@ -24,6 +24,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Positions turn as in torch for every length; "dynamic" and "longrope" depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+_GQA_HEAD_DIM = 16  # GroupQueryAttention needs a multiple of this (a rotary half of 8)
+
 _DTYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
@@ -38,15 +40,17 @@ class MobiusBuilder:
             raise BuilderUnsupportedError(f"model type {family!r} is not among those checked: {', '.join(FAMILIES)}.")
         sizes = block_sizes(model)
         try:
-            package = _build(model, sizes, options)
+            package, notes = _build(model, sizes, options)
         except (BuilderUnsupportedError, MemoryError):
             raise
         except Exception as error:  # 0.x: any exception of its own means that this model is not for it
             raise BuilderUnsupportedError(f"it failed with {type(error).__name__}: {error}") from error
         graph = package["model"].graph
+        operators = [node.op_type for node in graph]
+        fused, plain = operators.count("GroupQueryAttention"), operators.count("Attention")
+        if fused + plain != len(sizes):
+            raise BuilderUnsupportedError(f"its graph has {fused + plain} attention operators for {len(sizes)} blocks.")
         package.save(str(directory), progress_bar=False)
-        attention = [node.op_type for node in graph if node.op_type in ("GroupQueryAttention", "Attention")]
-        fused = attention.count("GroupQueryAttention")
         return BuiltGraph(
             inputs=tuple(value.name for value in graph.inputs),
             outputs=tuple(value.name for value in graph.outputs),
@@ -55,11 +59,12 @@ class MobiusBuilder:
             head_dim=head_dim(model),
             left_padding=fused == 0,  # GroupQueryAttention takes the last positions from the mask's sum
             shared_kv=fused == len(sizes),
+            notes=notes,
         )
 
 
-def _build(model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportOptions) -> Any:
-    """The mobius ModelPackage of `model`, weights applied."""
+def _build(model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
+    """The mobius ModelPackage of `model`, weights applied, and notes."""
     import mobius
 
     module_class = mobius.registry.get(model.config.model_type)
@@ -67,16 +72,17 @@ def _build(model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportO
     module = module_class(config)
     layers = [type(module.model.layers[0])(_block_config(config, block)) for block in sizes]
     module.model.layers = type(module.model.layers)(layers)
-    provider = _execution_provider(config, options)
-    package = mobius.build_from_module(
-        module, config, task=_per_block_task(sizes), execution_provider=provider, trace_optimization=False
-    )
+    provider, notes = _execution_provider(config, options)
+    package = mobius.build_from_module(module, config, task=_per_block_task(sizes), execution_provider=provider)
+    graph = package["model"].graph
     weights = _weights(model, tied=config.tie_word_embeddings)
-    if unknown := sorted(set(weights) - set(package["model"].graph.initializers)):
-        raise BuilderUnsupportedError(f"its graph has no place for the weight {unknown[0]!r}.")
+    if unknown := sorted(set(weights) - set(graph.initializers)):
+        raise BuilderUnsupportedError(f"its graph has no place for the weight {unknown[0]}.")
     package.apply_weights(weights)
-    package["model"].graph.name = model.config.model_type
-    return package
+    if missing := sorted(name for name, value in graph.initializers.items() if value.const_value is None):
+        raise BuilderUnsupportedError(f"the model has no weight {missing[0]}.")
+    graph.name = model.config.model_type
+    return package, notes
 
 
 def _architecture(
@@ -100,19 +106,23 @@ def _architecture(
         mlp_bias=linear(block, "mlp.gate_proj").bias is not None,
         tie_word_embeddings=_is_tied(model),
         quantization=None,
-        layer_types=_layer_types(hf_config),
+        sliding_window=_window(hf_config),
     )
     return _block_config(config, sizes[0])
 
 
-def _layer_types(config: Any) -> list[str] | None:
-    """Refuses windows that differ per block: mobius would silently attend to everything instead."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
+def _window(config: Any) -> int | None:
+    """The sliding window, where it is shorter than the longest sequence.
+
+    Refuses windows that differ per block: mobius would silently attend to everything instead.
+    """
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if not window or window >= config.max_position_embeddings or types == {"full_attention"}:
         return None
-    if getattr(config, "sliding_window", None) and len(set(types)) > 1:
+    if len(types) > 1:
         raise BuilderUnsupportedError("blocks with and without sliding window in one model.")
-    return list(types)
+    return int(window)
 
 
 def _block_config(config: Any, block: BlockSizes) -> Any:
@@ -124,20 +134,19 @@ def _block_config(config: Any, block: BlockSizes) -> Any:
     )
 
 
-def _execution_provider(config: Any, options: ExportOptions) -> str:
-    """mobius' name for what the graph is optimised for. Raises where the result would be slow or wrong."""
+def _execution_provider(config: Any, options: ExportOptions) -> tuple[str, tuple[str, ...]]:
+    """mobius' name for what the graph is optimised for, and a note where that is not the provider asked for."""
     import mobius
 
-    fused = config.dtype in mobius.ep_registry.require(options.provider).gqa_dtypes
-    if fused and config.head_dim % 16:
-        raise BuilderUnsupportedError(
-            f"GroupQueryAttention needs a head_dim that is a multiple of 16, not {config.head_dim}."
-        )
+    provider = options.provider
+    notes: tuple[str, ...] = ()
+    fused = config.dtype in mobius.ep_registry.require(provider).gqa_dtypes
+    if fused and config.head_dim % _GQA_HEAD_DIM:
+        provider, fused = "default", False
+        notes = (f"head_dim {config.head_dim} is no multiple of {_GQA_HEAD_DIM}: without GroupQueryAttention.",)
     if not fused and config.sliding_window:
-        raise BuilderUnsupportedError(
-            f"no sliding window without GroupQueryAttention ({options.provider}, {options.precision})."
-        )
-    return options.provider
+        raise BuilderUnsupportedError("no sliding window without GroupQueryAttention.")
+    return provider, notes
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
