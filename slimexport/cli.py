@@ -163,6 +163,7 @@ def _working(quiet: bool, debug: bool) -> Iterator[Progress]:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours says the same
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(sys.stderr), Progress(quiet=quiet) as progress:
@@ -249,7 +250,7 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
         from slimexport import artifacts, pipeline, reporting
 
         checkpoint = pipeline.prune(config, output, **flags, progress=progress)
-    _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint))
+    _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint, output))
 
 
 @main.command(cls=ConfigCommand, stages=("export",))

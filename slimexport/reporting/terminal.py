@@ -32,10 +32,10 @@ def plan_text(plan: PruningPlan) -> str:
     return "\n".join([*lines, *plan.notes])
 
 
-def checkpoint_text(checkpoint: ShrunkCheckpoint) -> str:
+def checkpoint_text(checkpoint: ShrunkCheckpoint, output: Path) -> str:
     return (
-        f"{checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB; reloaded in a "
-        f"fresh process, largest logit difference {view.number(checkpoint.max_logit_difference)}"
+        f"{output / checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB; "
+        f"reloaded in a fresh process, largest logit difference {view.number(checkpoint.max_logit_difference)}"
     )
 
 

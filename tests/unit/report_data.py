@@ -64,7 +64,7 @@ def report(gates: tuple[str, ...] = ("ratio(accuracy.perplexity)<=1.5", "speedup
         "source": ModelSource("smollm2-135m", "builtin", "/models/smollm2.gguf", None, "ab" * 32, "float32"),
         "config": config,
         "plan": plan(),
-        "checkpoint": ShrunkCheckpoint("out/checkpoint", 107_900_000, 431_600_000, {"config.json": "cd" * 32}, 0.0),
+        "checkpoint": ShrunkCheckpoint("checkpoint", 107_900_000, 431_600_000, {"config.json": "cd" * 32}, 0.0),
         "verification": verification,
         "gates": evaluate(made, verification),
         "pruning": PruningSummary(blocks, 21.0, 14.2, 17.9, 1_900_000_000),

@@ -183,7 +183,7 @@ def test_plan_prints_sizes_and_savings(cli, pipeline) -> None:
 
 
 def test_other_results_for_people(cli, pipeline, tmp_path) -> None:
-    assert "107,900,000 parameters" in cli("prune", "m", "-o", tmp_path)[1]
+    assert f"{tmp_path}/checkpoint: 107,900,000 parameters" in cli("prune", "m", "-o", tmp_path)[1]
     assert "onnx: out/onnx (onnx, mobius, fp32, cpu)" in cli("export", tmp_path)[1]
     assert "accuracy.perplexity" in cli("verify", tmp_path)[1]
 
