@@ -173,7 +173,7 @@ def _make_plan(config: RunConfig, architecture: Any, stored_dtype: str) -> Pruni
 def _prune(
     directory: RunDirectory, config: RunConfig, *, force: bool, resume: bool, progress: Progress
 ) -> ShrunkCheckpoint:
-    from slimexport.calibration import calibrate
+    from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
     from slimexport.loading import load_model
     from slimexport.pruning.blocks import DirectorySink
@@ -192,8 +192,9 @@ def _prune(
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     plan_made = _make_plan(config, loaded.architecture, save_dtype_of(config, loaded))
     with progress.stage("calibrate"):
-        calibration = calibrate(config, loaded.tokenizer, loaded.model)
+        calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
         text = calibration.source
+        check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
         progress.note(f"{text.tokens} tokens of {text.name}")
     # Everything the user could have got wrong has been looked at: from here on the directory is ours to write.
     if force:
@@ -298,7 +299,7 @@ def _verify(
     directory: RunDirectory, config: RunConfig, progress: Progress, *, again: bool = False
 ) -> VerificationReport:
     from slimexport import verification
-    from slimexport.calibration import evaluation_ids
+    from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.loading import load_tokenizer
     from slimexport.targets.base import load_artifact
 
@@ -316,6 +317,8 @@ def _verify(
     with progress.stage("verify"):
         tokenizer = load_tokenizer(_as_located(directory), config)
         text = evaluation_ids(config, tokenizer, record.calibration)
+        if config.calibration != "self":  # the model's own samples are in no text
+            check_overlap(calibrate(config, tokenizer), text)
         made = verification.verify(
             load_artifact(directory / target),
             load_artifact(directory / baseline) if baseline else None,

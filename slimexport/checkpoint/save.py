@@ -72,6 +72,8 @@ def save_checkpoint(
     write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
                                                "allocation": plan.allocation, "layout": plan.layout})  # fmt: skip
     write_text(directory / "README.md", card)
+    for file in directory.iterdir():
+        file.chmod(0o644)  # transformers writes weights for the owner's eyes only
     return sha256_tree(directory)
 
 

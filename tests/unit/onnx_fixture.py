@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimexport.artifacts import ExportArtifact, to_dict, write_json
+from slimexport.targets.base import ExportOptions
+from slimexport.targets.builders.mobius import MobiusBuilder
+from slimexport.targets.files import write_config
 
 VOCAB = 96
 HEAD_DIM = 16
+POSITIONS = 256
 
 
 def tiny_llama(seed: int = 0, channels: int = 80, kv_heads: int = 2, scale: float = 6.0) -> LlamaForCausalLM:
@@ -25,7 +28,9 @@ def tiny_llama(seed: int = 0, channels: int = 80, kv_heads: int = 2, scale: floa
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=HEAD_DIM,
-        max_position_embeddings=256,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=None,
+        eos_token_id=None,
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).eval()
@@ -36,20 +41,11 @@ def tiny_llama(seed: int = 0, channels: int = 80, kv_heads: int = 2, scale: floa
     return model
 
 
-def export_tiny(model: LlamaForCausalLM, directory: Path, *, manifest: bool = True) -> ExportArtifact:
-    """Writes model.onnx and config.json (and export.json) into `directory`."""
-    from mobius._builder import build_from_module
-    from mobius._config_resolver import _config_from_hf
-    from mobius._registry import registry
-
-    config = _config_from_hf(model.config)
-    module = registry.get("llama")(config)
-    package = build_from_module(module, config, execution_provider="cpu")
-    package.apply_weights(module.preprocess_weights(dict(model.state_dict())))
+def export_tiny(model: LlamaForCausalLM, directory: Path) -> ExportArtifact:
+    """Writes model.onnx, config.json and export.json into `directory`: an export without a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    package.save(str(directory), progress_bar=False)
-    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
-    kv = [f"{n}.{part}" for n in range(3) for part in ("key", "value")]
+    graph = MobiusBuilder().build(model, directory, ExportOptions())
+    write_config(model, directory)
     artifact = ExportArtifact(
         path=str(directory),
         target="onnx",
@@ -57,12 +53,11 @@ def export_tiny(model: LlamaForCausalLM, directory: Path, *, manifest: bool = Tr
         precision="fp32",
         provider="cpu",
         files={},
-        inputs=("input_ids", "attention_mask", *(f"past_key_values.{name}" for name in kv)),
-        outputs=("logits", *(f"present.{name}" for name in kv)),
-        kv_heads=(model.config.num_key_value_heads,) * 3,
-        head_dim=HEAD_DIM,
-        left_padding=False,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        kv_heads=graph.kv_heads,
+        head_dim=graph.head_dim,
+        left_padding=graph.left_padding,
     )
-    if manifest:
-        write_json(directory / "export.json", to_dict(artifact))
+    write_json(directory / "export.json", to_dict(artifact))
     return artifact
