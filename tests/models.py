@@ -37,8 +37,8 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     for name, parameter in model.named_parameters():
         scale = 0.1 if name.endswith("bias") else 0.15
         noise = torch.randn_like(parameter) * scale
-        parameter.data = 1 + noise if "norm" in name else noise
-    return model.to(dtype).eval().requires_grad_(False)
+        parameter.data = (1 + noise if "norm" in name else noise).to(dtype)  # not the rotary buffers
+    return model.eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> Any:

@@ -37,8 +37,11 @@ def prune_model(
     With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched.
     """
     device = resolve_device(config.device)
-    model = loaded.model.to(dtype=getattr(torch, save_dtype_of(config, loaded)))
-    compute = _compute_dtype(config, device, model.dtype)
+    model = loaded.model
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    for parameter in model.parameters():  # and not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(stored)
+    compute = _compute_dtype(config, device, stored)
     _full_float32_matmul()
     trace = ()
     if plan.blocks != plan.dense:

@@ -1,0 +1,172 @@
+"""Intervals, the rule for invalid measurements, and what is measured in which order. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from math import comb
+
+import numpy as np
+import pytest
+
+from slimexport.artifacts import Estimates
+from slimexport.runtime import TimedGreedy
+from slimexport.verification import latency as latency_module
+from slimexport.verification.intervals import defect, median, paired_figure, relative_iqr
+from slimexport.verification.latency import measure_latency
+
+TEXT = np.arange(1000)
+ESTIMATES = Estimates(100, 80, 400, 300, 200, 4)
+DENSE = Estimates(200, 160, 800, 600, 500, 8)
+
+
+class FakeDecoder:
+    """Answers with scripted times and writes down who was called with what."""
+
+    provider, threads = "cpu", 2
+
+    def __init__(self, name, calls, seconds, max_positions=None):
+        self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
+
+    def forward(self, ids, past=None):
+        self.calls.append((self.name, "untimed", ids.shape[1]))
+
+    def timed_greedy(self, prompt, steps):
+        self.calls.append((self.name, len(prompt), steps, tuple(prompt[:3])))
+        return TimedGreedy(self.seconds * len(prompt), tuple([self.seconds] * steps), tuple(range(steps + 1)))
+
+
+def measured(runs=4, lengths=(8, 32), baseline=True, positions=None, **options):
+    calls = []
+    shrunk = FakeDecoder("shrunk", calls, 0.010, positions)
+    dense = FakeDecoder("baseline", calls, 0.015) if baseline else None
+    made = measure_latency(shrunk, dense, TEXT, prompt_lengths=lengths, decode_tokens=16, runs=runs, seed=0, **options)
+    return made, calls
+
+
+def test_figures_ratios_and_ideals():
+    made, _ = measured(shrunk_estimates=ESTIMATES, baseline_estimates=DENSE)
+    figures = {f.name: f for f in made.figures}
+    assert list(figures) == [
+        "prefill.ttft_ms.8",
+        "prefill.ttft_ms.32",
+        "decode.tpot_ms",
+        "decode.itl_ms.p50",
+        "decode.itl_ms.p90",
+        "decode.itl_ms.p99",
+        "decode.tokens_per_s",
+    ]
+    assert figures["prefill.ttft_ms.8"].shrunk == pytest.approx(80)
+    assert figures["prefill.ttft_ms.8"].ideal == pytest.approx(200 / 500)
+    tpot = figures["decode.tpot_ms"]
+    assert (tpot.shrunk, tpot.baseline, tpot.ratio) == (pytest.approx(10), pytest.approx(15), pytest.approx(2 / 3))
+    context = 128 + 15 / 2  # mean length of the cache that a decoded token reads
+    assert tpot.ideal == pytest.approx((300 + 4 * context) / (600 + 8 * context))
+    rate = figures["decode.tokens_per_s"]
+    assert rate.better == "higher"
+    assert rate.shrunk == pytest.approx(100)
+    assert rate.ratio == pytest.approx(1.5)
+    assert rate.ideal == pytest.approx(1 / tpot.ideal)
+    assert all(f.valid for f in made.figures)
+    json.dumps(made.details)
+    assert np.median(made.details["tpot_ms"]["shrunk"]) == pytest.approx(tpot.shrunk)
+
+
+def test_models_take_turns_on_the_same_prompt():
+    made, calls = measured(runs=4, lengths=(8,))
+    timed = [call for call in calls if call[1] != "untimed"]
+    pairs = list(zip(timed[::2], timed[1::2], strict=True))
+    assert len(pairs) == (1 + 4) * 2  # a warm-up round and four; one prompt length and decoding
+    for first, second in pairs:
+        assert {first[0], second[0]} == {"shrunk", "baseline"}
+        assert first[1:] == second[1:]
+    assert [order[0] for order in made.details["order"]] == ["shrunk", "baseline"] * 2
+    assert [first[0] for first, _ in pairs[2::2]] == ["shrunk", "baseline"] * 2
+    assert len({first[3] for first, _ in pairs[2::2]}) > 1  # another prompt in every round
+    # Each TTFT is preceded by an untimed token of the same model.
+    for before, call in pairwise(calls):
+        if call[1] == 8:
+            assert before == (call[0], "untimed", 1)
+    assert calls == measured(runs=4, lengths=(8,))[1]
+
+
+def test_warm_up_is_not_recorded():
+    made, _ = measured(runs=3)
+    assert [len(times) for times in made.details["ttft_ms"]["shrunk"].values()] == [3, 3]
+    assert [len(run) for run in made.details["itl_ms"]["baseline"]] == [16] * 3
+
+
+def test_without_baseline_and_without_runs():
+    made, _ = measured(baseline=False)
+    assert all(f.ratio is None and f.baseline is None and f.shrunk is not None for f in made.figures)
+    made, calls = measured(runs=0)
+    assert (made.figures, made.details, calls) == ((), {}, [])
+    assert "latency_runs is 0" in made.notes[0]
+
+
+def test_prompts_that_do_not_fit_are_left_out_with_a_note():
+    made, _ = measured(lengths=(8, 32, 512), positions=40)
+    assert [f.name for f in made.figures][:3] == ["prefill.ttft_ms.8", "prefill.ttft_ms.32", "decode.tpot_ms"]
+    assert made.details["decode_prompt_tokens"] == 24
+    assert made.notes == ("Prompts of 512 tokens do not fit the model's 40 positions.",)
+    made, _ = measured(lengths=(8,), positions=16)
+    assert [f.name for f in made.figures] == ["prefill.ttft_ms.8"]
+    assert "Decoding 16 tokens" in made.notes[0]
+
+
+def test_prompts_longer_than_the_text_repeat_it():
+    rng = np.random.default_rng(0)
+    assert latency_module._stretch(np.array([1, 2, 3]), 7, rng).tolist() == [1, 2, 3, 1, 2, 3, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(("n", "rank"), [(5, 1), (6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (20, 6), (30, 10)])
+def test_median_interval_takes_the_textbook_ranks(n, rank):
+    found = median(range(1, n + 1))
+    assert (found.low, found.high) == (rank, n + 1 - rank)
+    assert found.coverage == pytest.approx(1 - 2 * sum(comb(n, j) for j in range(rank)) / 2**n)
+    assert n < 6 or found.coverage >= 0.95
+
+
+def test_median_of_one_and_two():
+    assert (median([3.0]).low, median([3.0]).high, median([3.0]).coverage) == (3, 3, 0)
+    assert (median([3.0, 4.0]).value, median([3.0, 4.0]).coverage) == (3.5, 0.5)
+
+
+def test_interval_covers_the_median_of_a_skewed_distribution():
+    draws = np.random.default_rng(0).lognormal(0, 1, (4000, 10))
+    hits = sum(found.low <= 1 <= found.high for found in map(median, draws))
+    assert hits / 4000 == pytest.approx(1 - 2 * 11 / 1024, abs=0.01)
+
+
+def test_what_makes_a_measurement_worthless():
+    assert "2 runs" in str(defect([1.0, 1.0]))
+    assert defect([1.0, 1.01, 0.99]) is None
+    assert "spreads over" in str(defect([1.0, 1.0, 1.6, 1.7, 1.0, 1.7]))
+    # The middle half is steady, the interval of so few runs is not.
+    assert "confidence interval" in str(defect([0.6, 0.99, 1.0, 1.01, 1.02, 1.4]))
+    assert defect([0.6, *np.linspace(0.98, 1.02, 20), 1.4]) is None
+    assert relative_iqr([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+
+
+def test_a_slow_phase_of_the_machine_leaves_the_paired_ratio_alone():
+    phase = np.array([1, 1, 1, 3, 3, 3, 3, 1, 1, 1])
+    figure = paired_figure("x", "ms", 2.0 * phase, 4.0 * phase)
+    assert (figure.ratio, figure.ratio_low, figure.ratio_high, figure.valid) == (0.5, 0.5, 0.5, True)
+    assert "only the ratio is steady" in figure.note
+    alone = paired_figure("x", "ms", 2.0 * phase, None)
+    assert not alone.valid
+    assert "spreads over" in alone.note
+
+
+def test_an_outlier_does_not_move_the_ratio():
+    shrunk = [1.0] * 9 + [50.0]
+    figure = paired_figure("x", "ms", shrunk, [2.0] * 10)
+    assert (figure.ratio, figure.valid) == (0.5, True)
+
+
+def test_nothing_measured_is_invalid():
+    figure = paired_figure("x", "ms", [], [])
+    assert (figure.valid, figure.shrunk) == (False, None)
