@@ -1,0 +1,142 @@
+"""Everything measured on the exported graphs: shrunk beside baseline, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slimexport.artifacts import Estimates, ExportArtifact, Figure, TextSource, VerificationReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from slimexport.config import RunConfig
+    from slimexport.runtime import OnnxDecoder
+
+Progress = Callable[[float, float, str], None]
+"""Called with done, total and what is counted; a smaller `done` starts the next loop (`progress.Progress.update`)."""
+
+
+class EvaluationText(Protocol):
+    """What `verify` needs of an evaluation text: token ids int64 [n], and where they came from."""
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+
+    @property
+    def source(self) -> TextSource: ...
+
+
+def verify(
+    shrunk: ExportArtifact,
+    baseline: ExportArtifact | None,
+    eval_text: EvaluationText,
+    config: RunConfig,
+    shrunk_estimates: Estimates | None,
+    baseline_estimates: Estimates | None,
+    shrunk_numerics: dict[str, Any],
+    baseline_numerics: dict[str, Any] | None,
+    progress: Progress | None = None,
+) -> VerificationReport:
+    """Measures both graphs: footprint, accuracy on `eval_text`, latency. No torch model is needed.
+
+    The numerics were found at the export, where the torch models were in memory (`numerics.check_export`); they become
+    figures here. Without a baseline all ratios and the KL divergence are missing. Raises BadInputError if a graph
+    cannot be opened with `config.provider`, or a window does not fit the model.
+    """
+    import numpy as np
+
+    from slimexport.errors import BadInputError
+    from slimexport.runtime import OnnxDecoder, default_threads
+    from slimexport.verification.footprint import process_figures, size_figure
+    from slimexport.verification.latency import measure_latency
+    from slimexport.verification.perplexity import accuracy
+
+    ids = np.asarray(eval_text.input_ids, np.int64)
+    places = Path(shrunk.path), Path(baseline.path) if baseline else None
+    threads = config.threads or default_threads()
+
+    def telling(text: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else (lambda done, total: progress(done, total, text))
+
+    processes: tuple[Figure, ...] = ()
+    footprint: dict[str, Any] = {}
+    if config.latency_runs:  # before this process fills the memory with both graphs
+        processes, footprint = process_figures(*places, config.provider, threads, telling("loads"))
+    own = OnnxDecoder(places[0], config.provider, threads)
+    dense = OnnxDecoder(places[1], config.provider, threads) if places[1] else None
+    if own.max_positions is not None and config.eval_window > own.max_positions:
+        raise BadInputError(
+            f"eval_window {config.eval_window} is longer than the model's {own.max_positions} positions."
+        )
+    scored = accuracy(own, dense, ids, config.eval_window, telling("tokens of evaluation text"))
+    latency = measure_latency(
+        own,
+        dense,
+        ids,
+        prompt_lengths=config.prompt_lengths,
+        decode_tokens=config.decode_tokens,
+        runs=config.latency_runs,
+        seed=config.seed,
+        shrunk_estimates=shrunk_estimates,
+        baseline_estimates=baseline_estimates,
+        progress=telling("latency rounds"),
+    )
+    figures = (
+        *scored.figures(),
+        *latency.figures,
+        size_figure(*places),
+        *processes,
+        _kv_figure(own, dense),
+        *_numerics_figures(shrunk_numerics, baseline_numerics),
+    )
+    return VerificationReport(
+        figures=figures,
+        numerics={"shrunk": shrunk_numerics, "baseline": baseline_numerics},
+        accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
+        latency={**latency.details, "processes": footprint} if config.latency_runs else {},
+        notes=latency.notes,
+    )
+
+
+def _kv_figure(own: OnnxDecoder, dense: OnnxDecoder | None) -> Figure:
+    mine, other = own.signature.kv_bytes_per_token, dense.signature.kv_bytes_per_token if dense else None
+    return Figure(
+        "memory.kv_bytes_per_token",
+        "bytes",
+        shrunk=mine,
+        baseline=other,
+        ratio=mine / other if other else None,
+        note="keys and values of all blocks, as the graph holds them",
+    )
+
+
+def _numerics_figures(own: dict[str, Any], dense: dict[str, Any] | None) -> tuple[Figure, ...]:
+    def pair(data: dict[str, Any] | None, key: str) -> float | None:
+        return None if data is None else data.get(key)
+
+    def agreement(data: dict[str, Any] | None) -> float | None:
+        return data["greedy_equal"] / data["greedy_tokens"] if data and data.get("greedy_tokens") else None
+
+    ties = len(own.get("ties", ()))
+    return (
+        *(
+            Figure(
+                f"numerics.{key}",
+                "logits",
+                shrunk=pair(own, key),
+                baseline=pair(dense, key),
+                note="graph against torch",
+            )
+            for key in ("max_logit_difference", "mean_logit_difference")
+        ),
+        Figure(
+            "numerics.greedy_agreement",
+            "share",
+            shrunk=agreement(own),
+            baseline=agreement(dense),
+            better="higher",
+            note=f"greedy tokens of graph and torch; {ties} ties within the tolerance",
+        ),
+    )

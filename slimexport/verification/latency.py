@@ -1,0 +1,178 @@
+"""TTFT, TPOT and ITL of the exported graphs, shrunk and baseline interleaved in one run.
+
+TTFT: from the prompt's token ids to the first token on the host, with an empty cache. ITL: time between two output
+tokens after that. TPOT: the mean ITL of one run. Batch 1, greedy, no queue, no network, tokenisation not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimexport.artifacts import Estimates, Figure
+from slimexport.runtime import OnnxDecoder
+from slimexport.verification.intervals import paired_figure, rounded
+
+DECODE_PROMPT = 128  # tokens before the decoded ones
+PERCENTILES = (50, 90, 99)
+
+Progress = Callable[[int, int], None]
+"""Called with rounds done and rounds in all."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """`details` holds every time that was measured, so that the figures can be recomputed."""
+
+    figures: tuple[Figure, ...]
+    details: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Times:
+    """Seconds of one model: TTFT [length][round], ITL [round][token]."""
+
+    ttft: dict[int, list[float]]
+    itl: list[list[float]]
+
+
+def measure_latency(
+    shrunk: OnnxDecoder,
+    baseline: OnnxDecoder | None,
+    text: NDArray[np.int64],
+    *,
+    prompt_lengths: Sequence[int],
+    decode_tokens: int,
+    runs: int,
+    seed: int,
+    shrunk_estimates: Estimates | None = None,
+    baseline_estimates: Estimates | None = None,
+    progress: Progress | None = None,
+) -> Latency:
+    """Measures `runs` rounds after one round of warm-up.
+
+    Within a round every measurement is made on both models back to back, on the same prompt (a stretch of `text` int64
+    [n], chosen by `seed`, another one each round); which model goes first alternates. Prompts that do not fit the
+    model's positions are left out, with a note. The ratios' `ideal` follows from the estimates, where given.
+    """
+    if runs == 0:
+        return Latency((), {}, ("Latency, load time and peak memory were not measured (latency_runs is 0).",))
+    decoders = {"shrunk": shrunk} if baseline is None else {"shrunk": shrunk, "baseline": baseline}
+    positions = min((d.max_positions for d in decoders.values() if d.max_positions is not None), default=10**9)
+    lengths = [length for length in prompt_lengths if length <= positions]
+    prompt_tokens = min(DECODE_PROMPT, positions - decode_tokens)
+    notes = [
+        f"Prompts of {n} tokens do not fit the model's {positions} positions." for n in prompt_lengths if n > positions
+    ]
+    if prompt_tokens < 1:
+        notes.append(f"Decoding {decode_tokens} tokens does not fit the model's {positions} positions.")
+    rng = np.random.default_rng(seed)
+    times = {name: _Times({length: [] for length in lengths}, []) for name in decoders}
+    orders: list[list[str]] = []
+    for number in range(-1, runs):  # round -1 warms up: caches, allocations, lazily packed weights
+        order = list(decoders) if number % 2 == 0 else list(decoders)[::-1]
+        for length in lengths:
+            prompt = _stretch(text, length, rng)
+            for name in order:
+                seconds = _ttft(decoders[name], prompt)
+                if number >= 0:
+                    times[name].ttft[length].append(seconds)
+        if prompt_tokens >= 1:
+            prompt = _stretch(text, prompt_tokens, rng)
+            for name in order:
+                timed = decoders[name].timed_greedy(prompt, decode_tokens if number >= 0 else 2)
+                if number >= 0:
+                    times[name].itl.append(list(timed.token_seconds))
+        if number >= 0:
+            orders.append(order)
+            if progress:
+                progress(number + 1, runs)
+    figures = _figures(times, prompt_tokens, decode_tokens, shrunk_estimates, baseline_estimates)
+    details = {
+        "runs": runs,
+        "warm_up_rounds": 1,
+        "threads": shrunk.threads,
+        "provider": shrunk.provider,
+        "batch": 1,
+        "decode_prompt_tokens": prompt_tokens,
+        "decode_tokens": decode_tokens,
+        "order": orders,
+        "ttft_ms": {name: {str(n): _ms(t.ttft[n]) for n in lengths} for name, t in times.items()},
+        "itl_ms": {name: [_ms(run) for run in t.itl] for name, t in times.items()},
+        "tpot_ms": {name: _ms([float(np.mean(run)) for run in t.itl]) for name, t in times.items()},
+    }
+    return Latency(figures, details, tuple(notes))
+
+
+def _ttft(decoder: OnnxDecoder, prompt: NDArray[np.int64]) -> float:
+    """Seconds from the prompt to the first token."""
+    # One untimed token first: the worker threads sleep and the caches hold the other model.
+    decoder.forward(prompt[None, :1])
+    return decoder.timed_greedy(prompt, 0).ttft_seconds
+
+
+def _figures(
+    times: dict[str, _Times],
+    prompt_tokens: int,
+    decode_tokens: int,
+    shrunk_estimates: Estimates | None,
+    baseline_estimates: Estimates | None,
+) -> tuple[Figure, ...]:
+    own, dense = times["shrunk"], times.get("baseline")
+    prefill, decode = None, None
+    if shrunk_estimates and baseline_estimates:
+        prefill = shrunk_estimates.prefill_flops_per_token / baseline_estimates.prefill_flops_per_token
+        context = prompt_tokens + (decode_tokens - 1) / 2
+        decode = _decode_bytes(shrunk_estimates, context) / _decode_bytes(baseline_estimates, context)
+    figures = [
+        paired_figure(
+            f"prefill.ttft_ms.{length}",
+            "ms",
+            [1e3 * value for value in seconds],
+            [1e3 * value for value in dense.ttft[length]] if dense else None,
+            ideal=prefill,
+        )
+        for length, seconds in own.ttft.items()
+    ]
+    if not own.itl:
+        return tuple(figures)
+
+    def per_run(of: Callable[[list[float]], float]) -> tuple[list[float], list[float] | None]:
+        return [of(run) for run in own.itl], [of(run) for run in dense.itl] if dense else None
+
+    tpot = per_run(lambda run: 1e3 * float(np.mean(run)))
+    rate = per_run(lambda run: 1 / float(np.mean(run)))
+    figures.append(paired_figure("decode.tpot_ms", "ms", *tpot, ideal=decode))
+    for q in PERCENTILES:
+        runs = per_run(lambda run, q=q: 1e3 * float(np.percentile(run, q)))  # type: ignore[misc]
+        pooled = (_pooled(own, q), _pooled(dense, q) if dense else None)
+        figures.append(paired_figure(f"decode.itl_ms.p{q}", "ms", *runs, ideal=decode, pooled=pooled))
+    figures.append(
+        paired_figure("decode.tokens_per_s", "tokens/s", *rate, ideal=1 / decode if decode else None, better="higher")
+    )
+    return tuple(figures)
+
+
+def _decode_bytes(estimates: Estimates, context: float) -> float:
+    """Bytes read for one token: the streamed weights once, and the cache of `context` tokens."""
+    return estimates.decode_bytes_per_token + estimates.kv_cache_bytes_per_token * context
+
+
+def _pooled(times: _Times, q: int) -> float:
+    return 1e3 * float(np.percentile(np.concatenate(times.itl), q))
+
+
+def _stretch(text: NDArray[np.int64], length: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """`length` tokens from a random place of the text, which is repeated where it is too short."""
+    start = int(rng.integers(0, max(1, len(text) - length + 1)))
+    return np.resize(text[start:], length)
+
+
+def _ms(seconds: Sequence[float]) -> list[float]:
+    """For the record."""
+    return rounded([1e3 * value for value in seconds])

@@ -1,0 +1,253 @@
+"""Does the graph compute what the torch model computes? Logits of prefill, decode and chunk, and greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slimexport.errors import BadInputError, NotReproducedError
+from slimexport.runtime import KVState, OnnxDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPT_TOKENS = 48  # of each random prompt: 35 for the prefill, 1 for the decode step, 12 for the chunk
+STEPS = ("prefill", "decode", "chunk", "greedy")
+SHORTEST_PROMPT = 4  # 1 for the prefill, 1 for the decode step, 2 for the chunk
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds on |logit - torch's logit| in units of the logits' spread: the largest, and the mean of each step."""
+
+    maximum: float
+    mean: float
+
+
+# The spread is the standard deviation over the vocabulary, averaged over positions (2.6 for SmolLM2-135M). There the
+# float32 graph differs by 6e-5 at most and 4e-6 in the mean; torch in float16 differs from torch in float32 by 0.06
+# and 0.005, in bfloat16 by 0.7 and 0.04 (the largest at the first token, whose residual is huge). A bound is a few
+# times that in half precision and thirty times that in float32; a wrong block gives differences of the order of 1.
+# The mean is the sharper test in half precision, where single logits stray.
+TOLERANCES = {"fp32": Tolerance(2e-3, 2e-4), "fp16": Tolerance(0.25, 0.02), "bf16": Tolerance(2.0, 0.15)}
+_BY_ELEMENT = {1: "fp32", 10: "fp16", 16: "bf16"}  # TensorProto codes
+_BY_DTYPE = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def check_export(
+    decoder: OnnxDecoder,
+    model: PreTrainedModel,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    steps: int = 64,
+) -> dict[str, Any]:
+    """`compare_export`, and NotReproducedError where it found a difference beyond tolerance."""
+    result = compare_export(decoder, model, prompts=prompts, seed=seed, steps=steps)
+    if result["failure"] is not None:
+        raise NotReproducedError(f"{decoder.path} does not compute what the model computes: {result['failure']}")
+    return result
+
+
+def compare_export(
+    decoder: OnnxDecoder,
+    model: PreTrainedModel,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    steps: int = 64,
+) -> dict[str, Any]:
+    """Runs graph and torch model on the same token ids and says how far they are apart.
+
+    For each prompt (two of random ids by default) the graph takes most of it as prefill, one token as decode step, the
+    rest as a chunk, and then decodes `steps` tokens greedily, one by one, on its KV cache (fewer if the model's
+    positions end). Torch then sees prompt and tokens in *one* uncached forward: the definition of what each of those
+    calls should have given, without trusting torch's own cache, and 20 times cheaper than decoding. Each greedy token
+    must be torch's choice too, which makes both sequences equal by induction; or it is a *tie*, a token whose torch
+    logit is within the tolerance of the best. The steps after a tie are checked on the graph's token.
+
+    The tolerance (`TOLERANCES`) is the coarser of the graph's precision and the model's dtype, times the spread of
+    torch's logits. Returns plain data; `failure` is None or says which step differs and by how much. Raises
+    BadInputError for prompts that are too short or too long.
+    """
+    if prompts is None:
+        vocabulary = model.config.get_text_config().vocab_size
+        prompts = np.random.default_rng(seed).integers(0, vocabulary, (2, _prompt_length(decoder))).tolist()
+    precision = _precision(decoder, model)
+    limits = TOLERANCES[precision]
+    found, failure = _Found(limits), None
+    for number, prompt in enumerate(prompts):
+        if len(prompt) < SHORTEST_PROMPT:
+            raise BadInputError(f"Prompt {number} of the check has {len(prompt)} tokens, it needs {SHORTEST_PROMPT}.")
+        room = _room(decoder, len(prompt))
+        try:
+            run = _run_graph(decoder, np.asarray(prompt, np.int64), min(steps, room))
+        except BadInputError as error:  # the tokens are valid, so it is the graph that cannot do this
+            failure = str(error)
+            break
+        found.add(number, len(prompt), run, _torch_logits(model, run.ids))
+    return {
+        "precision": precision,
+        "prompts": len(prompts),
+        "seed": seed,
+        **found.result(),
+        "failure": failure or found.failure(precision),
+    }
+
+
+class _Track:
+    """Largest and mean |difference| of one kind of step, over prompts."""
+
+    def __init__(self) -> None:
+        self.max, self.sum, self.count = 0.0, 0.0, 0
+
+    def add(self, got: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        if not got.size:
+            return
+        with np.errstate(invalid="ignore"):
+            # Masked vocabulary is -inf in both, and -inf - -inf is NaN.
+            difference = np.where(got == expected, 0, np.abs(got - expected))
+        self.max = float(np.maximum(self.max, difference.max()))  # keeps a NaN, unlike max()
+        self.sum += float(difference.sum(dtype=np.float64))
+        self.count += difference.size
+
+    @property
+    def mean(self) -> float:
+        return self.sum / self.count
+
+
+class _Found:
+    """What was found so far, over prompts."""
+
+    def __init__(self, limits: Tolerance) -> None:
+        self.limits = limits
+        self.tracks = {name: _Track() for name in STEPS}
+        self.spreads: list[float] = []
+        self.checked = 0
+        self.ties: list[dict[str, Any]] = []
+        self.mismatches: list[dict[str, Any]] = []
+
+    def add(self, number: int, prompt: int, run: _GraphRun, expected: NDArray[np.float32]) -> None:
+        """Compares one prompt of `prompt` tokens and its greedy tokens with torch's logits [ids, vocab]."""
+        spread = _spread(expected)
+        self.spreads.append(spread)
+        for name, part in run.parts.items():
+            self.tracks[name].add(run.logits[part], expected[part])
+        choosing = expected[prompt - 1 :]  # the prompt's last position chooses the first token
+        self.checked += len(run.chosen)
+        for step in np.flatnonzero(run.chosen != choosing.argmax(-1)):
+            got, wanted = int(run.chosen[step]), int(choosing[step].argmax())
+            gap = float(choosing[step, wanted] - choosing[step, got])
+            where = {"prompt": number, "step": int(step), "torch": wanted, "onnx": got, "gap": gap}
+            (self.ties if gap <= self.limits.maximum * spread else self.mismatches).append(where)
+
+    @property
+    def spread(self) -> float:
+        return float(np.mean(self.spreads)) if self.spreads else 0.0
+
+    def result(self) -> dict[str, Any]:
+        tracks = {name: track for name, track in self.tracks.items() if track.count}
+        total = sum(track.count for track in tracks.values())
+        return {
+            "logit_spread": self.spread,
+            "tolerance": self.limits.maximum * self.spread,
+            "tolerance_mean": self.limits.mean * self.spread,
+            "steps": {name: {"max": track.max, "mean": track.mean} for name, track in tracks.items()},
+            "max_logit_difference": float(np.max([t.max for t in tracks.values()])) if tracks else None,
+            "mean_logit_difference": sum(t.sum for t in tracks.values()) / total if total else None,
+            "greedy_tokens": self.checked,
+            "greedy_equal": self.checked - len(self.ties) - len(self.mismatches),
+            "ties": self.ties,
+            "mismatches": self.mismatches,
+        }
+
+    def failure(self, precision: str) -> str | None:
+        """Which step differs and by how much; None if everything is within the tolerance."""
+        largest, mean = self.limits.maximum * self.spread, self.limits.mean * self.spread
+        bounds = f"{precision}, logits spread by {self.spread:.3g}"
+        for name, track in self.tracks.items():
+            if not track.count:
+                continue
+            # Written so that NaN fails.
+            if not track.max <= largest:
+                return f"{name} logits differ by up to {track.max:.3g}, tolerance {largest:.3g} ({bounds})."
+            if not track.mean <= mean:
+                return f"{name} logits differ by {track.mean:.3g} in the mean, tolerance {mean:.3g} ({bounds})."
+        if not self.mismatches:
+            return None
+        first = self.mismatches[0]
+        return (
+            f"{len(self.mismatches)} greedy tokens differ, first at step {first['step']}: {first['onnx']} instead of "
+            f"{first['torch']}, whose logit is larger by {first['gap']:.3g}, tolerance {largest:.3g}."
+        )
+
+
+@dataclass(frozen=True)
+class _GraphRun:
+    """What the graph said about the prompt and the tokens it chose itself; `parts` are positions of `logits`."""
+
+    ids: NDArray[np.int64]  # the prompt and all chosen tokens but the last
+    logits: NDArray[np.float32]  # [ids, vocab], pieced together from the calls
+    chosen: NDArray[np.int64]
+    parts: dict[str, slice]
+
+
+def _run_graph(decoder: OnnxDecoder, prompt: NDArray[np.int64], steps: int) -> _GraphRun:
+    size, chunk = len(prompt), max(2, len(prompt) // 4)
+    one = size - chunk - 1
+    parts = {"prefill": slice(0, one), "decode": slice(one, one + 1), "chunk": slice(one + 1, size)}
+    rows: list[NDArray[np.float32]] = []
+    past: KVState | None = None
+    for part in parts.values():
+        got, past = decoder.forward(prompt[None, part], past)
+        rows.append(got[0])
+    chosen = []
+    for _ in range(steps):
+        chosen.append(int(rows[-1][-1].argmax()))
+        if len(chosen) < steps:
+            got, past = decoder.forward(np.array([chosen[-1:]], np.int64), past)
+            rows.append(got[0])
+    # The first choice is made on the chunk's last logits, which are compared as the chunk's.
+    parts["greedy"] = slice(size, None)
+    ids = np.concatenate([prompt, np.array(chosen[:-1], np.int64)])
+    return _GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts)
+
+
+@torch.no_grad()
+def _torch_logits(model: PreTrainedModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """float32 [ids, vocab] of one uncached forward."""
+    logits = model(torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
+    array: NDArray[np.float32] = logits[0].float().cpu().numpy()
+    return array
+
+
+def _spread(logits: NDArray[np.float32]) -> float:
+    """Standard deviation over the vocabulary, averaged over positions; what all logits share does not count."""
+    finite = np.where(np.isfinite(logits), logits, np.nan)
+    return float(np.nanstd(finite, axis=-1, dtype=np.float64).mean())
+
+
+def _precision(decoder: OnnxDecoder, model: PreTrainedModel) -> str:
+    """The coarser of the graph's precision and the model's."""
+    graph = decoder.artifact.precision if decoder.artifact else _BY_ELEMENT[decoder.signature.caches[0].element]
+    return max(graph, _BY_DTYPE[model.dtype], key=list(TOLERANCES).index)
+
+
+def _prompt_length(decoder: OnnxDecoder) -> int:
+    return min(PROMPT_TOKENS, (decoder.max_positions or PROMPT_TOKENS * 2) // 2)
+
+
+def _room(decoder: OnnxDecoder, prompt: int) -> int:
+    """How many tokens can be decoded after the prompt: the last one chosen is not fed."""
+    if decoder.max_positions is None:
+        return 1_000_000
+    if prompt > decoder.max_positions:
+        raise BadInputError(
+            f"A prompt of {prompt} tokens is longer than the model's {decoder.max_positions} positions."
+        )
+    return decoder.max_positions - prompt + 1
