@@ -32,7 +32,6 @@ class TransformersBuilder:
             shapes = _cache_shapes(model)
             program = _trace(model, shapes, options)
             _rename(program.graph, shapes)
-            _share_tied_head(program.graph)
         except (BuilderUnsupportedError, MemoryError):
             raise
         except Exception as error:  # tracing runs the model's own code: anything can be raised there
@@ -143,29 +142,6 @@ def _rename(graph: Any, shapes: list[tuple[int, int]]) -> None:
         if any(wanted[index] != dim for index, dim in fixed):
             raise BuilderUnsupportedError(f"{value.name} came out with the fixed shape {value.shape}.")
         value.shape = ir.Shape(wanted)
-
-
-def _share_tied_head(graph: Any) -> None:
-    """Stores a tied embedding once: the tracer folds the head's transpose into a second copy of it."""
-    import numpy as np
-    import onnx_ir as ir
-
-    product = graph.outputs[0].producer()
-    head = product.inputs[1] if product is not None and product.op_type == "MatMul" else None
-    if head is None or not head.is_initializer() or len(head.uses()) != 1:
-        return
-    weight = head.const_value.numpy()
-    for embedding in list(graph.initializers.values()):
-        if embedding.const_value is None or tuple(embedding.const_value.shape) != weight.shape[::-1]:
-            continue
-        if embedding is not head and np.array_equal(embedding.const_value.numpy().T, weight):
-            transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]}, name="node_tied_head")
-            transpose.outputs[0].shape, transpose.outputs[0].dtype = ir.Shape(weight.shape), head.dtype
-            transpose.outputs[0].name = "tied_head"
-            graph.insert_before(product, transpose)
-            product.replace_input_with(1, transpose.outputs[0])
-            del graph.initializers[head.name]
-            return
 
 
 def _forget_origin(program: Any) -> None:
