@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from slimexport.errors import BadInputError, nearest
+from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 
 Operator = Literal["<=", ">="]
 GateOf = Literal["shrunk", "baseline", "ratio", "speedup"]
@@ -203,7 +203,7 @@ class RunConfig(BaseModel):
 def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collection[str] = ()) -> RunConfig:
     """Validates `values`; raises BadInputError that names `where`, the key, and the nearest known key.
 
-    Keys in `flags` came from the command line: an error in one of them names the flag instead of `where`.
+    Keys in `flags` came from the command line: an error in one of them is a UsageError that names the flag.
     """
     check_keys(values, where)
     try:
@@ -213,9 +213,10 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
         shown = f" (got {first['input']!r})" if key and first["type"] not in ("missing", "value_error") else ""
+        kind: type[SlimExportError] = BadInputError
         if key.split(".")[0] in flags:
-            where, key = f"--{key.replace('_', '-')}", ""
-        raise BadInputError(": ".join(part for part in (where, key, f"{message}{shown}.") if part)) from error
+            kind, where, key = UsageError, f"--{key.replace('_', '-')}", ""
+        raise kind(": ".join(part for part in (where, key, f"{message}{shown}.") if part)) from error
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:

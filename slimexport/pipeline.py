@@ -56,7 +56,7 @@ def run(
     _check_targets(config)
     directory = RunDirectory(Path(output))
     with directory.locked():
-        _prune(directory, config, force=force, resume=resume, progress=progress)
+        _prune(directory, config, force=force, resume=resume, progress=progress, evaluated=True)
         _export(directory, config, progress)
         _verify(directory, config, progress)
         return _report(directory, config, progress)
@@ -171,8 +171,15 @@ def _make_plan(config: RunConfig, architecture: Any, stored_dtype: str) -> Pruni
 
 
 def _prune(
-    directory: RunDirectory, config: RunConfig, *, force: bool, resume: bool, progress: Progress
+    directory: RunDirectory,
+    config: RunConfig,
+    *,
+    force: bool,
+    resume: bool,
+    progress: Progress,
+    evaluated: bool = False,
 ) -> ShrunkCheckpoint:
+    """`evaluated`: a verify stage follows, so its text is looked at before minutes are spent on pruning."""
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
     from slimexport.loading import load_model
@@ -194,7 +201,8 @@ def _prune(
     with progress.stage("calibrate"):
         calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
         text = calibration.source
-        check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
+        if evaluated:
+            check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
         progress.note(f"{text.tokens} tokens of {text.name}")
     # Everything the user could have got wrong has been looked at: from here on the directory is ours to write.
     if force:
@@ -268,7 +276,7 @@ def _sizes(loaded: LoadedModel) -> str:
 def _export(
     directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False
 ) -> dict[str, ExportArtifact]:
-    from slimexport.export import baseline_for, export_checkpoint
+    from slimexport.exporting import baseline_for, export_checkpoint
     from slimexport.targets.base import load_artifact
 
     if not directory.done("prune"):

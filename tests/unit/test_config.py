@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from slimexport.config import Gate, RunConfig, make_config
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, UsageError
 from slimexport.options import STAGES
 from slimexport.recipe import load_recipe
 
@@ -109,7 +109,7 @@ def test_bad_values_are_one_line(values: dict[str, Any], message: str) -> None:
 
 
 def test_error_in_a_flag_names_the_flag() -> None:
-    with pytest.raises(BadInputError, match=r"^--eval-window: Input should be"):
+    with pytest.raises(UsageError, match=r"^--eval-window: Input should be"):
         make_config({"model": "m", "eval_window": 1}, "recipe.yaml", flags={"eval_window"})
 
 

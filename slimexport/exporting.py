@@ -1,0 +1,136 @@
+"""The export stage: the shrunk checkpoint and the dense baseline through the same target, each checked before it is
+put into place; the baseline is kept by content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimexport.artifacts import ModelSource, read_json, sha256_tree, staged_directory, write_json
+from slimexport.errors import BadInputError
+from slimexport.run_directory import lock_file
+
+if TYPE_CHECKING:
+    from slimexport.artifacts import ExportArtifact
+    from slimexport.config import RunConfig
+    from slimexport.progress import Progress
+
+PRECISION = "fp32"
+GRAPH_PACKAGES = ("slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch")
+CACHE_WAIT = 900.0  # seconds for another run that is just making the same baseline
+
+
+def export_checkpoint(
+    checkpoint: Path, place: Path, target: str, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
+    """Exports the shrunk model to `place` and returns how its logits compare with torch."""
+    from slimexport.checkpoint import load
+
+    progress.note(f"{target}: shrunk model")
+    model, tokenizer = load(checkpoint)
+    return _export(model, tokenizer, place, target, config)
+
+
+def baseline_for(
+    source: ModelSource, place: Path, target: str, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
+    """The dense model through the same export, in `place`; taken from there, or from the cache, where it is already.
+
+    Raises BadInputError where the model is no longer the one that was pruned.
+    """
+    key = _baseline_key(source, target, config)
+    numerics = _intact(place, key)
+    if numerics is not None:
+        progress.note(f"{target}: baseline is there already")
+        return numerics
+    if config.baseline_cache is None:
+        return _make_baseline(source, place, key, target, config, progress)
+    cache = Path(config.baseline_cache).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    kept = cache / key / target
+    busy = f"The baseline cache {cache} has been locked by another run for {CACHE_WAIT:.0f} s."
+    with lock_file(cache / f"{key}.lock", busy, CACHE_WAIT):
+        numerics = _intact(kept, key)
+        if numerics is None:
+            numerics = _make_baseline(source, kept, key, target, config, progress)
+        else:
+            progress.note(f"{target}: baseline from {cache}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with staged_directory(place) as partial:
+            shutil.copytree(kept, partial, dirs_exist_ok=True)
+        write_json(_record(place), read_json(_record(kept)))
+    return numerics
+
+
+def _make_baseline(
+    source: ModelSource, place: Path, key: str, target: str, config: RunConfig, progress: Progress
+) -> dict[str, Any]:
+    from slimexport.loading import load_model
+
+    progress.note(f"{target}: dense baseline")
+    loaded = load_model(config)
+    if loaded.source.fingerprint != source.fingerprint:
+        raise BadInputError(f"{config.model} has changed since it was pruned; start over with --force, or --no-baseline.")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _record(place).unlink(missing_ok=True)
+    numerics = _export(loaded.model, loaded.tokenizer, place, target, config)
+    write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
+    return numerics
+
+
+def _export(model: Any, tokenizer: Any, place: Path, target: str, config: RunConfig) -> dict[str, Any]:
+    from slimexport.runtime import OnnxDecoder
+    from slimexport.targets import registry
+    from slimexport.targets.base import ExportOptions
+    from slimexport.verification.numerics import check_export
+
+    numerics: dict[str, Any] = {}
+    model = model.float()
+
+    def check(artifact: ExportArtifact) -> None:
+        decoder = OnnxDecoder(Path(artifact.path), config.provider, config.threads)
+        numerics.clear()
+        numerics.update(check_export(decoder, model, seed=config.seed))
+
+    options = ExportOptions(builder=config.exporter, precision=PRECISION, provider=config.provider)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with staged_directory(place) as partial:
+        registry.get(target).export(model, tokenizer, partial, options, check)
+    return numerics
+
+
+def _record(place: Path) -> Path:
+    """Beside the exported directory: the key it was made for, the hash of every file, its numerics."""
+    return place.parent / f"{place.name}.json"
+
+
+def _intact(place: Path, key: str) -> dict[str, Any] | None:
+    """The numerics of the baseline in `place`, if it was made for `key` and no byte of it has changed."""
+    record = _record(place)
+    if not place.is_dir() or not record.is_file():
+        return None
+    try:
+        data = read_json(record)
+    except BadInputError:
+        return None
+    if data.get("key") != key or data.get("files") != sha256_tree(place):
+        return None
+    return data["numerics"]
+
+
+def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
+    """Everything the bytes of a dense export depend on."""
+    versions: dict[str, str | None] = {}
+    for package in GRAPH_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    data = [source.fingerprint, target, config.exporter, config.provider, PRECISION, config.seed, versions]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+

@@ -1,0 +1,341 @@
+"""Bad input through the real command line: one line, the documented exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_directory, tiny_model, tiny_text, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from slimexport.cli import main
+from slimexport.run_directory import LOCK, RunDirectory
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("model") / "good")
+
+
+@pytest.fixture
+def model(good: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(good, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return tiny_text(tmp_path / "text.txt", 3000, seed=1)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> Callable[..., Result]:
+    evaluation = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
+
+    def call(command: str, *args: Any, **flags: Any) -> Result:
+        flags = {"calibration": text, "eval_text": evaluation, "calibration_tokens": 512, "sequence_length": 64,
+                 "eval_tokens": 256, "eval_window": 64} | flags  # fmt: skip
+        if command not in ("run", "verify"):
+            flags = {k: v for k, v in flags.items() if not k.startswith("eval")}
+        words = [str(a) for a in args] + [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        with pytest.raises(SystemExit) as stop:
+            main([command, *words])
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def refused(result: Result, *expected: str, code: int = 4) -> None:
+    """Exit code, and one line that says all of `expected`, and no traceback."""
+    got, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert got == code, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for part in expected:
+        assert part in lines[0], lines[0]
+
+
+@pytest.fixture
+def prune(cli: Callable[..., Result], tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """`slimexport prune` into a directory that must not exist afterwards."""
+    out = tmp_path / "out"
+
+    def call(source: Any, **flags: Any) -> Result:
+        return cli("prune", source, "-o", out, **flags)
+
+    yield call
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_not_a_model_directory(prune: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(prune(tmp_path / "empty"), "is not a model directory", "config.json")
+    refused(prune(tmp_path / "nothing"), "neither a directory, a .gguf file nor a Hub id")
+    refused(prune(tmp_path / "nothing.gguf"), "does not exist")
+    (tmp_path / "empty" / "m.gguf").touch()
+    refused(prune(tmp_path / "empty"), "It holds m.gguf")
+
+
+def test_hub_id_that_cannot_be_had(prune: Callable[..., Result]) -> None:
+    refused(prune("nobody/no-such-model"), "the Hub did not give it")
+    refused(prune("smollm2-135"), "Did you mean 'smollm2-135m'")
+
+
+def test_config_that_is_no_model(prune: Callable[..., Result], model: Path) -> None:
+    (model / "config.json").write_text("{")
+    refused(prune(model), "config.json is not valid JSON")
+    (model / "config.json").write_text("{}")
+    refused(prune(model), "has no model_type")
+
+
+def test_encoder_only_and_unsupported_families(prune: Callable[..., Result], tmp_path: Path) -> None:
+    from transformers import BertConfig, GPT2Config
+
+    bert = BertConfig()
+    bert.architectures = ["BertModel"]
+    bert.save_pretrained(str(tmp_path / "bert"))
+    refused(prune(tmp_path / "bert"), "'bert'", "no decoder-only language model", "llama, mistral, qwen2, qwen3")
+    GPT2Config().save_pretrained(str(tmp_path / "gpt2"))
+    refused(prune(tmp_path / "gpt2"), "'gpt2'", "supported families: llama")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_packed_weights_are_refused_by_name(prune: Callable[..., Result], model: Path, method: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    refused(prune(model), f"is packed ({method})")
+
+
+def test_missing_safetensors(prune: Callable[..., Result], model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    refused(prune(model), "model.safetensors is missing")
+
+
+def test_pickles_are_refused_with_the_way_out(prune: Callable[..., Result], model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(prune(model), "only pickled weights (pytorch_model.bin)", "save_pretrained")
+
+
+def test_truncated_and_corrupt_safetensors(prune: Callable[..., Result], model: Path) -> None:
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    refused(prune(model), "model.safetensors is truncated or corrupt")
+    weights.write_bytes(data[:50])
+    refused(prune(model), "truncated or no safetensors file")
+    weights.write_bytes(data[:8] + b"\xff" * 40 + data[48:])
+    refused(prune(model), "is corrupt")
+    weights.write_bytes(b"")
+    refused(prune(model), "truncated or no safetensors file")
+
+
+def test_shard_that_is_missing(prune: Callable[..., Result], model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(names))
+    refused(prune(model), "model-00002-of-00002.safetensors is missing")
+
+
+def test_tensor_that_is_missing_or_of_the_wrong_size(prune: Callable[..., Result], model: Path) -> None:
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
+    refused(prune(model), name)
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, weights, {"format": "pt"})
+    refused(prune(model), "cannot be loaded")
+
+
+def test_weights_with_nan(prune: Callable[..., Result], model: Path) -> None:
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.2.self_attn.v_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    refused(prune(model), "model.layers.2.self_attn.v_proj.weight holds NaN")
+
+
+def test_tokenizer_missing(prune: Callable[..., Result], model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    refused(prune(model), "tokenizer")
+
+
+def test_cuda_that_is_absent(prune: Callable[..., Result], model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    refused(prune(model, device="cuda"), "cuda", "sees 0 CUDA devices")
+    refused(prune(model, device="tpu"), "Unknown device 'tpu'")
+
+
+# -------------------------------------------------------------------------------------------------------------- ratio
+
+
+def test_ratios_that_make_no_sense(prune: Callable[..., Result], model: Path) -> None:
+    refused(prune(model, ratio=1.0), "--ratio", "less than 1", code=2)
+    refused(prune(model, ratio=-0.1), "--ratio", "greater than or equal to 0", code=2)
+    refused(prune(model, ratio=0.99), "the most that can be removed from this model is 0.")
+
+
+def test_unknown_names(prune: Callable[..., Result], model: Path) -> None:
+    refused(prune(model, criterion="slimgtp"), "Did you mean 'slimgpt'")
+    refused(prune(model, allocation="incremantal"), "Did you mean 'incremental'")
+
+
+def test_unknown_target_is_said_before_anything_is_done(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    refused(cli("run", model, "-o", tmp_path / "out", target="onx"), "Unknown target 'onx'", "Did you mean 'onnx'")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("ratoi: 0.3", ["unknown key 'ratoi'", "Did you mean 'ratio'"]),
+        ("ratio: much", ["ratio", "'much'"]),
+        ("ratio: [0.3", ["YAML"]),
+        ("- ratio", ["recipe.yaml"]),
+        ("ratio: 2", ["ratio"]),
+    ],
+)
+def test_recipes(prune: Callable[..., Result], model: Path, tmp_path: Path, recipe: str, expected: list[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    refused(prune(model, recipe=path), *expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def test_calibration_texts(prune: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("")
+    refused(prune(model, calibration=path), "empty")
+    path.write_bytes(b"\x00\x01\x02" * 100)
+    refused(prune(model, calibration=path), "c.txt")
+    path.write_text("w1 w2 w3")
+    refused(prune(model, calibration=path), "found 3 tokens", "need")
+    refused(prune(model, calibration=tmp_path / "none.txt"), "none.txt")
+
+
+def test_calibration_and_evaluation_that_are_the_same(cli: Callable[..., Result], model: Path, text: Path, tmp_path: Path) -> None:
+    refused(cli("run", model, "-o", tmp_path / "out", eval_text=text), "text.txt")
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text.read_bytes())
+    refused(cli("run", model, "-o", tmp_path / "out", eval_text=copy))
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def test_output_that_is_not_empty(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for flags in ([], ["--force"], ["--resume"]):
+        refused(cli("prune", model, "-o", out, *flags), "holds no run of slimexport", "left alone")
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+    refused(cli("prune", model, "-o", out / "thesis.txt"), "is a file", code=2)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_finished_run_is_replaced_only_with_force_and_only_by_good_input(
+    cli: Callable[..., Result], model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("prune", model, "-o", out, ratio=0.3)[0] == 0
+    before = (out / "checkpoint" / "model.safetensors").read_bytes()
+    refused(cli("prune", model, "-o", out, ratio=0.5), "--force", "--resume")
+    refused(cli("prune", tmp_path / "nothing", "-o", out, "--force"), "nothing")
+    refused(cli("prune", model, "-o", out, "--resume", ratio=0.5), "ratio = 0.3, not 0.5")
+    assert (out / "checkpoint" / "model.safetensors").read_bytes() == before
+    assert cli("prune", model, "-o", out, "--resume", ratio=0.3)[0] == 0
+    assert cli("prune", model, "-o", out, "--force", ratio=0.5)[0] == 0
+    assert len((out / "checkpoint" / "model.safetensors").read_bytes()) < len(before)
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_resume_of_nothing_simply_starts(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    assert cli("prune", model, "-o", tmp_path / "new", "--resume")[0] == 0
+    (tmp_path / "empty").mkdir()
+    assert cli("prune", model, "-o", tmp_path / "empty", "--resume")[0] == 0
+    assert (tmp_path / "empty" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_two_runs_in_one_directory(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with RunDirectory(out).locked():
+        refused(cli("prune", model, "-o", out), "in use by another run")
+    assert not (out / LOCK).exists()
+
+
+def test_stages_out_of_order(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(tmp_path / "none")])
+    assert stop.value.code == 4
+    assert cli("prune", model, "-o", out)[0] == 0
+    for command in ("verify", "report"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, str(out)])
+        assert stop.value.code == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB; root may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk(cli: Callable[..., Result], model: Path, small_disk: Path) -> None:
+    result = cli("prune", model, "-o", small_disk / "out")
+    refused(result, "No space left on device")
+    assert not (small_disk / "out" / "checkpoint").exists()
+
+
+def test_read_only_output(cli: Callable[..., Result], model: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused(cli("prune", model, "-o", small_disk / "out"), "Read-only file system")
+
+
+def test_nothing_is_written_outside_the_output(cli: Callable[..., Result], model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    here = tmp_path / "cwd"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    before = {p: p.stat().st_mtime_ns for p in model.rglob("*")}
+    assert cli("prune", model, "-o", tmp_path / "out")[0] == 0
+    assert os.listdir(here) == []
+    assert {p: p.stat().st_mtime_ns for p in model.rglob("*")} == before
+
+
+def test_ratio_zero_is_the_identity_on_disk(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    assert cli("prune", model, "-o", tmp_path / "out", ratio=0)[0] == 0
+    before, after = (load_file(p / "model.safetensors") for p in (model, tmp_path / "out" / "checkpoint"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_models_module_makes_what_it_says() -> None:
+    assert tiny_tokenizer().vocab_size == tiny_model().config.vocab_size
