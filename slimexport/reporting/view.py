@@ -111,8 +111,11 @@ def sentence(report: Report) -> str:
 
 def notes(report: Report) -> list[str]:
     """How the figures were measured; why one is invalid stands in its row."""
-    of_figures = [f"{f.name}: {f.note}" for f in report.verification.figures if f.note and f.valid]
-    return [*report.verification.notes, *of_figures]
+    names: dict[str, list[str]] = {}
+    for figure in report.verification.figures:
+        if figure.note and figure.valid:
+            names.setdefault(figure.note, []).append(figure.name)
+    return [*report.verification.notes, *(f"{', '.join(of)}: {note}" for note, of in names.items())]
 
 
 def removed(plan: PruningPlan) -> list[tuple[str, str, str, str]]:
