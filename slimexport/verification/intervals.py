@@ -56,10 +56,10 @@ def defect(values: Sequence[float]) -> str | None:
     if len(values) < MIN_RUNS:
         return f"{len(values)} runs, {MIN_RUNS} are needed"
     if (spread := relative_iqr(values)) > MAX_RELATIVE_IQR:
-        return f"middle half of the runs spreads over {spread:.0%} of the median, {MAX_RELATIVE_IQR:.0%} is the limit"
+        return f"middle half of the runs spreads over {spread:.1%} of the median, {MAX_RELATIVE_IQR:.0%} is the limit"
     found = median(values)
     if (half := (found.high - found.low) / 2 / found.value) > MAX_RELATIVE_HALF_WIDTH:
-        return f"confidence interval of ±{half:.0%}, ±{MAX_RELATIVE_HALF_WIDTH:.0%} is the limit"
+        return f"confidence interval of ±{half:.1%}, ±{MAX_RELATIVE_HALF_WIDTH:.0%} is the limit"
     return None
 
 

@@ -23,7 +23,7 @@ DENSE = Estimates(200, 160, 800, 600, 500, 8)
 class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
-    provider, threads = "cpu", 2
+    provider, threads = "scripted", 2
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
@@ -112,6 +112,21 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_note():
     made, _ = measured(lengths=(8,), positions=16)
     assert [f.name for f in made.figures] == ["prefill.ttft_ms.8"]
     assert "Decoding 16 tokens" in made.notes[0]
+
+
+@pytest.mark.parametrize(("cpu_seconds", "noted"), [(1.9, False), (1.0, True)])
+def test_a_busy_machine_is_noted(monkeypatch, cpu_seconds, noted):
+    """Two threads, one second of wall clock."""
+
+    class Clock:
+        perf_counter = staticmethod(iter([0.0, 1.0]).__next__)
+        process_time = staticmethod(iter([0.0, cpu_seconds]).__next__)
+
+    monkeypatch.setattr(latency_module, "time", Clock)
+    monkeypatch.setattr(FakeDecoder, "provider", "cpu")
+    made, _ = measured()
+    assert made.details["cpu_share"] == cpu_seconds / 2
+    assert any("machine was busy" in note for note in made.notes) == noted
 
 
 def test_prompts_longer_than_the_text_repeat_it():
