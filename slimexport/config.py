@@ -96,6 +96,9 @@ class RunConfig(BaseModel):
     first_ratio: float | None = Field(
         default=None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
     )
+    head_weight: float = Field(
+        1.0, ge=0, description="Ratio of a block's heads relative to the whole block's; channels make up the rest."
+    )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
         default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
     )

@@ -23,7 +23,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "load": ("revision", "trust_remote_code", "device", "dtype", "save_dtype", "seed"),
     "calibrate": ("calibration", "calibration_tokens", "sequence_length"),
     "prune": (
-        "ratio", "criterion", "allocation", "first_ratio", "layout", "round_to",
+        "ratio", "criterion", "allocation", "first_ratio", "head_weight", "layout", "round_to",
         "group_size_start", "group_size_end", "damping",
     ),
     "export": ("target", "exporter", "provider", "baseline", "baseline_cache"),

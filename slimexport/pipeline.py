@@ -163,6 +163,7 @@ def _make_plan(config: RunConfig, architecture: Any, stored_dtype: str) -> Pruni
         layout=config.resolved_layout,
         round_to=config.round_to,
         first_ratio=config.first_ratio,
+        head_weight=config.head_weight,
         stored_dtype=stored_dtype,
     )
 

@@ -27,9 +27,12 @@ def make_plan(
     layout: str,
     round_to: int = 32,
     first_ratio: float | None = None,
+    head_weight: float = 1.0,
     stored_dtype: str = "float32",
 ) -> PruningPlan:
-    """Raises BadInputError where the ratio is beyond what legality allows, with the most that is possible."""
+    """Plans `ratio` over the blocks; heads lose `head_weight` times their block's ratio, channels make up the rest.
+
+    Raises BadInputError where the ratio is beyond what legality allows, with the most that is possible."""
     notes: list[str] = []
     dense = architecture.blocks
     if layout == "uniform" and len(set(dense)) > 1:
@@ -37,11 +40,12 @@ def make_plan(
     if ratio == 0:
         blocks = dense
     elif layout == "uniform":
-        blocks = _uniform_blocks(architecture, ratio, round_to)
+        blocks = _uniform_blocks(architecture, ratio, round_to, head_weight)
     else:
         _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
         wanted = allocations.registry.get(allocation)(allocations.Request(len(dense), ratio, first_ratio))
-        blocks = _per_layer_blocks(architecture, _clip(architecture, wanted, ratio, round_to), ratio, round_to)
+        ratios = _clip(architecture, wanted, ratio, round_to)
+        blocks = _per_layer_blocks(architecture, ratios, ratio, round_to, head_weight)
     reached = ratio_of(architecture, blocks)
     if abs(reached - ratio) > TOLERANCE:
         notes.append(f"rounding to legal sizes reaches {reached:.4f} instead of {ratio:.4f}")
@@ -105,7 +109,7 @@ def _clip(architecture: Architecture, wanted: Sequence[float], ratio: float, rou
 
 
 def _per_layer_blocks(
-    architecture: Architecture, ratios: Sequence[float], ratio: float, round_to: int
+    architecture: Architecture, ratios: Sequence[float], ratio: float, round_to: int, head_weight: float
 ) -> tuple[BlockSizes, ...]:
     """Heads rounded with the error carried to the next block, channels filling up each block's share, and last a
     correction of single steps until the whole is as near to the ratio as the steps allow."""
@@ -114,8 +118,9 @@ def _per_layer_blocks(
     residue: list[float] = []  # parameters that a block has too many (+) or too few (-) after rounding
     carry = 0.0
     for dense, share in zip(architecture.blocks, ratios, strict=True):
-        heads = _nearest_heads(architecture, dense, (1 - share) * architecture.attention_parameters(dense) - carry)
-        carry += architecture.attention_parameters(heads) - (1 - share) * architecture.attention_parameters(dense)
+        attention = max(0.0, 1 - head_weight * share) * architecture.attention_parameters(dense)
+        heads = _nearest_heads(architecture, dense, attention - carry)
+        carry += architecture.attention_parameters(heads) - attention
         target = (1 - share) * architecture.block_linear_parameters(dense)
         channels = _round_channels((target - architecture.attention_parameters(heads)) / channel, dense, round_to)
         block = replace(heads, channels=channels)
@@ -140,14 +145,16 @@ def _per_layer_blocks(
         residue[i] += change
 
 
-def _uniform_blocks(architecture: Architecture, ratio: float, round_to: int) -> tuple[BlockSizes, ...]:
-    """One size for all blocks: the legal heads nearest to an equal share, then the channels that reach the ratio."""
+def _uniform_blocks(
+    architecture: Architecture, ratio: float, round_to: int, head_weight: float
+) -> tuple[BlockSizes, ...]:
+    """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio."""
     dense = architecture.blocks[0]
     legal = [s for s in head_structures(dense) if plain_config_can_say(architecture, s)]
     smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
     _check_possible(architecture, ratio, [smallest] * len(architecture.blocks))
     target = (1 - ratio) * architecture.block_linear_parameters(dense)
-    wanted = (1 - ratio) * architecture.attention_parameters(dense)
+    wanted = max(0.0, 1 - head_weight * ratio) * architecture.attention_parameters(dense)
 
     def fill(heads: BlockSizes) -> BlockSizes:
         room = (target - architecture.attention_parameters(heads)) / architecture.channel_parameters()

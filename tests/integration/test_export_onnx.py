@@ -183,6 +183,16 @@ def test_mobius_variants(family: str, settings: dict[str, Any], tmp_path: Path) 
     assert operators(artifact)["GroupQueryAttention"] == 4
 
 
+@pytest.mark.parametrize("block", [0, 2])
+def test_block_without_channels(block: int, tmp_path: Path) -> None:
+    model = tiny(layout="per_layer")
+    mlp = model.model.layers[block].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight.data[:0])
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.data[:, :0])
+    assert_same_logits(model, export(model, tmp_path, builder="mobius"))
+
+
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     export(tiny(tie_word_embeddings=True), tmp_path / "tied")
     export(tiny(tie_word_embeddings=False), tmp_path / "untied")
