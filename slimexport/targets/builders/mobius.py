@@ -108,7 +108,7 @@ def _architecture(
         quantization=None,
         sliding_window=_window(hf_config),
     )
-    return _block_config(config, sizes[0])
+    return _block_config(config, max(sizes, key=lambda block: block.channels))  # one that passes mobius' validation
 
 
 def _window(config: Any) -> int | None:
