@@ -82,7 +82,7 @@ class RunConfig(BaseModel):
     # calibrate
     calibration: str = Field(
         default="default",
-        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], self (the model writes it), or default.",
+        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], self (model-written), or default.",
     )
     calibration_tokens: int = Field(default=32768, ge=1, description="Tokens of calibration text.")
     sequence_length: int = Field(default=512, ge=8, description="Tokens per calibration sequence.")
@@ -97,7 +97,7 @@ class RunConfig(BaseModel):
         default=None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
     )
     head_weight: float = Field(
-        1.0, ge=0, description="Ratio of a block's heads relative to the whole block's; channels make up the rest."
+        default=1.0, ge=0, description="Ratio of a block's heads relative to its own; channels make up the rest."
     )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
         default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."

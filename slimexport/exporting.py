@@ -74,7 +74,7 @@ def _make_baseline(
     progress.note(f"{target}: dense baseline")
     loaded = load_model(config)
     if loaded.source.fingerprint != source.fingerprint:
-        raise BadInputError(f"{config.model} has changed since it was pruned; start over with --force, or --no-baseline.")
+        raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
     place.parent.mkdir(parents=True, exist_ok=True)
     _record(place).unlink(missing_ok=True)
     numerics = _export(loaded.model, loaded.tokenizer, place, target, config)
@@ -132,5 +132,3 @@ def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
             versions[package] = None
     data = [source.fingerprint, target, config.exporter, config.provider, PRECISION, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
-
-

@@ -152,7 +152,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise BadInputError(f"Device {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices.")
+            raise BadInputError(
+                f"Device {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices."
+            )
     return device
 
 
@@ -245,7 +247,9 @@ def _check_safetensors(located: Located) -> None:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise BadInputError(f"{index} is not a valid safetensors index ({type(error).__name__}: {error}).") from error
+            raise BadInputError(
+                f"{index} is not a valid safetensors index ({type(error).__name__}: {error})."
+            ) from error
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -268,7 +272,9 @@ def _check_safetensors_file(path: Path) -> None:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if 8 + length > size:
-            raise BadInputError(f"{path} is truncated or no safetensors file: its header does not fit into {size} bytes.")
+            raise BadInputError(
+                f"{path} is truncated or no safetensors file: its header does not fit into {size} bytes."
+            )
         try:
             header = json.loads(stream.read(length))
             end = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")

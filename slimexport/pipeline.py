@@ -46,7 +46,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: RunConfig, output: str | Path, *, force: bool = False, resume: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    output: str | Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """All stages. A failed gate does not raise: `report.passed` is False (the CLI exits 3).
 
@@ -74,7 +79,12 @@ def plan(config: RunConfig) -> PruningPlan:
 
 
 def prune(
-    config: RunConfig, output: str | Path, *, force: bool = False, resume: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    output: str | Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> ShrunkCheckpoint:
     """Load, calibrate, plan, prune, shrink: ends with `checkpoint/`, reloaded in a fresh process and compared."""
     directory = RunDirectory(Path(output))

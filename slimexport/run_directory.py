@@ -1,15 +1,15 @@
 """The run directory (DESIGN.md): where every stage's result lies, what state it is in, and who may write.
 
-    run.json            resolved config, environment, source, stage states
-    plan.json           PruningPlan
-    prune.json          trace per block, calibration text
-    checkpoint/         the shrunk Hugging Face directory
-    onnx/               the exported graph (one directory per target)
-    baseline/onnx/      the dense model, same export
-    numerics.json       logits of the graphs against torch
-    verification.json   VerificationReport
-    report/             report.json, report.md, report.html, junit.xml
-    .work/              blocks of an unfinished prune stage
+run.json            resolved config, environment, source, stage states
+plan.json           PruningPlan
+prune.json          trace per block, calibration text
+checkpoint/         the shrunk Hugging Face directory
+onnx/               the exported graph (one directory per target)
+baseline/onnx/      the dense model, same export
+numerics.json       logits of the graphs against torch
+verification.json   VerificationReport
+report/             report.json, report.md, report.html, junit.xml
+.work/              blocks of an unfinished prune stage
 """
 
 from __future__ import annotations

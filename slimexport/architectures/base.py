@@ -76,9 +76,7 @@ class Kept:
 
     @classmethod
     def all(cls, sizes: BlockSizes) -> Kept:
-        return cls(
-            tuple(range(sizes.kv_groups)), tuple(range(sizes.query_heads)), tuple(range(sizes.channels))
-        )
+        return cls(tuple(range(sizes.kv_groups)), tuple(range(sizes.query_heads)), tuple(range(sizes.channels)))
 
     @property
     def sizes(self) -> BlockSizes:
@@ -228,14 +226,18 @@ def _block_sizes(family: Family, config: Any) -> BlockSizes:
     heads = getattr(config, family.query_heads_field)
     groups = getattr(config, family.kv_groups_field, None) or heads
     if heads % groups:
-        raise BadInputError(f"{family.query_heads_field} {heads} is not a multiple of {family.kv_groups_field} {groups}.")
+        raise BadInputError(
+            f"{family.query_heads_field} {heads} is not a multiple of {family.kv_groups_field} {groups}."
+        )
     return BlockSizes(groups, heads // groups, getattr(config, family.channels_field))
 
 
 # Tables that several families share --------------------------------------------------------------------------------
 
 
-def gated_decoder_block(*, qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None, qk_norm: bool = False) -> tuple[Weight, ...]:
+def gated_decoder_block(
+    *, qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None, qk_norm: bool = False
+) -> tuple[Weight, ...]:
     """The block of Llama and its relatives: RMSNorm, separate q/k/v/o, gate/up/down.
 
     Each bias argument is None (never), "always", or the config field that decides.
@@ -255,7 +257,11 @@ def gated_decoder_block(*, qkv_bias: str | None, o_bias: str | None, mlp_bias: s
     for name in ("gate", "up"):
         weights += (Weight(f"mlp.{name}_proj.weight", (CHANNELS, RESIDUAL)),)
         weights += bias(f"mlp.{name}_proj.bias", CHANNELS, mlp_bias)
-    return (*weights, Weight("mlp.down_proj.weight", (RESIDUAL, CHANNELS)), *bias("mlp.down_proj.bias", RESIDUAL, mlp_bias))
+    return (
+        *weights,
+        Weight("mlp.down_proj.weight", (RESIDUAL, CHANNELS)),
+        *bias("mlp.down_proj.bias", RESIDUAL, mlp_bias),
+    )
 
 
 DECODER_MODEL_WEIGHTS = (

@@ -51,7 +51,7 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _per_block_class(config: Any) -> type:
+def _per_block_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from slimexport.architectures import registry

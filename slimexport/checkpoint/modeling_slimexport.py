@@ -1,12 +1,13 @@
 """Llama-like models whose blocks have different numbers of heads and channels.
 
 transformers (>= 5.15) reads such sizes into `config.per_layer_config`, but its models still build every block from the
-global config. `PerBlockSizes` in front of a stock class builds each block from its own. This file is used by
-slimexport itself, and lies as a copy in every per_layer checkpoint, where
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` finds it. It needs torch and transformers only.
+global config. `PerBlockSizes` in front of a stock class builds each block from its own. slimexport itself uses this
+file, and a copy lies in every per_layer checkpoint, where
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` finds it. It needs torch and transformers.
 """
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ class PerBlockSizes:
 
     blocks_path = "model.layers"
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         # The stock constructor reads global sizes: give it a config that has nothing else (from_pretrained builds on
         # the meta device, so the blocks that are replaced below never take memory).
         plain = copy.deepcopy(config)

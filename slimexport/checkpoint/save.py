@@ -124,7 +124,9 @@ def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> floa
     return 0.0
 
 
-def checkpoint_artifact(directory: Path, architecture: Architecture, files: dict[str, str], difference: float) -> ShrunkCheckpoint:
+def checkpoint_artifact(
+    directory: Path, architecture: Architecture, files: dict[str, str], difference: float
+) -> ShrunkCheckpoint:
     weights = sum((directory / name).stat().st_size for name in files if name.endswith(".safetensors"))
     return ShrunkCheckpoint(
         path=str(directory),

@@ -56,13 +56,13 @@ class ModelBlocks:
         self._blocks = model.get_submodule(architecture.family.blocks)
 
     def __len__(self) -> int:
-        return len(self._blocks)  # type: ignore[arg-type]
+        return len(self._blocks)
 
     def load(self, index: int) -> nn.Module:
-        return self._blocks[index]  # type: ignore[index]
+        return self._blocks[index]
 
 
-class MemoryStates(list):  # type: ignore[type-arg]
+class MemoryStates(list):
     """Hidden states in a list, on the compute device."""
 
 

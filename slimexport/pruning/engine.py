@@ -9,6 +9,7 @@ next block's input.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,9 +94,7 @@ def prune_blocks(
         if index < finished:
             traces.append(sink.restore(index, home))
         else:
-            kept, trace = _prune_block(
-                index, home, states, arguments, architecture, plan.blocks[index], criterion, settings
-            )
+            trace = _prune_block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings)
             traces.append(trace)
             sink.save(index, home, trace)
         work = _working_copy(home, settings)
@@ -115,12 +114,23 @@ def _prune_block(
     keep: BlockSizes,
     criterion: Criterion,
     settings: Settings,
-) -> tuple[Kept, BlockTrace]:
+) -> BlockTrace:
     family, dense = architecture.family, architecture.blocks[index]
     watch = Stopwatch(settings.device)
     kept = Kept.all(dense)
-    site = {"head_dim": architecture.head_dim, "group_size_start": settings.group_size_start,
-            "group_size_end": settings.group_size_end, "damping": settings.damping, "dense": dense, "keep": keep}  # fmt: skip
+
+    def site(W: torch.Tensor, H: torch.Tensor) -> Site:
+        return Site(
+            W,
+            H,
+            dense,
+            keep,
+            architecture.head_dim,
+            settings.group_size_start,
+            settings.group_size_end,
+            settings.damping,
+        )
+
     head_errors = channel_errors = (0.0, 0.0)
     damping = 0.0
     attention_inputs: MemoryStates | None = None
@@ -139,7 +149,7 @@ def _prune_block(
             name = f"{family.attention_output}.weight"
             W = home.get_parameter(name).to(settings.device, torch.float64)
             mean = H.mean()
-            selection, damping = criterion.heads(Site(W=W, H=mean, **site))  # type: ignore[arg-type]
+            selection, damping = criterion.heads(site(W, mean))
             groups = tuple(sorted({h // dense.heads_per_group for h in selection.kept}))
             kept = Kept(groups, selection.kept, kept.channels)
             columns = torch.tensor(architecture.axis_index(QUERY, kept), device=settings.device)
@@ -160,17 +170,16 @@ def _prune_block(
             name = f"{family.ffn_output}.weight"
             W = home.get_parameter(name).to(settings.device, torch.float64)
             mean = H.mean()
-            selection, used = criterion.channels(Site(W=W, H=mean, **site))  # type: ignore[arg-type]
+            selection, used = criterion.channels(site(W, mean))
             damping = max(damping, used)
             now = Kept.all(kept.sizes)  # attention was sliced already: its indices are the new ones
             columns = torch.tensor(selection.kept, device=settings.device)
             channel_errors = _errors(W, selection.W, columns, mean)
-            shrink_block(
-                home, architecture, Kept(now.kv_groups, now.query_heads, selection.kept), {name: selection.W[:, columns]}
-            )
-            kept = Kept(kept.kv_groups, kept.query_heads, selection.kept)
+            now = dataclasses.replace(now, channels=selection.kept)
+            shrink_block(home, architecture, now, {name: selection.W[:, columns]})
+            kept = dataclasses.replace(kept, channels=selection.kept)
 
-    trace = BlockTrace(
+    return BlockTrace(
         block=index,
         query_heads=kept.query_heads,
         kv_groups=kept.kv_groups,
@@ -185,7 +194,6 @@ def _prune_block(
         damping=damping,
         peak_memory_bytes=_peak_memory(settings.device),
     )
-    return kept, trace
 
 
 def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: torch.Tensor) -> tuple[float, float]:
@@ -236,7 +244,7 @@ def _known_attention(
         return
     attention = block.get_submodule(architecture.family.attention)
     output = block.get_submodule(architecture.family.attention_output)
-    attention.forward = lambda *args, **kwargs: (output(inputs[batch]), None)  # type: ignore[method-assign,assignment]
+    attention.forward = lambda *args, **kwargs: (output(inputs[batch]), None)
     try:
         yield
     finally:
@@ -255,7 +263,7 @@ def first_states(
         input_ids: int64 [sequences, length], no padding.
     """
     decoder = model.get_submodule(architecture.family.decoder)
-    blocks = list(model.get_submodule(architecture.family.blocks))  # type: ignore[arg-type]
+    blocks = list(model.get_submodule(architecture.family.blocks))
     embed = model.get_input_embeddings()
     size = max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
     states = MemoryStates()

@@ -203,7 +203,7 @@ def select_heads(
     return Selection(kept, state.W, state.error)
 
 
-def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:  # type: ignore[no-untyped-def]
+def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:
     """The cheapest way to take one query head from every group, with its exact joint error.
 
     All combinations are scored where there are few. Otherwise one is built head by head, each the cheapest given those

@@ -36,7 +36,9 @@ def make_plan(
     notes: list[str] = []
     dense = architecture.blocks
     if layout == "uniform" and len(set(dense)) > 1:
-        raise BadInputError("layout uniform needs the same sizes in every block, but this model's blocks differ already.")
+        raise BadInputError(
+            "layout uniform needs the same sizes in every block, but those of this model differ already."
+        )
     if ratio == 0:
         blocks = dense
     elif layout == "uniform":
@@ -88,7 +90,8 @@ def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence
     most = ratio_of(architecture, smallest)
     if ratio > most + TOLERANCE:
         raise BadInputError(
-            f"ratio {ratio:g} is beyond what legal sizes allow: the most that can be removed from this model is {most:.4f}."
+            f"ratio {ratio:g} is beyond what legal sizes allow: "
+            f"the most that can be removed from this model is {most:.4f}."
         )
 
 

@@ -30,7 +30,7 @@ def shrink_block(
         _replace(block, weight, new)
     attention = block.get_submodule(architecture.family.attention)
     if hasattr(attention, "num_key_value_groups"):
-        attention.num_key_value_groups = kept.sizes.heads_per_group
+        attention.num_key_value_groups = kept.sizes.heads_per_group  # type: ignore[assignment]
 
 
 def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slimexport.artifacts import CalibrationSet, LoadedModel, PrunedModel, PruningPlan
+from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, PrunedModel, PruningPlan
 from slimexport.checkpoint.save import apply_sizes
 from slimexport.loading import resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
@@ -43,7 +43,7 @@ def prune_model(
         parameter.data = parameter.data.to(stored)
     compute = _compute_dtype(config, device, stored)
     _full_float32_matmul()
-    trace = ()
+    trace: tuple[BlockTrace, ...] = ()
     if plan.blocks != plan.dense:
         settings = Settings(device, compute, config.group_size_start, config.group_size_end, config.damping)
         states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)

@@ -195,7 +195,9 @@ def test_unknown_names(prune: Callable[..., Result], model: Path) -> None:
     refused(prune(model, allocation="incremantal"), "Did you mean 'incremental'")
 
 
-def test_unknown_target_is_said_before_anything_is_done(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+def test_unknown_target_is_said_before_anything_is_done(
+    cli: Callable[..., Result], model: Path, tmp_path: Path
+) -> None:
     refused(cli("run", model, "-o", tmp_path / "out", target="onx"), "Unknown target 'onx'", "Did you mean 'onnx'")
     assert not (tmp_path / "out").exists()
 
@@ -233,7 +235,9 @@ def test_calibration_texts(prune: Callable[..., Result], model: Path, tmp_path: 
     refused(prune(model, calibration=tmp_path / "none.txt"), "none.txt")
 
 
-def test_calibration_and_evaluation_that_are_the_same(cli: Callable[..., Result], model: Path, text: Path, tmp_path: Path) -> None:
+def test_calibration_and_evaluation_that_are_the_same(
+    cli: Callable[..., Result], model: Path, text: Path, tmp_path: Path
+) -> None:
     refused(cli("run", model, "-o", tmp_path / "out", eval_text=text), "text.txt")
     copy = tmp_path / "copy.txt"
     copy.write_bytes(text.read_bytes())
@@ -302,7 +306,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 kB; root may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True, check=False
+    )
     if made.returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield place
@@ -320,7 +326,9 @@ def test_read_only_output(cli: Callable[..., Result], model: Path, small_disk: P
     refused(cli("prune", model, "-o", small_disk / "out"), "Read-only file system")
 
 
-def test_nothing_is_written_outside_the_output(cli: Callable[..., Result], model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_nothing_is_written_outside_the_output(
+    cli: Callable[..., Result], model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     here = tmp_path / "cwd"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -85,10 +85,11 @@ def test_bfloat16_and_untied_embeddings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auto_model_reads_per_layer_with_the_file_in_the_checkpoint(family: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_auto_model_reads_per_layer_with_the_file_in_the_checkpoint(
+    family: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     import transformers.dynamic_module_utils as remote
+    from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(remote, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = shrunk(family, DIFFERENT)
@@ -145,7 +146,7 @@ def test_fresh_process_reads_the_same_and_a_changed_byte_is_noticed(tmp_path: Pa
 
 
 def test_loading_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="no config.json"):
+    with pytest.raises(BadInputError, match=r"no config\.json"):
         slimexport.load(tmp_path)
 
 
@@ -159,7 +160,7 @@ def test_uniform_loads_where_slimexport_is_not_installed(tmp_path: Path) -> None
     path = saved(model, tmp_path / "c")
     torch.save(logits(model), tmp_path / "expected.pt")
     venv.create(tmp_path / "env", with_pip=False)
-    packages = [p for p in site.getsitepackages() if (Path(p) / "torch").is_dir()][0]
+    packages = next(p for p in site.getsitepackages() if (Path(p) / "torch").is_dir())
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "try:\n    import slimexport; raise SystemExit('slimexport is importable')\nexcept ImportError: pass\n"
@@ -171,8 +172,7 @@ def test_uniform_loads_where_slimexport_is_not_installed(tmp_path: Path) -> None
     # PYTHONPATH makes the packages visible without running .pth files, so the editable install stays out
     result = subprocess.run(
         [str(tmp_path / "env" / "bin" / "python"), "-c", script], cwd=tmp_path, capture_output=True, text=True,
-        env={"PYTHONPATH": packages, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=False,
+        env={"PYTHONPATH": packages, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=False,
     )  # fmt: skip
     assert result.stdout.strip() == "equal", result.stderr
-
-

@@ -24,14 +24,17 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     model = tiny_directory(place / "model", "qwen3", num_hidden_layers=BLOCKS, intermediate_size=320)
     text, evaluation = (tiny_text(place / f"{n}.txt", 9000, seed=i) for i, n in enumerate(("cal", "eval")))
     options = {"calibration": text, "eval-text": evaluation, "calibration-tokens": 8192, "sequence-length": 64,
-               "eval-tokens": 128, "eval-window": 64, "latency-runs": 0, "ratio": 0.35, "group-size-start": 1}  # fmt: skip
+               "eval-tokens": 128, "eval-window": 64, "latency-runs": 0, "ratio": 0.35,
+               "group-size-start": 1}  # fmt: skip
     words = [w for k, v in options.items() for w in (f"--{k}", str(v))]
     return [sys.executable, "-m", "slimexport.cli", "run", str(model), *words, "-o"]
 
 
 def start(command: list[str], out: Path, *more: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(out), *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*command, str(out), *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:

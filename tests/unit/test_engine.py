@@ -154,7 +154,7 @@ def test_same_inputs_give_the_same_bits() -> None:
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -162,7 +162,7 @@ class _DyingSink(DirectorySink):
     def save(self, index: int, block: Any, trace: BlockTrace) -> None:
         super().save(index, block, trace)
         if index == 1:
-            raise _Killed
+            raise _KilledError
 
 
 def test_resume_after_a_kill_gives_the_same_bits(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_resume_after_a_kill_gives_the_same_bits(tmp_path: Path) -> None:
     plan, text, architecture = planned(dense, 0.4), calibration(), architecture_of(dense.config, "tiny")
     whole = prune_model(loaded(copy.deepcopy(dense)), plan, text, config())
 
-    with pytest.raises(_Killed):
-        sink = _DyingSink(tmp_path / "work", architecture, {"ratio": 0.4}, resume=False)
-        prune_model(loaded(copy.deepcopy(dense)), plan, text, config(), sink=sink)
+    dying = _DyingSink(tmp_path / "work", architecture, {"ratio": 0.4}, resume=False)
+    with pytest.raises(_KilledError):
+        prune_model(loaded(copy.deepcopy(dense)), plan, text, config(), sink=dying)
     sink = DirectorySink(tmp_path / "work", architecture, {"ratio": 0.4}, resume=True)
     assert sink.finished() == 2
     resumed = prune_model(loaded(copy.deepcopy(dense)), plan, text, config(), sink=sink)
@@ -210,7 +210,9 @@ def test_cuda_prunes_like_the_cpu(dtype: str) -> None:
     dense = tiny_model("llama")
     plan, text = planned(dense, 0.4), calibration()
     cpu = prune_model(loaded(copy.deepcopy(dense)), plan, text, config())
-    gpu = prune_model(loaded(copy.deepcopy(dense)), plan, text, config().model_copy(update={"device": "cuda", "dtype": dtype}))
+    gpu = prune_model(
+        loaded(copy.deepcopy(dense)), plan, text, config().model_copy(update={"device": "cuda", "dtype": dtype})
+    )
     assert kept_of(cpu.trace[0]).query_heads == kept_of(gpu.trace[0]).query_heads
     if dtype == "float32":
         torch.testing.assert_close(logits(cpu.model), logits(gpu.model), rtol=1e-3, atol=1e-2)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from slimexport.pruning import obs
 
 
@@ -132,9 +133,7 @@ def test_heads_equal_brute_force(groups, per_group, keep_groups, keep_per_group,
 
 def test_every_kept_group_keeps_the_same_number_of_heads() -> None:
     W, _, inverse = problem(4, 4 * 4 * 2, seed=5)
-    got = obs.select_heads(
-        W, inverse, kv_groups=4, heads_per_group=4, head_dim=2, keep_groups=3, keep_per_group=2
-    )
+    got = obs.select_heads(W, inverse, kv_groups=4, heads_per_group=4, head_dim=2, keep_groups=3, keep_per_group=2)
     assert sorted([h // 4 for h in got.kept].count(g) for g in range(4)) == [0, 2, 2, 2]
 
 
@@ -179,9 +178,7 @@ def test_keeping_all_changes_nothing() -> None:
     got = obs.select_channels(W, inverse, keep=12, group_size_start=4, group_size_end=1)
     assert torch.equal(got.W, W)
     assert got.error == 0.0
-    heads = obs.select_heads(
-        W, inverse, kv_groups=3, heads_per_group=2, head_dim=2, keep_groups=3, keep_per_group=2
-    )
+    heads = obs.select_heads(W, inverse, kv_groups=3, heads_per_group=2, head_dim=2, keep_groups=3, keep_per_group=2)
     assert torch.equal(heads.W, W)
 
 
