@@ -160,6 +160,8 @@ def _working(quiet: bool, debug: bool) -> Iterator[Progress]:
 
     from slimexport.progress import Progress
 
+    # Threads that spin while they wait take the cores from whoever else is on the machine, ourselves included.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -118,6 +118,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "provider": (["--provider", "cuda"], "cuda"),
     "baseline": (["--no-baseline"], False),
     "baseline_cache": (["--baseline-cache", "/c"], Path("/c")),
+    "head_weight": (["--head-weight", "0.5"], 0.5),
     "eval_text": (["--eval-text", "e.txt"], "e.txt"),
     "eval_tokens": (["--eval-tokens", "100"], 100),
     "eval_window": (["--eval-window", "32"], 32),
