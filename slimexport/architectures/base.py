@@ -153,6 +153,10 @@ class Architecture:
                 shapes[f"{self.family.blocks}.{i}.{name}"] = shape
         return shapes
 
+    def plain_config_can_say(self, sizes: BlockSizes) -> bool:
+        """Whether a config without per-block sizes accepts this head count."""
+        return not self.family.heads_divide_hidden or self.hidden % sizes.query_heads == 0
+
     # ---------------------------------------------------------------------------------------------------- counting
 
     def block_linear_parameters(self, sizes: BlockSizes) -> int:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from slimexport.checkpoint.load import load
-from slimexport.checkpoint.save import apply_sizes, save_checkpoint
+from slimexport.checkpoint.save import save_checkpoint
 
-__all__ = ["apply_sizes", "load", "save_checkpoint"]
+__all__ = ["load", "save_checkpoint"]

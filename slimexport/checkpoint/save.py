@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import (
-    BlockSizes,
     PruningPlan,
     ShrunkCheckpoint,
     read_json,
@@ -20,30 +19,12 @@ from slimexport.artifacts import (
 )
 from slimexport.checkpoint import modeling_slimexport
 from slimexport.errors import NotReproducedError
-from slimexport.pruning.planner import plain_config_can_say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REMOTE_CLASS = "SlimExportForCausalLM"
 PROBE_TOKENS = 64
-
-
-def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:
-    """Makes `config` say `blocks`: plainly where all are equal and the family allows it, else per block.
-
-    The global sizes of a per-block config stay those of the dense model, so that a reader that knows nothing of
-    `per_layer_config` fails on tensor shapes instead of computing something else.
-    """
-    family = architecture.family
-    config.head_dim = architecture.head_dim  # never to be recomputed from hidden_size / heads
-    config.per_layer_config = None
-    if len(set(blocks)) == 1 and plain_config_can_say(architecture, blocks[0]):
-        for name, value in family.config_fields(blocks[0]).items():
-            setattr(config, name, value)
-        return
-    config.allow_global_per_layer_attribute_access = True  # the stock validators read global sizes
-    config.per_layer_config = {i: family.config_fields(b) for i, b in enumerate(blocks)}
 
 
 def save_checkpoint(

@@ -153,7 +153,7 @@ def _uniform_blocks(
 ) -> tuple[BlockSizes, ...]:
     """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio."""
     dense = architecture.blocks[0]
-    legal = [s for s in head_structures(dense) if plain_config_can_say(architecture, s)]
+    legal = [s for s in head_structures(dense) if architecture.plain_config_can_say(s)]
     smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
     _check_possible(architecture, ratio, [smallest] * len(architecture.blocks))
     target = (1 - ratio) * architecture.block_linear_parameters(dense)
@@ -168,11 +168,6 @@ def _uniform_blocks(
         return off > TOLERANCE, abs(architecture.attention_parameters(block) - wanted), -block.query_heads
 
     return (min((fill(s) for s in legal), key=miss),) * len(architecture.blocks)
-
-
-def plain_config_can_say(architecture: Architecture, sizes: BlockSizes) -> bool:
-    """Whether a config without per-block sizes accepts this head count."""
-    return not architecture.family.heads_divide_hidden or architecture.hidden % sizes.query_heads == 0
 
 
 def _nearest_heads(architecture: Architecture, dense: BlockSizes, wanted: float) -> BlockSizes:

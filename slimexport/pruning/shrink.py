@@ -1,13 +1,19 @@
-"""Makes a block really smaller: slices its weights, puts in the compensated matrices, corrects module attributes."""
+"""Makes a block really smaller: slices its weights, puts in the compensated matrices, corrects module attributes, and
+writes the sizes into the config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from slimexport.architectures.base import CHANNELS, KEY_VALUE, QUERY, Architecture, Kept, Weight
+from slimexport.artifacts import BlockSizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def shrink_block(
@@ -42,6 +48,23 @@ def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = new.shape
+
+
+def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:
+    """Makes `config` say `blocks`: plainly where all are equal and the family allows it, else per block.
+
+    The global sizes of a per-block config stay those of the dense model, so that a reader that knows nothing of
+    `per_layer_config` fails on tensor shapes instead of computing something else.
+    """
+    family = architecture.family
+    config.head_dim = architecture.head_dim  # never to be recomputed from hidden_size / heads
+    config.per_layer_config = None
+    if len(set(blocks)) == 1 and architecture.plain_config_can_say(blocks[0]):
+        for name, value in family.config_fields(blocks[0]).items():
+            setattr(config, name, value)
+        return
+    config.allow_global_per_layer_attribute_access = True  # the stock validators read global sizes
+    config.per_layer_config = {i: family.config_fields(b) for i, b in enumerate(blocks)}
 
 
 def mask_block(block: nn.Module, architecture: Architecture, kept: Kept, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, PrunedModel, PruningPlan
-from slimexport.checkpoint.save import apply_sizes
 from slimexport.loading import resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import Settings, first_states, prune_blocks
+from slimexport.pruning.shrink import apply_sizes
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig

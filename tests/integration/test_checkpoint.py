@@ -15,10 +15,10 @@ import slimexport
 from slimexport.architectures import architecture_of
 from slimexport.architectures.base import Kept
 from slimexport.artifacts import BlockSizes
-from slimexport.checkpoint.save import apply_sizes, check_round_trip, save_checkpoint
+from slimexport.checkpoint.save import check_round_trip, save_checkpoint
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.pruning.planner import make_plan
-from slimexport.pruning.shrink import shrink_block
+from slimexport.pruning.shrink import apply_sizes, shrink_block
 
 DIFFERENT = (BlockSizes(3, 2, 64), BlockSizes(2, 1, 32), BlockSizes(1, 2, 80))
 SAME = (BlockSizes(3, 1, 32),) * 3  # 3 heads divide 96, so that Llama's plain config can say it
