@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
+from slimexport.progress import seconds
 from slimexport.reporting import view
 from slimexport.reporting.schema import Report
 
@@ -29,6 +30,12 @@ def plan_text(plan: PruningPlan) -> str:
     lines = [head, "", _table(view.BLOCK_COLUMNS[:4], view.sizes(plan)), ""]
     lines += [_table(view.REMOVED_COLUMNS, view.removed(plan)), ""]
     lines.append(view.ideal_speedups(plan.dense_estimates, plan.estimates))
+    if plan.cost:
+        lines.append(
+            f"pruning takes about {seconds(plan.cost.seconds)} on {plan.cost.device} "
+            f"({plan.cost.flops / 1e12:.3g} TFLOP, {plan.cost.flops_per_second / 1e9:.3g} GFLOP/s measured now) "
+            f"and {plan.cost.peak_memory_bytes / 1e9:.1f} GB of memory"
+        )
     return "\n".join([*lines, *plan.notes])
 
 
