@@ -45,6 +45,26 @@ def version(package: str) -> str | None:
         return None
 
 
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Not `ru_maxrss` on Linux: it survives exec, so a child of a process that holds two torch models would report theirs.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        pass
+    import psutil
+
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
+    if peak is not None:
+        return int(peak)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def environment(cuda: bool = False) -> dict[str, Any]:
     """Plain data for run.json and report.json. The CUDA device is asked for only with `cuda` or if torch is loaded."""
     import psutil

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 
 from slimexport.architectures.base import QUERY, Architecture, Kept
 from slimexport.artifacts import BlockSizes, BlockTrace, PruningPlan
+from slimexport.environment import peak_memory_bytes
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.hessian import Hessian
@@ -92,16 +92,21 @@ def prune_blocks(
     for index in range(len(source)):
         home = source.load(index)
         if index < finished:
-            traces.append(sink.restore(index, home))
+            trace = sink.restore(index, home)
         else:
             trace = _prune_block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings)
-            traces.append(trace)
-            sink.save(index, home, trace)
-        work = _working_copy(home, settings)
+        watch = Stopwatch(settings.device)
         if index + 1 < len(source):
+            work = _working_copy(home, settings)
             for batch in range(len(states)):
-                states[batch] = _output(work(states[batch], **arguments(index, batch)))
-        progress(index + 1, len(source), _describe(traces[-1], index < finished))
+                with watch.on("forward"):
+                    states[batch] = _output(work(states[batch], **arguments(index, batch)))
+        if index >= finished:
+            spent = trace.seconds_forward + watch.seconds["forward"]
+            trace = dataclasses.replace(trace, seconds_forward=spent, peak_memory_bytes=_peak_memory(settings.device))
+            sink.save(index, home, trace)
+        traces.append(trace)
+        progress(index + 1, len(source), _describe(trace, index < finished))
     return tuple(traces)
 
 
@@ -192,7 +197,7 @@ def _prune_block(
         seconds_hessian=watch.seconds["hessian"],
         seconds_selection=watch.seconds["selection"],
         damping=damping,
-        peak_memory_bytes=_peak_memory(settings.device),
+        peak_memory_bytes=0,  # the caller's, after the pass through the shrunk block
     )
 
 
@@ -304,10 +309,8 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: peak of the CUDA allocator, or the resident set of this process now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    """Bytes: peak of the CUDA allocator, or of this process's resident memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
 
 
 def _describe(trace: BlockTrace, restored: bool) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slimexport.artifacts import Figure
+from slimexport.environment import peak_memory_bytes
 from slimexport.errors import SlimExportError
 
 PROMPT_TOKENS = 128
@@ -123,7 +124,7 @@ def measure(directory: Path, provider: str, threads: int) -> dict[str, Any]:
         "load_seconds": round(decoder.load_seconds, 4),
         "rss_before_mb": round(before, 1),
         "rss_loaded_mb": round(loaded, 1),
-        "peak_rss_mb": round(_peak_mb(), 1),
+        "peak_rss_mb": round(peak_memory_bytes() / MB, 1),
         "prompt_tokens": tokens,
         "decode_tokens": DECODE_TOKENS,
         "torch_loaded": "torch" in sys.modules,
@@ -134,27 +135,6 @@ def _memory_mb() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss) / MB
-
-
-def _peak_mb() -> float:
-    """Peak resident memory of this process.
-
-    Not `ru_maxrss` on Linux: it survives exec, so a child of a process that holds two torch models would report theirs.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024 / MB
-    except (OSError, StopIteration):
-        pass
-    import psutil
-
-    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
-    if peak is not None:
-        return float(peak) / MB
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
 
 
 def main(arguments: list[str] | None = None) -> int:
