@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, load_rows, save_rows, table
 
 import slimexport
@@ -28,8 +29,11 @@ def main() -> None:
     parser.add_argument("--layouts", default="per_layer,uniform")
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--eval-tokens", type=int, default=60000)
+    parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime; default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     rows = load_rows(options.out)
     for ratio in map(float, options.ratios.split(",")):
         for layout in options.layouts.split(","):
@@ -55,6 +59,7 @@ def measure(options: argparse.Namespace, ratio: float, layout: str) -> dict[str,
         eval_tokens=options.eval_tokens,
         latency_runs=0,
         baseline_cache=options.work / "baselines",
+        threads=options.threads,
     )
     place = options.work / f"{layout}-{ratio:g}"
     report = slimexport.run(

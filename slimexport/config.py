@@ -97,7 +97,7 @@ class RunConfig(BaseModel):
         default=None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
     )
     head_weight: float = Field(
-        default=1.0, ge=0, description="Ratio of a block's heads relative to its own; channels make up the rest."
+        default=0.6, ge=0, description="Ratio of a block's heads relative to its own; channels make up the rest."
     )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
         default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
