@@ -146,9 +146,11 @@ def _go_on(output: str | Path, overrides: dict[str, Any] | None) -> tuple[RunDir
 
 
 def _check_targets(config: RunConfig) -> None:
-    """Unknown names are said before minutes of pruning."""
+    """Unknown targets and absent providers are said before minutes of pruning."""
+    from slimexport.runtime import require_provider
     from slimexport.targets import registry as targets
 
+    require_provider(config.provider)
     for name in config.target:
         targets.get(name)
 

@@ -200,8 +200,8 @@ class OnnxDecoder:
         )
 
 
-def _open_session(path: Path, provider: str, threads: int) -> Any:
-    """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
+def require_provider(provider: str) -> None:
+    """Raises BadInputError unless ONNX Runtime is installed and has `provider`: said before minutes of pruning."""
     if provider not in PROVIDERS:
         raise BadInputError(f"Unknown provider {provider!r}: known are {', '.join(PROVIDERS)}.")
     try:
@@ -214,6 +214,14 @@ def _open_session(path: Path, provider: str, threads: int) -> Any:
             f"Provider {provider} needs {wanted}, which the installed onnxruntime lacks: pip install 'slimexport[gpu]' "
             "in an environment without onnxruntime (the two packages overwrite each other's files)."
         )
+
+
+def _open_session(path: Path, provider: str, threads: int) -> Any:
+    """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
+    require_provider(provider)
+    import onnxruntime
+
+    wanted = PROVIDERS[provider]
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # finds the CUDA libraries that came as wheels (torch's)
     options = onnxruntime.SessionOptions()

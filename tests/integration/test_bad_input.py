@@ -195,6 +195,16 @@ def test_unknown_names(prune: Callable[..., Result], model: Path) -> None:
     refused(prune(model, allocation="incremantal"), "Did you mean 'incremental'")
 
 
+def test_provider_that_is_absent_is_said_before_anything_is_done(cli: Callable[..., Result], model: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is one here")
+    out = model.parent / "out"
+    refused(cli("run", model, "-o", out, provider="cuda"), "CUDAExecutionProvider", "slimexport[gpu]")
+    assert not out.exists()
+
+
 def test_unknown_target_is_said_before_anything_is_done(
     cli: Callable[..., Result], model: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +309,25 @@ def test_stages_out_of_order(cli: Callable[..., Result], model: Path, tmp_path: 
         with pytest.raises(SystemExit) as stop:
             main([command, str(out)])
         assert stop.value.code == 4
+
+
+def test_baseline_cache_of_another_run(
+    cli: Callable[..., Result], model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from slimexport import exporting
+    from slimexport.run_directory import lock_file
+
+    monkeypatch.setattr(exporting, "CACHE_WAIT", 0.2)
+    monkeypatch.setattr(exporting, "_baseline_key", lambda *_: "key")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with lock_file(cache / "key.lock", "busy"):
+        result = cli("run", model, "-o", tmp_path / "out", baseline_cache=cache, latency_runs=0)
+    refused(result, "baseline cache", "locked by another run")
+    assert not (tmp_path / "out" / "baseline").exists()
+    again = cli("run", model, "-o", tmp_path / "out", "--resume", baseline_cache=cache, latency_runs=0)
+    assert again[0] == 0, again[2]
+    assert (tmp_path / "out" / "baseline" / "onnx" / "model.onnx").is_file()
 
 
 @pytest.fixture
