@@ -45,6 +45,7 @@ def save_checkpoint(
     path = directory / "config.json"
     data = read_json(path)
     _add_old_rope_fields(data)
+    data.pop("auto_map", None)  # of the checkpoint that this one was made from
     if "per_layer_config" in data:
         base = type(model).__name__
         data["auto_map"] = {"AutoModelForCausalLM": f"{modeling_slimexport.__name__.rpartition('.')[2]}.{REMOTE_CLASS}"}

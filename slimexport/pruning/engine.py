@@ -22,6 +22,7 @@ from torch import nn
 from slimexport.architectures.base import QUERY, Architecture, Kept
 from slimexport.artifacts import BlockSizes, BlockTrace, PruningPlan
 from slimexport.environment import peak_memory_bytes
+from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.hessian import Hessian
@@ -125,6 +126,11 @@ def _prune_block(
     kept = Kept.all(dense)
 
     def site(W: torch.Tensor, H: torch.Tensor) -> Site:
+        if not bool(torch.isfinite(H).all()):
+            raise BadInputError(
+                f"The activations of block {index} overflow in {str(settings.dtype).removeprefix('torch.')}; "
+                "use --dtype float32 (or bfloat16)."
+            )
         return Site(
             W,
             H,

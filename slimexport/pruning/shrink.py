@@ -59,6 +59,7 @@ def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tu
     family = architecture.family
     config.head_dim = architecture.head_dim  # never to be recomputed from hidden_size / heads
     config.per_layer_config = None
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # of an earlier pruning
     if len(set(blocks)) == 1 and architecture.plain_config_can_say(blocks[0]):
         for name, value in family.config_fields(blocks[0]).items():
             setattr(config, name, value)

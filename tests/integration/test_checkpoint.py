@@ -68,6 +68,40 @@ def test_our_loader_gives_the_same_logits(family: str, blocks: tuple[BlockSizes,
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize("layout", ["per_layer", "uniform"])
+def test_a_pruned_checkpoint_is_a_legal_input(layout: str, tmp_path: Path) -> None:
+    from slimexport.artifacts import CalibrationSet, TextSource
+    from slimexport.config import RunConfig
+    from slimexport.loading import load_model
+    from slimexport.pruning.stage import prune_model
+
+    first = saved(shrunk("qwen3", DIFFERENT if layout == "per_layer" else SAME), tmp_path / "first")
+    config = RunConfig(model=str(first), device="cpu")
+    loaded = load_model(config)
+    plan = make_plan(
+        loaded.architecture, ratio=0.2, criterion="slimgpt", allocation="uniform", layout=layout, round_to=4
+    )
+    ids = torch.arange(640).reshape(20, 32) * 7 % 211
+    again = prune_model(loaded, plan, CalibrationSet(ids, TextSource("t", 640, ""), 0), config)
+    second, _ = slimexport.load(saved(again.model, tmp_path / "second"))
+    assert torch.equal(logits(second), logits(again.model))
+    assert architecture_of(second.config, "tiny").blocks == plan.blocks
+    data = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert ("auto_map" in data) == ("per_layer_config" in data) == (layout == "per_layer")
+
+
+def test_a_per_layer_checkpoint_that_becomes_uniform_is_plain_again(tmp_path: Path) -> None:
+    model, _ = slimexport.load(saved(shrunk("llama", DIFFERENT), tmp_path / "first"))
+    architecture = architecture_of(model.config, "tiny")
+    one = Kept((0,), (0,), tuple(range(32)))
+    for block in model.model.layers:
+        shrink_block(block, architecture, one)
+    apply_sizes(model.config, architecture, (one.sizes,) * 3)
+    data = json.loads((saved(model, tmp_path / "second") / "config.json").read_text())
+    assert not {"per_layer_config", "auto_map"} & set(data)
+    assert not data.get("allow_global_per_layer_attribute_access")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_implementation_can_be_changed_after_loading(family: str, tmp_path: Path) -> None:
     again, _ = slimexport.load(saved(shrunk(family, DIFFERENT), tmp_path / "c"))
