@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import types
 import typing
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model came from. `fingerprint` is a sha256 over config and weights (names, shapes, bytes)."""
+    """Where a model came from. `fingerprint` is a sha256 over all files that end up in a checkpoint."""
 
     name: str
     kind: str  # directory | hub | gguf | builtin
@@ -310,19 +311,25 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
     A killed process leaves the sibling behind: the next call clears it, and `path` never holds half a stage.
     """
-    import shutil
-
     path = Path(path)
     partial = path.parent / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         os.replace(partial, path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a directory with all it holds, or a link (never what a link points to); nothing is fine too."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def sha256_file(path: Path) -> str:

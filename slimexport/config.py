@@ -120,7 +120,7 @@ class RunConfig(BaseModel):
 
     # verify
     eval_text: str = Field(
-        default="default", description="Text for perplexity and KL: a .txt or .jsonl file, or default."
+        default="default", description="Text for perplexity and KL: as for calibration, but self."
     )
     eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
     eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
@@ -166,6 +166,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if any(length < 1 for length in self.prompt_lengths):
+            raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.layout == "uniform" and self.allocation not in ("auto", "uniform"):

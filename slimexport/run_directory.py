@@ -14,7 +14,6 @@ report/             report.json, report.md, report.html, junit.xml
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +28,15 @@ from slimexport.artifacts import (
     VerificationReport,
     from_dict,
     read_json,
+    remove,
     to_dict,
     write_json,
 )
-from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 
 RUN, PLAN, PRUNE, NUMERICS, VERIFICATION = "run.json", "plan.json", "prune.json", "numerics.json", "verification.json"
 CHECKPOINT, BASELINE, REPORT, WORK, LOCK = "checkpoint", "baseline", "report", ".work", ".lock"
+STAGE_ORDER = ("prune", "export", "verify")
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,14 @@ class VerifyRecord:
 
 
 class RunDirectory:
-    """Paths and stage states of one run. A stage is done when run.json says so, which is written last."""
+    """Paths and stage states of one run. A stage is done when run.json says so, which is written last.
+
+    Use it inside `locked()`: that is where run.json is read.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.state: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "stages": {}}
-        if (self.path / RUN).is_file():
-            self.state = read_json(self.path / RUN)
-            if self.state.get("schema_version") != SCHEMA_VERSION:
-                raise BadInputError(
-                    f"{self.path / RUN} has schema_version {self.state.get('schema_version')}, "
-                    f"this slimexport reads {SCHEMA_VERSION}."
-                )
-
-    @classmethod
-    def existing(cls, path: Path) -> RunDirectory:
-        """Raises BadInputError where `path` holds no run."""
-        if not (Path(path) / RUN).is_file():
-            raise BadInputError(f"{path} is no run directory (no {RUN}); `slimexport prune MODEL -o {path}` makes one.")
-        return cls(path)
-
-    @property
-    def config(self) -> RunConfig:
-        return make_config(self.state["config"], str(self.path / RUN))
+        self.state: dict[str, Any] = _empty_state()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -95,18 +80,24 @@ class RunDirectory:
         record = self.state["stages"].get(stage)
         return record["key"] if record else {}
 
+    def begin(self, stage: str) -> None:
+        """Before the first write of `stage`: it and all later ones no longer count as done."""
+        position = STAGE_ORDER.index(stage)
+        for name in STAGE_ORDER[position:]:
+            self.state["stages"].pop(name, None)
+        self.save()
+
     def finish(self, stage: str, key: dict[str, Any], seconds: float) -> None:
-        """Marks `stage` as done; what was made from an earlier result of it no longer counts."""
-        names = list(self.state["stages"])
-        if stage in names:
-            for later in names[names.index(stage) :]:
-                del self.state["stages"][later]
         self.state["stages"][stage] = {"key": _plain(key), "seconds": round(seconds, 3)}
         self.save()
 
     def save(self, **fields: Any) -> None:
         self.state.update(fields)
         write_json(self / RUN, self.state)
+
+    def save_config(self, fields: dict[str, Any]) -> None:
+        """Records what a finished stage was made with; the other fields stay as they are."""
+        self.save(config={**self.state.get("config", {}), **fields})
 
     def seconds(self) -> dict[str, float]:
         return {name: record["seconds"] for name, record in self.state["stages"].items()}
@@ -122,9 +113,7 @@ class RunDirectory:
 
     def check_free(self, *, force: bool, resume: bool) -> None:
         """Raises BadInputError unless the directory is empty, or holds a run and may be replaced or gone on with."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BadInputError(f"{self.path} is a file; the output must be a directory.")
-        content = [p.name for p in self.path.iterdir() if p.name != LOCK] if self.path.is_dir() else []
+        content = [p.name for p in self.path.iterdir() if p.name != LOCK]
         if not content:
             return
         if RUN not in content:
@@ -132,28 +121,74 @@ class RunDirectory:
         if not force and not resume:
             raise BadInputError(f"{self.path} holds a run already: --force replaces it, --resume goes on with it.")
 
+    def check_holds_none(self, inputs: list[Path]) -> None:
+        """Raises BadInputError where an input lies in this directory: replacing the run would destroy it."""
+        for path in inputs:
+            if path.resolve().is_relative_to(self.path.resolve()):
+                raise BadInputError(f"{path} lies in {self.path}, which --force would replace; choose another output.")
+
     def clear(self) -> None:
-        """Removes what slimexport wrote, but for the baseline, which is reused where its hash still fits."""
-        for path in self.path.iterdir():
-            if path.name in (LOCK, BASELINE):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        self.state = {"schema_version": SCHEMA_VERSION, "stages": {}}
+        """Removes what slimexport wrote, but for the baseline, which is reused where its hash still fits.
+
+        run.json is emptied first and never absent: a directory that is half cleared is still a run's.
+        """
+        targets = [str(t) for t in self.state.get("config", {}).get("target", [])]
+        self.state = _empty_state()
+        self.save()
+        for name in (PLAN, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *targets):
+            remove(self / name)
+        for partial in self.path.glob(".*.partial"):
+            remove(partial)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the directory against a second run; a directory made here and left empty by a failure is removed."""
-        made = not self.path.exists()
+    def locked(self, *, must_exist: bool = False, force: bool = False) -> Iterator[None]:
+        """Holds the directory against a second run, and reads run.json (with `force` a broken one counts as empty).
+
+        Directories made here and left empty by a failure are removed. With `must_exist`, BadInputError where there is
+        no run.
+        """
+        if must_exist and not (self / RUN).is_file():
+            raise BadInputError(
+                f"{self.path} is no run directory (no {RUN}); `slimexport prune MODEL -o DIR` makes one."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInputError(f"{self.path} is a file; the output must be a directory.")
+        if self.path.is_symlink() and not self.path.exists():
+            raise BadInputError(f"{self.path} is a link to nowhere.")
+        made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with lock_file(self / LOCK, f"{self.path} is in use by another run of slimexport."):
+                self._load(force)
                 yield
         finally:
-            if made and not any(self.path.iterdir()):
-                self.path.rmdir()
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+    def _load(self, force: bool) -> None:
+        if not (self / RUN).is_file():
+            return
+        try:
+            state = read_json(self / RUN)
+            if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
+                raise BadInputError(f"{self / RUN} is no record of a run; start over with --force.")
+            if state.get("schema_version") != SCHEMA_VERSION:
+                raise BadInputError(
+                    f"{self / RUN} has schema_version {state.get('schema_version')}, "
+                    f"this slimexport reads {SCHEMA_VERSION}."
+                )
+            if state["stages"] and not isinstance(state.get("config"), dict):
+                raise BadInputError(f"{self / RUN} holds no config; start over with --force.")
+        except BadInputError:
+            if not force:
+                raise
+            return
+        self.state = state
+
+
+def _empty_state() -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "stages": {}}
 
 
 @contextmanager

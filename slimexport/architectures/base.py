@@ -47,7 +47,6 @@ class Family:
     model_weights: tuple[Weight, ...]
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
-    ffn: str = "mlp"
     ffn_output: str = "mlp.down_proj"
     decoder: str = "model"  # the submodule that holds embedding, blocks and final norm
     blocks: str = "model.layers"

@@ -91,7 +91,8 @@ def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> floa
         save_file({"ids": ids}, given)
         threads = torch.get_num_threads()
         result = subprocess.run(
-            [sys.executable, "-m", "slimexport.checkpoint.probe", str(directory), str(given), str(made), str(threads)],
+            # -P: the user's working directory is no place to import from
+            [sys.executable, "-P", "-m", "slimexport.checkpoint.probe", *map(str, (directory, given, made, threads))],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if result.returncode:

@@ -26,7 +26,7 @@ from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.hessian import Hessian
-from slimexport.pruning.obs import removal_error
+from slimexport.pruning.obs import NotPositiveDefiniteError, removal_error
 from slimexport.pruning.shrink import shrink_block
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def prune_blocks(
     """Shrinks every block of `source` in place, in order, and hands each to `sink` as soon as it is finished.
 
     Args:
-        states: hidden states before block 0, per batch; overwritten by those after the last block.
+        states: hidden states before block 0, per batch; overwritten by those before the last block.
         arguments: (block, batch) -> keyword arguments of that block's forward (mask, position embeddings, ...).
     """
     traces: list[BlockTrace] = []
@@ -95,7 +95,15 @@ def prune_blocks(
         if index < finished:
             trace = sink.restore(index, home)
         else:
-            trace = _prune_block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings)
+            try:
+                trace = _prune_block(
+                    index, home, states, arguments, architecture, plan.blocks[index], criterion, settings
+                )
+            except (NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
+                raise BadInputError(
+                    f"The inputs of block {index} are too few or too alike to prune by ({error}): "
+                    "give more --calibration-tokens or a larger --damping."
+                ) from error
         watch = Stopwatch(settings.device)
         if index + 1 < len(source):
             work = _working_copy(home, settings)

@@ -35,6 +35,7 @@ def make_plan(
     Raises BadInputError where the ratio is beyond what legality allows, with the most that is possible."""
     notes: list[str] = []
     dense = architecture.blocks
+    spread = allocations.registry.get(allocation)
     if layout == "uniform" and len(set(dense)) > 1:
         raise BadInputError(
             "layout uniform needs the same sizes in every block, but those of this model differ already."
@@ -45,12 +46,14 @@ def make_plan(
         blocks = _uniform_blocks(architecture, ratio, round_to, head_weight)
     else:
         _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
-        wanted = allocations.registry.get(allocation)(allocations.Request(len(dense), ratio, first_ratio))
+        wanted = spread(allocations.Request(len(dense), ratio, first_ratio))
         ratios = _clip(architecture, wanted, ratio, round_to)
         blocks = _per_layer_blocks(architecture, ratios, ratio, round_to, head_weight)
     reached = ratio_of(architecture, blocks)
     if abs(reached - ratio) > TOLERANCE:
         notes.append(f"rounding to legal sizes reaches {reached:.4f} instead of {ratio:.4f}")
+    if stored_dtype not in BYTES:
+        raise BadInputError(f"The model is stored as {stored_dtype}: name another --save-dtype ({', '.join(BYTES)}).")
     size = BYTES[stored_dtype]
     return PruningPlan(
         model_type=architecture.family.model_type,

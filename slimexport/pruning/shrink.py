@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from slimexport.architectures.base import CHANNELS, KEY_VALUE, QUERY, Architecture, Kept, Weight
+from slimexport.architectures.base import Architecture, Kept, Weight
 from slimexport.artifacts import BlockSizes
 
 if TYPE_CHECKING:
@@ -66,21 +66,3 @@ def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tu
         return
     config.allow_global_per_layer_attribute_access = True  # the stock validators read global sizes
     config.per_layer_config = {i: family.config_fields(b) for i, b in enumerate(blocks)}
-
-
-def mask_block(block: nn.Module, architecture: Architecture, kept: Kept, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The dense twin of `shrink_block`: same sizes, zeros where something went. For tests and ablations.
-
-    Zero columns in the output matrices make removed heads and channels invisible to the rest of the model.
-    `tensors` holds full-size output matrices with zeros in the removed columns.
-    """
-    for weight in architecture.block_weights():
-        if weight.name in tensors:
-            parameter = block.get_parameter(weight.name)
-            parameter.data.copy_(tensors[weight.name])
-            for dim, axis in enumerate(weight.axes):
-                index = architecture.axis_index(axis, kept)
-                if index is not None and axis in (QUERY, KEY_VALUE, CHANNELS):
-                    gone = torch.ones(parameter.shape[dim], dtype=torch.bool)
-                    gone[index] = False
-                    assert not parameter.data.index_select(dim, gone.nonzero().flatten()).any(), weight.name

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, PrunedModel, PruningPlan
+from slimexport.errors import BadInputError
 from slimexport.loading import resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
@@ -21,6 +23,19 @@ if TYPE_CHECKING:
 def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
     """Name of the precision the checkpoint is written in."""
     return loaded.source.stored_dtype if config.save_dtype == "auto" else config.save_dtype
+
+
+def numbers(config: RunConfig, loaded: LoadedModel) -> dict[str, object]:
+    """What else decides the last bits: the same bytes are promised for the same machine, libraries and precision."""
+    device = resolve_device(config.device)
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    return {
+        "slimexport": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "compute dtype": str(_compute_dtype(config, device, stored)),
+    }
 
 
 def prune_model(
@@ -41,6 +56,8 @@ def prune_model(
     stored = getattr(torch, save_dtype_of(config, loaded))
     for parameter in model.parameters():  # and not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(stored)
+        if not bool(torch.isfinite(parameter.data).all()):
+            raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
     compute = _compute_dtype(config, device, stored)
     _full_float32_matmul()
     trace: tuple[BlockTrace, ...] = ()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimexport.artifacts import ExportArtifact, sha256_tree, to_dict, write_json
+from slimexport.artifacts import ExportArtifact, remove, sha256_tree, to_dict, write_json
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.targets import registry
 from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, Check, ExportOptions
@@ -105,10 +104,7 @@ def _require(*packages: str) -> None:
 def _empty(directory: Path) -> None:
     """What an earlier builder left behind must not be shipped."""
     for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 registry.register("onnx")(OnnxTarget())

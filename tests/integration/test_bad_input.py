@@ -47,6 +47,7 @@ def cli(capfd: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> Callab
         if command not in ("run", "verify"):
             flags = {k: v for k, v in flags.items() if not k.startswith("eval")}
         words = [str(a) for a in args] + [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             main([command, *words])
         out, err = capfd.readouterr()
@@ -376,3 +377,121 @@ def test_ratio_zero_is_the_identity_on_disk(cli: Callable[..., Result], model: P
 
 def test_models_module_makes_what_it_says() -> None:
     assert tiny_tokenizer().vocab_size == tiny_model().config.vocab_size
+
+
+# -------------------------------------------------------------------------------- a run directory that others touch
+
+
+@pytest.fixture
+def run_done(cli: Callable[..., Result], model: Path, tmp_path: Path) -> Path:
+    """A finished run with a gate that fails."""
+    out = tmp_path / "out"
+    result = cli("run", model, "-o", out, latency_runs=0, max_kl=0.00001)
+    assert result[0] == 3, result[2]
+    return out
+
+
+def bare(*words: Any) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(w) for w in words])
+    return int(stop.value.code or 0)
+
+
+def test_gates_survive_a_resumed_prune_and_inputs_may_not_change(
+    cli: Callable[..., Result], run_done: Path, model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    assert cli("prune", model, "-o", run_done, "--resume")[0] == 0
+    assert bare("report", run_done) == 3
+    monkeypatch.chdir(tmp_path / "model")  # paths of the first run count from where it was started
+    assert bare("verify", run_done, "--latency-runs", 0) == 0
+    tiny_text(tmp_path / "text.txt", 3000, seed=8)
+    assert bare("verify", run_done, "--latency-runs", 0) == 4
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))
+    refused(cli("prune", model, "-o", run_done, "--resume"), "has changed since")
+
+
+def test_an_export_that_fails_leaves_no_report_of_the_old_one(run_done: Path, model: Path) -> None:
+    shutil.rmtree(run_done / "baseline")
+    model.rename(model.parent / "elsewhere")  # the dense model cannot be exported any more
+    assert bare("export", run_done, "--force", "--exporter", "mobius") == 4
+    assert bare("report", run_done) == 4
+
+
+def test_changed_files_are_noticed(run_done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weights = run_done / "onnx" / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(bytes(data))
+    assert bare("verify", run_done, "--latency-runs", 0) == 4
+    assert "model.onnx.data is not the file that was written here" in capfd.readouterr().err
+
+
+def test_force_never_removes_inputs_or_foreign_files(
+    cli: Callable[..., Result], run_done: Path, tmp_path: Path
+) -> None:
+    (run_done / "notes.md").write_text("mine")
+    refused(cli("prune", run_done / "checkpoint", "-o", run_done, "--force"), "lies in", "--force would replace")
+    assert (run_done / "checkpoint" / "model.safetensors").is_file()
+    other = tmp_path / "disk2"
+    (run_done / "onnx").rename(other)
+    (run_done / "onnx").symlink_to(other)
+    assert cli("prune", tmp_path / "model", "-o", run_done, "--force")[0] == 0
+    assert (run_done / "notes.md").read_text() == "mine"
+    assert (other / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1}', '{"schema_version": 9, "stages": {}}'])
+def test_broken_run_record(cli: Callable[..., Result], model: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text(content)
+    refused(cli("prune", model, "-o", out, "--resume"), "run.json")
+    assert bare("report", out) == 4
+    assert cli("prune", model, "-o", out, "--force")[0] == 0
+
+
+def test_links_to_nowhere_and_directories_that_a_failure_leaves(cli: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    refused(cli("prune", tmp_path / "none", "-o", tmp_path / "link"), "link to nowhere")
+    refused(cli("prune", tmp_path / "none", "-o", tmp_path / "a" / "b" / "c"), "none")
+    assert not (tmp_path / "a").exists()
+
+
+def test_stored_precision_is_that_of_the_tensors(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert cli("prune", model, "-o", tmp_path / "out", ratio=0)[0] == 0
+    before, after = (load_file(p / "model.safetensors") for p in (model, tmp_path / "out" / "checkpoint"))
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    save_file({k: v.double() for k, v in before.items()}, model / "model.safetensors", {"format": "pt"})
+    refused(cli("prune", model, "-o", tmp_path / "out2"), "F64", "float32, bfloat16, float16")
+
+
+def test_tensors_without_a_place(prune: Callable[..., Result], model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    refused(prune(model), "have no place in the model", "model.layers.2.")
+
+
+def test_tokenizer_of_another_model(prune: Callable[..., Result], model: Path) -> None:
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.embed_tokens.weight"
+    save_file({**tensors, name: tensors[name][:100].contiguous()}, weights, {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    refused(prune(model), "the tokenizer has ids up to 210", "100 rows")
+
+
+def test_windows_that_the_model_cannot_hold_are_said_at_once(
+    cli: Callable[..., Result], model: Path, tmp_path: Path
+) -> None:
+    result = cli("run", model, "-o", tmp_path / "out", eval_window=300, eval_tokens=600)
+    refused(result, "eval_window 300 is longer than the model's 256 positions")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_for_the_damping(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    result = cli("prune", model, "-o", tmp_path / "out", damping=1e-15, calibration_tokens=64, ratio=0.5)
+    refused(result, "too few or too alike", "--damping")

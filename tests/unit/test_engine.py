@@ -11,6 +11,7 @@ import torch
 from models import FAMILIES, VOCAB, tiny_model
 
 from slimexport.architectures import architecture_of
+from slimexport.architectures.base import Kept
 from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
@@ -18,7 +19,6 @@ from slimexport.pruning.blocks import DirectorySink, kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.planner import make_plan
-from slimexport.pruning.shrink import mask_block
 from slimexport.pruning.stage import prune_model
 
 TEXT = TextSource("random", 0, "0" * 64)
@@ -41,6 +41,20 @@ def planned(model: Any, ratio: float, **options: Any) -> PruningPlan:
 
 def config(**changes: Any) -> RunConfig:
     return RunConfig(model="tiny", device="cpu", group_size_start=8, **changes)
+
+
+def mask_block(block: Any, architecture: Any, kept: Kept, full: dict[str, torch.Tensor]) -> None:
+    """The dense twin of a shrunk block: full-size output matrices with zeros in the columns that went, which makes
+    removed heads and channels invisible to the rest of the model."""
+    for weight in architecture.block_weights():
+        if weight.name in full:
+            block.get_parameter(weight.name).data.copy_(full[weight.name])
+            for dim, axis in enumerate(weight.axes):
+                index = architecture.axis_index(axis, kept)
+                if index is not None:
+                    gone = torch.ones(full[weight.name].shape[dim], dtype=torch.bool)
+                    gone[index] = False
+                    assert not full[weight.name].index_select(dim, gone.nonzero().flatten()).any()
 
 
 def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
