@@ -59,3 +59,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean X?' (with a leading space) for the closest known word, or ''."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """A library's error in one line, with its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import LoadedModel, ModelSource, sha256_file
-from slimexport.errors import BadInputError, nearest
+from slimexport.errors import BadInputError, nearest, reason
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,8 @@ def _download(name: str, revision: str | None) -> Located:
     try:
         directory = snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED)
     except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInputError(
-            f"Model {name!r} is no local directory, and the Hub did not give it ({type(error).__name__}: {reason})."
+            f"Model {name!r} is no local directory, and the Hub did not give it ({reason(error)})."
             f"{nearest(name, BUILTIN)}"
         ) from error
     return Located(name, "hub", Path(directory))
@@ -111,8 +110,7 @@ def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:
             str(located.directory), trust_remote_code=config.trust_remote_code, **options
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInputError(f"The config of {located.name} cannot be read: {reason}") from error
+        raise BadInputError(f"The config of {located.name} cannot be read: {reason(error)}") from error
     if found.model_type == "gguf":
         raise BadInputError(f"{located.name}: transformers does not know this GGUF architecture.")
     return found
@@ -194,8 +192,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     except BadInputError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInputError(f"The weights of {located.name} cannot be loaded: {reason}") from error
+        raise BadInputError(f"The weights of {located.name} cannot be loaded: {reason(error)}") from error
     # A tied lm_head is not stored, so transformers may list it; every other missing tensor was filled at random.
     missing = sorted(k for k in info.get("missing_keys", []) if not (architecture.tied and k == "lm_head.weight"))
     if missing:
@@ -246,8 +243,7 @@ def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBa
             str(located.directory), trust_remote_code=config.trust_remote_code, **options
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInputError(f"{located.name} has no usable tokenizer: {reason}") from error
+        raise BadInputError(f"{located.name} has no usable tokenizer: {reason(error)}") from error
     if not tokenizer.vocab_size:
         raise BadInputError(f"{located.name} has no usable tokenizer: its vocabulary is empty.")
     return tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.checkpoint.modeling_slimexport import PerBlockSizes
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,10 @@ def load(
     if not (path / "config.json").is_file():
         raise BadInputError(f"{directory} is no checkpoint: it has no config.json.")
     model = load_weights(path, dtype=dtype).to(device)
-    return model, AutoTokenizer.from_pretrained(str(path))
+    try:
+        return model, AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:
+        raise BadInputError(f"{path} has no usable tokenizer: {reason(error)}") from error
 
 
 def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
@@ -43,8 +46,7 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
         else:
             model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInputError(f"{path} cannot be loaded: {reason}") from error
+        raise BadInputError(f"{path} cannot be loaded: {reason(error)}") from error
     missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k == "lm_head.weight")]
     if missing or info["mismatched_keys"]:
         raise BadInputError(f"{path}: missing {missing[:1]}, mismatched {list(info['mismatched_keys'])[:1]}.")
