@@ -315,8 +315,8 @@ def test_stages_out_of_order(cli: Callable[..., Result], model: Path, tmp_path: 
 def test_baseline_cache_of_another_run(
     cli: Callable[..., Result], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from slimexport import exporting
     from slimexport.run_directory import lock_file
+    from slimexport.stages import export as exporting
 
     monkeypatch.setattr(exporting, "CACHE_WAIT", 0.2)
     monkeypatch.setattr(exporting, "_baseline_key", lambda *_: "key")

@@ -1,27 +1,65 @@
-"""The export stage: the shrunk checkpoint and the dense baseline through the same target, each checked before it is
-put into place; the baseline is kept by content hash."""
+"""The shrunk checkpoint and the dense baseline through the same target, each checked before it is put into place; the
+baseline is kept by content hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import ModelSource, read_json, sha256_tree, staged_directory, write_json
+from slimexport.artifacts import (
+    ExportArtifact,
+    ModelSource,
+    from_dict,
+    read_json,
+    sha256_tree,
+    staged_directory,
+    write_json,
+)
 from slimexport.errors import BadInputError
-from slimexport.run_directory import lock_file
+from slimexport.run_directory import BASELINE, CHECKPOINT, NUMERICS, PRUNE, PruneRecord, RunDirectory, lock_file
+from slimexport.stages.inputs import check_files, export_names, fields_of
 
 if TYPE_CHECKING:
-    from slimexport.artifacts import ExportArtifact
     from slimexport.config import RunConfig
     from slimexport.progress import Progress
 
 PRECISION = "fp32"
 GRAPH_PACKAGES = ("slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch")
 CACHE_WAIT = 900.0  # seconds for another run that is just making the same baseline
+
+
+def export_stage(
+    directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False
+) -> dict[str, ExportArtifact]:
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("prune"):
+        raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
+    key = {"prune": directory.key("prune"), **fields_of(config, "export")}
+    names = export_names(config)
+    if directory.done("export", key) and not force and all((directory / n).is_dir() for n in names):
+        return {name: load_artifact(directory / name) for name in names}
+    checkpoint = directory.read(PRUNE, PruneRecord).checkpoint
+    check_files(directory / CHECKPOINT, checkpoint.files)
+    directory.begin("export")
+    started = time.monotonic()
+    source = from_dict(ModelSource, directory.state["source"], "run.json")
+    numerics: dict[str, Any] = {}
+    with progress.stage("export"):
+        for target in config.target:
+            numerics[target] = export_checkpoint(directory / CHECKPOINT, directory / target, target, config, progress)
+            if config.baseline:
+                place = f"{BASELINE}/{target}"
+                numerics[place] = baseline_for(source, directory / place, target, config, progress)
+    write_json(directory / NUMERICS, numerics)
+    directory.save_config(fields_of(config, "export"))
+    directory.finish("export", key, time.monotonic() - started)
+    return {name: load_artifact(directory / name) for name in names}
 
 
 def export_checkpoint(
@@ -32,7 +70,7 @@ def export_checkpoint(
 
     progress.note(f"{target}: shrunk model")
     model, tokenizer = load(checkpoint)
-    return _export(model, tokenizer, place, target, config)
+    return _export_model(model, tokenizer, place, target, config)
 
 
 def baseline_for(
@@ -79,12 +117,12 @@ def _make_baseline(
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
     place.parent.mkdir(parents=True, exist_ok=True)
     _record(place).unlink(missing_ok=True)
-    numerics = _export(loaded.model, loaded.tokenizer, place, target, config)
+    numerics = _export_model(loaded.model, loaded.tokenizer, place, target, config)
     write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
     return numerics
 
 
-def _export(model: Any, tokenizer: Any, place: Path, target: str, config: RunConfig) -> dict[str, Any]:
+def _export_model(model: Any, tokenizer: Any, place: Path, target: str, config: RunConfig) -> dict[str, Any]:
     from slimexport.runtime import OnnxDecoder
     from slimexport.targets import registry
     from slimexport.targets.base import ExportOptions

@@ -1,0 +1,68 @@
+"""What the stages share: the config they go by, which of its fields decide what, and files that must be unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slimexport.artifacts import sha256_file
+from slimexport.config import RunConfig, make_config
+from slimexport.errors import BadInputError
+from slimexport.loading import BUILTIN
+from slimexport.options import STAGES
+from slimexport.run_directory import BASELINE, RunDirectory
+
+
+def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
+    """What the run was made with, and what this command changes."""
+    values = {**directory.state.get("config", {}), **(overrides or {})}
+    return absolute(make_config(values, "options", overrides or {}))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Paths that exist become absolute: later stages may be called from another directory. Names of ours stay names."""
+    found = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("model", "calibration", "eval_text")
+        if (value := getattr(config, name)) not in (*BUILTIN, "default", "self") and Path(value).expanduser().exists()
+    }
+    if config.baseline_cache:
+        found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
+    return config.model_copy(update=found)
+
+
+def check_targets(config: RunConfig) -> None:
+    """Unknown targets and absent providers are said before minutes of pruning."""
+    from slimexport.runtime import require_provider
+    from slimexport.targets import registry as targets
+
+    require_provider(config.provider)
+    for name in config.target:
+        targets.get(name)
+    if len(set(config.target)) < len(config.target):
+        raise BadInputError(f"A target is named twice: {', '.join(config.target)}.")
+    if config.baseline_cache and config.baseline_cache.exists() and not config.baseline_cache.is_dir():
+        raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
+
+
+def fields_of(config: RunConfig, *stages: str) -> dict[str, Any]:
+    """The part of the config that decides the results of `stages`."""
+    data = config.model_dump(mode="json")
+    names = [name for stage in stages for name in STAGES[stage] if name != "baseline_cache"]
+    return {name: data[name] for name in names}
+
+
+def export_names(config: RunConfig) -> list[str]:
+    """The exported directories of a run, the first of them being the one that is measured."""
+    return [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+
+
+def check_files(place: Path, files: Mapping[str, str]) -> None:
+    """Raises BadInputError for the first file that is not what its stage wrote."""
+    for name, digest in files.items():
+        path = place / name
+        if not path.is_file() or sha256_file(path) != digest:
+            raise BadInputError(
+                f"{path} is not the file that was written here: its sha256 differs. --force starts over."
+            )

@@ -1,0 +1,151 @@
+"""Load, calibrate, plan, prune, shrink: from a dense model to `checkpoint/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimexport.artifacts import PruningPlan, ShrunkCheckpoint, staged_directory, to_dict
+from slimexport.config import RunConfig, make_config
+from slimexport.errors import BadInputError
+from slimexport.progress import Progress
+from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
+from slimexport.stages.inputs import fields_of
+
+if TYPE_CHECKING:
+    from slimexport.artifacts import LoadedModel
+
+
+def plan_stage(config: RunConfig, architecture: Any, stored_dtype: str) -> PruningPlan:
+    from slimexport.pruning.criteria import registry as criteria
+    from slimexport.pruning.planner import make_plan
+
+    criteria.get(config.criterion)
+    return make_plan(
+        architecture,
+        ratio=config.ratio,
+        criterion=config.criterion,
+        allocation=config.resolved_allocation,
+        layout=config.resolved_layout,
+        round_to=config.round_to,
+        first_ratio=config.first_ratio,
+        head_weight=config.head_weight,
+        stored_dtype=stored_dtype,
+    )
+
+
+def prune_stage(
+    directory: RunDirectory,
+    config: RunConfig,
+    *,
+    force: bool,
+    resume: bool,
+    progress: Progress,
+    evaluated: bool = False,
+) -> ShrunkCheckpoint:
+    """`evaluated`: a verify stage follows, so its text is looked at before minutes are spent on pruning."""
+    from slimexport.calibration import calibrate, check_overlap, evaluation_ids
+    from slimexport.environment import environment
+    from slimexport.loading import load_model
+    from slimexport.pruning.blocks import DirectorySink
+    from slimexport.pruning.stage import numbers, prune_model, save_dtype_of
+
+    directory.check_free(force=force, resume=resume)
+    if force:
+        directory.check_holds_none([Path(p) for p in (config.model, config.calibration, config.eval_text)])
+    if resume and directory.state.get("config"):
+        _check_same_options(directory, config)
+        if directory.done("prune"):
+            _check_same_source(directory, config)
+            return directory.read(PRUNE, PruneRecord).checkpoint
+
+    started = time.monotonic()
+    with progress.stage("load"):
+        loaded = load_model(config)
+        progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
+    plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
+    with progress.stage("calibrate"):
+        calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
+        text = calibration.source
+        if evaluated:
+            check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
+            _check_windows(config, loaded.model.config)
+        progress.note(f"{text.tokens} tokens of {text.name}")
+    # What the user could have got wrong has been looked at: from here on the directory is ours to write.
+    if force:
+        directory.clear()
+    resolved = config.model_dump(mode="json")
+    if evaluated or not directory.state.get("config"):
+        directory.save(config=resolved)
+    directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
+    directory.write(PLAN, plan_made)
+    key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
+    with progress.stage("prune"):
+        for note in plan_made.notes:
+            progress.note(note)
+        identity = {**key, **numbers(config, loaded)}
+        sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=resume)
+        if sink.finished():
+            progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
+        pruned = prune_model(loaded, plan_made, calibration, config, sink=sink, progress=progress.update)
+    with progress.stage("shrink"):
+        checkpoint = _shrink(directory, pruned, loaded, config)
+    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint))
+    directory.finish("prune", key, time.monotonic() - started)
+    sink.discard()
+    return checkpoint
+
+
+def _check_windows(config: RunConfig, model_config: Any) -> None:
+    """What the verify stage would refuse, or could not measure, on this model."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    wanted = {"eval_window": config.eval_window}
+    if config.latency_runs:
+        wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
+    for name, value in wanted.items():
+        if positions and value > positions:
+            raise BadInputError(f"{name} {value} is longer than the model's {positions} positions.")
+
+
+def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig) -> ShrunkCheckpoint:
+    """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
+    from slimexport.checkpoint.card import model_card
+    from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
+
+    architecture = loaded.architecture.with_blocks(pruned.plan.blocks)
+    with staged_directory(directory / CHECKPOINT) as place:
+        card = model_card(loaded.source, pruned.plan, pruned.calibration)
+        files = save_checkpoint(pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card)
+        difference = check_round_trip(pruned.model, place, config.seed)
+        made = checkpoint_artifact(place, architecture, files, difference)
+    return dataclasses.replace(made, path=CHECKPOINT)
+
+
+def _check_same_options(directory: RunDirectory, config: RunConfig) -> None:
+    """--resume is for the same run: names the first option of the pruning stages that differs."""
+    before = make_config(directory.state["config"], str(directory / "run.json"))
+    old, new = ({"model": c.model, **fields_of(c, "load", "calibrate", "prune")} for c in (before, config))
+    for name, value in new.items():
+        if old[name] != value:
+            raise BadInputError(
+                f"Cannot resume {directory.path}: it was started with {name} = {old[name]!r}, not {value!r}. "
+                "Use the same options, or start over with --force."
+            )
+
+
+def _check_same_source(directory: RunDirectory, config: RunConfig) -> None:
+    """A finished checkpoint counts only while the model it was made from is the one that is asked for."""
+    from slimexport.loading import fingerprint, locate
+
+    if fingerprint(locate(config)) != directory.state["source"]["fingerprint"]:
+        raise BadInputError(f"{config.model} has changed since {directory.path} was made from it: --force starts over.")
+
+
+def _sizes(loaded: LoadedModel) -> str:
+    estimates = loaded.architecture.estimates(1)
+    return (
+        f"{loaded.architecture.family.model_type}, {len(loaded.architecture.blocks)} blocks, "
+        f"{estimates.parameters / 1e6:.1f} M parameters, stored as {loaded.source.stored_dtype}"
+    )

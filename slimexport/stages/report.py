@@ -1,0 +1,54 @@
+"""Gathers what the other stages left, applies the gates, writes `report/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimexport.artifacts import ModelSource, PruningPlan, from_dict
+from slimexport.errors import BadInputError
+from slimexport.run_directory import PLAN, PRUNE, REPORT, VERIFICATION, PruneRecord, RunDirectory, VerifyRecord
+from slimexport.stages.inputs import export_names, fields_of
+
+if TYPE_CHECKING:
+    from slimexport.config import RunConfig
+    from slimexport.progress import Progress
+    from slimexport.reporting import Report
+
+
+def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress) -> Report:
+    from slimexport import gate, reporting
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("verify"):
+        raise BadInputError(f"{directory.path} is not verified yet; `slimexport verify {directory.path}` does that.")
+    record = directory.read(PRUNE, PruneRecord)
+    verified = directory.read(VERIFICATION, VerifyRecord)
+    made = reporting.Report(
+        source=from_dict(ModelSource, directory.state["source"], "run.json"),
+        config=config.model_dump(mode="json"),
+        plan=directory.read(PLAN, PruningPlan),
+        checkpoint=record.checkpoint,
+        verification=verified.report,
+        gates=gate.evaluate(config.all_gates(), verified.report),
+        pruning=reporting.PruningSummary.from_trace(record.trace) if record.trace else None,
+        calibration=record.calibration,
+        evaluation=verified.evaluation,
+        exports={name: load_artifact(directory / name) for name in export_names(config)},
+        environment=directory.state["environment"],
+        seconds=directory.seconds(),
+        command=_command(),
+    )
+    with progress.stage("report"):
+        reporting.write_report(made, directory / REPORT)
+    directory.save_config(fields_of(config, "gate"))
+    return made
+
+
+def _command() -> str | None:
+    """What was typed, where it was the command line."""
+    import shlex
+    import sys
+
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]]) if name in ("slimexport", "optimum-cli") else None

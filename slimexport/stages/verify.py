@@ -1,0 +1,75 @@
+"""Measures the exported graphs, shrunk beside dense."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimexport.artifacts import PruningPlan, VerificationReport, read_json
+from slimexport.errors import BadInputError
+from slimexport.run_directory import (
+    BASELINE,
+    CHECKPOINT,
+    NUMERICS,
+    PLAN,
+    PRUNE,
+    VERIFICATION,
+    PruneRecord,
+    RunDirectory,
+    VerifyRecord,
+)
+from slimexport.stages.inputs import check_files, fields_of
+
+if TYPE_CHECKING:
+    from slimexport.config import RunConfig
+    from slimexport.progress import Progress
+
+
+def verify_stage(
+    directory: RunDirectory, config: RunConfig, progress: Progress, *, again: bool = False
+) -> VerificationReport:
+    from slimexport import verification
+    from slimexport.calibration import calibrate, check_overlap, evaluation_ids
+    from slimexport.loading import Located, load_tokenizer
+    from slimexport.targets.base import load_artifact
+
+    if not directory.done("export"):
+        raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
+    record = directory.read(PRUNE, PruneRecord)
+    plan_made = directory.read(PLAN, PruningPlan)
+    tokenizer = load_tokenizer(Located(str(directory.path), "directory", directory / CHECKPOINT), config)
+    text = evaluation_ids(config, tokenizer, record.calibration)
+    key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
+    if directory.done("verify", key) and not again:
+        return directory.read(VERIFICATION, VerifyRecord).report
+    if config.calibration != "self":  # the model's own samples are in no text
+        calibration = calibrate(config, tokenizer)
+        if calibration.source.sha256 != record.calibration.sha256:
+            raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
+        check_overlap(calibration, text)
+    target = config.target[0]
+    shrunk = load_artifact(directory / target)
+    baseline = load_artifact(directory / BASELINE / target) if config.baseline else None
+    for artifact in (shrunk, baseline):
+        if artifact:
+            check_files(Path(artifact.path), artifact.files)
+    numerics = read_json(directory / NUMERICS)
+    directory.begin("verify")
+    started = time.monotonic()
+    with progress.stage("verify"):
+        made = verification.verify(
+            shrunk,
+            baseline,
+            text,
+            config,
+            plan_made.estimates,
+            plan_made.dense_estimates,
+            numerics[target],
+            numerics[f"{BASELINE}/{target}"] if baseline else None,
+            progress.update,
+        )
+    directory.write(VERIFICATION, VerifyRecord(made, text.source))
+    directory.save_config(fields_of(config, "verify"))
+    directory.finish("verify", key, time.monotonic() - started)
+    return made
