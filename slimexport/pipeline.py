@@ -15,7 +15,7 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
-from slimexport.stages.inputs import absolute, check_targets, config_of
+from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
 from slimexport.stages.prune import plan_stage, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
@@ -44,6 +44,7 @@ def run(
         prune_stage(directory, config, force=force, resume=resume, progress=progress, evaluated=True)
         export_stage(directory, config, progress)
         verify_stage(directory, config, progress)
+        directory.save_config(fields_of(config, "gate"))  # the run's own gates; those of `report` hold once
         return report_stage(directory, config, progress)
 
 

@@ -113,7 +113,8 @@ class Report:
     def verdict(self) -> str:
         """One line: the headline and, for every failed gate, its name and why."""
         reasons = "; ".join(result.message for result in failed(self.gates))
-        return f"{self.headline}{': ' if reasons else ''}{reasons}."
+        line = f"{self.headline}{': ' if reasons else ''}{reasons}"
+        return line if line.endswith((".", "?")) else f"{line}."
 
 
 def to_json(report: Report) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from slimexport.artifacts import ModelSource, PruningPlan, from_dict
 from slimexport.errors import BadInputError
 from slimexport.run_directory import PLAN, PRUNE, REPORT, VERIFICATION, PruneRecord, RunDirectory, VerifyRecord
-from slimexport.stages.inputs import export_names, fields_of
+from slimexport.stages.inputs import export_names
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -41,7 +41,6 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
     )
     with progress.stage("report"):
         reporting.write_report(made, directory / REPORT)
-    directory.save_config(fields_of(config, "gate"))
     return made
 
 
