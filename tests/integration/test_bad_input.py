@@ -496,3 +496,15 @@ def test_windows_that_the_model_cannot_hold_are_said_at_once(
 def test_too_little_text_for_the_damping(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
     result = cli("prune", model, "-o", tmp_path / "out", damping=1e-15, calibration_tokens=64, ratio=0.5)
     refused(result, "too few or too alike", "--damping")
+
+
+def test_ratio_zero_runs_to_the_report(cli: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+    code, out, err = cli("run", model, "-o", tmp_path / "out", "--json", ratio=0, latency_runs=0, max_kl=0)
+    assert code == 0, err
+    report = json.loads(out)
+    figures = {f["name"]: f for f in report["verification"]["figures"]}
+    assert report["plan"]["ratio"] == 0
+    assert figures["accuracy.perplexity"]["ratio"] == 1
+    assert figures["accuracy.kl"]["shrunk"] == 0
+    weights = [tmp_path / "out" / place / "model.onnx.data" for place in ("onnx", "baseline/onnx")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
