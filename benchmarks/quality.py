@@ -82,8 +82,8 @@ def measure(options: argparse.Namespace, ratio: float, layout: str) -> dict[str,
         "parameters": report.plan.estimates.parameters,
         "parameters_dense": report.plan.dense_estimates.parameters,
         "size_mb": figures["size.export_mb"].shrunk,
-        "calibration": report.calibration.__dict__ if report.calibration else None,
-        "evaluation": report.evaluation.__dict__ if report.evaluation else None,
+        "calibration": text(report.calibration),
+        "evaluation": text(report.evaluation),
         "seconds": report.seconds,
         "pruning": {
             "seconds_forward": report.pruning.seconds_forward,
@@ -94,6 +94,11 @@ def measure(options: argparse.Namespace, ratio: float, layout: str) -> dict[str,
         if report.pruning
         else None,
     }
+
+
+def text(source: Any) -> dict[str, Any] | None:
+    """A text without the path of this machine: its sha256 says which it is."""
+    return {**source.__dict__, "name": Path(source.name).name} if source else None
 
 
 def render(rows: list[dict[str, Any]]) -> str:

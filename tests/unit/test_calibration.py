@@ -506,7 +506,7 @@ def test_token_counts_with_the_real_tokenizer() -> None:
     assert evaluation.source.tokens == 100_000
     check_overlap(calibration, evaluation)
 
-    data = Path(os.environ.get("SLIMEXPORT_DATA", "/work/shared/data")) / "wikitext2"
+    data = Path(os.environ.get("SLIMEXPORT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "wikitext2"
     if not data.is_dir():
         return
     benchmark = RunConfig(
