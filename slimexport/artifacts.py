@@ -1,7 +1,7 @@
 """The values that travel between the stages, and how they are written to and read from the run directory.
 
 All are frozen. Those that hold only data go to JSON through `write_json` / `from_dict`; those that hold a model in
-memory (`LoadedModel`, `PrunedModel`) do not, their files are the checkpoint's.
+memory (`PrunedModel` here, `loading.LoadedModel`) do not, their files are the checkpoint's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimexport.architectures.base import Architecture
-
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")
@@ -46,16 +44,6 @@ class ModelSource:
     revision: str | None
     fingerprint: str
     stored_dtype: str  # what the checkpoint will be saved in unless --save-dtype says otherwise
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A dense model in evaluation mode, in host memory, in its stored precision."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    architecture: Architecture
-    source: ModelSource
 
 
 @dataclass(frozen=True)

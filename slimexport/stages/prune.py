@@ -15,7 +15,7 @@ from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord,
 from slimexport.stages.inputs import fields_of
 
 if TYPE_CHECKING:
-    from slimexport.artifacts import LoadedModel
+    from slimexport.loading import LoadedModel
 
 
 def plan_stage(config: RunConfig, architecture: Any, stored_dtype: str) -> PruningPlan:

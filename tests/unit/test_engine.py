@@ -12,9 +12,10 @@ from models import FAMILIES, VOCAB, tiny_model
 
 from slimexport.architectures import architecture_of
 from slimexport.architectures.base import Kept
-from slimexport.artifacts import BlockTrace, CalibrationSet, LoadedModel, ModelSource, PruningPlan, TextSource
+from slimexport.artifacts import BlockTrace, CalibrationSet, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
+from slimexport.loading import LoadedModel
 from slimexport.pruning.blocks import DirectorySink, kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
