@@ -188,9 +188,9 @@ def load_model(config: RunConfig) -> LoadedModel:
         options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
     try:
         if model_config.is_heterogeneous:
-            from slimexport.checkpoint import load as load_checkpoint
+            from slimexport.checkpoint.load import load_weights
 
-            model, info = load_checkpoint(located.directory, dtype=stored)[0], {}
+            model, info = load_weights(located.directory, dtype=stored), {}
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(located.directory),
@@ -217,11 +217,9 @@ def load_model(config: RunConfig) -> LoadedModel:
             f"the first is {surplus[0]}."
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    if max(tokenizer.get_vocab().values()) >= rows:
-        raise BadInputError(
-            f"{located.name}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, "
-            f"the embedding only {rows} rows."
-        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise BadInputError(f"{located.name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows.")
     # An unsupported loader would otherwise leave its marks in the saved config.
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, leftover):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from slimexport.artifacts import (
     staged_directory,
     write_json,
 )
+from slimexport.environment import version
 from slimexport.errors import BadInputError
 from slimexport.run_directory import BASELINE, CHECKPOINT, NUMERICS, PRUNE, PruneRecord, RunDirectory, lock_file
 from slimexport.stages.inputs import check_files, export_names, fields_of
@@ -87,7 +87,7 @@ def baseline_for(
         return numerics
     if config.baseline_cache is None:
         return _make_baseline(source, place, key, target, config, progress)
-    cache = Path(config.baseline_cache).expanduser()
+    cache = config.baseline_cache
     cache.mkdir(parents=True, exist_ok=True)
     kept = cache / key / target
     busy = f"The baseline cache {cache} has been locked by another run for {CACHE_WAIT:.0f} s."
@@ -99,7 +99,6 @@ def baseline_for(
             numerics = _make_baseline(source, kept, key, target, config, progress)
         else:
             progress.note(f"{target}: baseline from {cache}")
-        place.parent.mkdir(parents=True, exist_ok=True)
         with staged_directory(place) as partial:
             shutil.copytree(kept, partial, dirs_exist_ok=True)
         write_json(_record(place), read_json(_record(kept)))
@@ -115,7 +114,6 @@ def _make_baseline(
     loaded = load_model(config)
     if loaded.source.fingerprint != source.fingerprint:
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
-    place.parent.mkdir(parents=True, exist_ok=True)
     _record(place).unlink(missing_ok=True)
     numerics = _export_model(loaded.model, loaded.tokenizer, place, target, config)
     write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
@@ -137,7 +135,6 @@ def _export_model(model: Any, tokenizer: Any, place: Path, target: str, config: 
         numerics.update(check_export(decoder, model, seed=config.seed))
 
     options = ExportOptions(builder=config.exporter, precision=PRECISION, provider=config.provider)
-    place.parent.mkdir(parents=True, exist_ok=True)
     with staged_directory(place) as partial:
         registry.get(target).export(model, tokenizer, partial, options, check)
     return numerics
@@ -164,11 +161,6 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
 
 def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
-    versions: dict[str, str | None] = {}
-    for package in GRAPH_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {package: version(package) for package in GRAPH_PACKAGES}
     data = [source.fingerprint, target, config.exporter, config.provider, PRECISION, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
