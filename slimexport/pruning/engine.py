@@ -142,6 +142,7 @@ def _prune_block(
         return Site(
             W,
             H,
+            torch.zeros_like(H[0]),
             dense,
             keep,
             architecture.head_dim,

@@ -143,6 +143,7 @@ class Selection:
     kept: tuple[int, ...]
     W: torch.Tensor
     error: float  # tr((W' - W) H (W' - W)^T) with the damped H
+    bias: torch.Tensor | None = None  # [out] to be added to the output, where a criterion compensates by one
 
 
 # --------------------------------------------------------------------------------------------------------------- heads

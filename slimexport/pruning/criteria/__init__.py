@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,23 +15,35 @@ from slimexport.registry import Registry
 
 @dataclass(frozen=True)
 class Site:
-    """One output matrix of one block and what is to stay of it.
+    """One output matrix of one block (o_proj, down_proj), what is known of its inputs, and what is to stay of it.
 
-    W is [out, in] float64; H [in, in] float64, the undamped mean of the inputs' outer products; both on one device.
+    All tensors are float64 on one device. `sources` are the weights whose rows make the inputs of W (q, k, v; gate, up),
+    by name, shaped [rows, hidden]; `gradients` are those of the NLL on calibration text by all these weights and by W,
+    by name, empty unless the criterion asks for them.
     """
 
-    W: torch.Tensor
-    H: torch.Tensor
+    W: torch.Tensor  # [out, in]
+    H: torch.Tensor  # [in, in], the undamped mean of the inputs' outer products
+    mean: torch.Tensor  # [in], of the inputs
     dense: BlockSizes
     keep: BlockSizes
     head_dim: int
     group_size_start: int
     group_size_end: int
     damping: float
+    name: str = ""  # of W
+    block: int = 0
+    seed: int = 0
+    sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Criterion(Protocol):
-    """Chooses and compensates. `Selection.kept` are query heads for `heads`, channels for `channels`."""
+    """Chooses and compensates. `Selection.kept` are query heads for `heads`, channels for `channels`.
+
+    A criterion with `needs_gradients = True` finds them in the site; one with `compensates_bias = True` returns a
+    `Selection.bias`.
+    """
 
     def heads(self, site: Site) -> tuple[Selection, float]:
         """The selection and the damping that was used (0.0 where none is)."""
