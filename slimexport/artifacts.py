@@ -47,14 +47,32 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
+class TextPart:
+    """What one part of a mix gave: `tokens` of a text whose UTF-8 has `sha256`; `written` by the model, or read."""
+
+    name: str
+    tokens: int
+    sha256: str
+    license: str | None
+    note: str | None
+    written: bool
+
+
+@dataclass(frozen=True)
 class TextSource:
-    """A text that was tokenised: by name, size and sha256 (of the UTF-8 text), so that overlap can be ruled out."""
+    """A text that was tokenised. `sha256` is of the UTF-8 text; of the token ids (int64, little-endian) for a mix."""
 
     name: str
     tokens: int
     sha256: str
     license: str | None = None
     note: str | None = None
+    parts: tuple[TextPart, ...] = ()
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The sha256 of every text that can be read again: not of what a model wrote."""
+        return tuple(part.sha256 for part in self.parts if not part.written) or (self.sha256,)
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,41 @@ class PruningPlan:
     estimates: Estimates
     notes: tuple[str, ...] = ()
     cost: PruningCost | None = None  # filled by `slimexport plan` only
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    kv_groups: int
+    heads_per_group: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class ChannelCost:
+    channels: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What each size of one block's heads and of its channels costs the model, the rest of it being dense."""
+
+    heads: tuple[HeadCost, ...]
+    channels: tuple[ChannelCost, ...]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs in nats per token (KL of the model's output to the dense one), for every legal size of every block.
+
+    `identity` is what they were measured on (model, text, settings): a table is used again only for the same.
+    """
+
+    identity: Mapping[str, str]
+    tokens: int
+    blocks: tuple[BlockCosts, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ its first tokens, so that two runs with different seeds are measured on the same
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import CalibrationSet, TextSource
 from slimexport.errors import BadInputError
-from slimexport.texts import Text
-from slimexport.texts.wikipedia import Part
+from slimexport.texts import Text, mix, sources
+from slimexport.texts.windows import check_tokens, grid, pack, spread, tokenize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,28 +47,30 @@ def calibrate(
     """Reads `config.calibration` and returns floor(calibration_tokens / sequence_length) sequences, at least one.
 
     `input_ids` is int64 [sequences, sequence_length]. Windows do not overlap, keep the order of the text, and are
-    spread over it by `config.seed`. `model` is needed for `self` only; where given, its context length is checked;
-    `progress` is told of the sequences it sampled. Raises BadInputError for texts that are missing, unreadable, too
-    short, or those of `config.eval_text`.
+    spread over it by `config.seed`; those of a mix take turns, and its sha256 is that of `input_ids` (little-endian).
+    `model` is needed for what it writes: `self` and `chat`; a mix without it lacks those sequences and is otherwise the
+    same. Where it is given its context length is checked; `progress` is told of what it wrote. Raises BadInputError for
+    texts that are missing, unreadable, too short, or those of `config.eval_text`.
     """
-    import torch
-
     length = config.sequence_length
     count = max(1, config.calibration_tokens // length)
     _refuse_same(config.calibration, config.eval_text)
     _check_context(model, length)
-    if config.calibration == "self":
-        from slimexport.texts import generated
-
+    if mix.is_mix(config.calibration):
+        mixed = mix.mixed(config.calibration, tokenizer, model, count, length, config.seed, progress)
+        ids = mixed.input_ids
+        digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+        source = TextSource(mixed.name, ids.numel(), digest, mixed.license, mixed.note, mixed.parts)
+        return CalibrationSet(ids, source, config.seed)
+    if config.calibration in sources.WRITTEN:
         if model is None:
-            raise ValueError("calibrate() needs the model for --calibration self")
-        ids = generated.sample(model, tokenizer, count, length, config.seed, progress)
-        written = Text("self", (tokenizer.decode(ids.flatten()),), note=generated.NOTE)
-        return CalibrationSet(ids, _source(written, ids.numel()), config.seed)
+            raise ValueError(f"calibrate() needs the model for --calibration {config.calibration}")
+        ids, text = sources.write(config.calibration, model, tokenizer, count, length, config.seed, progress)
+        return CalibrationSet(ids, _source(text, ids.numel()), config.seed)
 
-    text = _read(config.calibration, "calibration", count * length)
-    tokens = _pack(text, tokenizer)
-    _check_tokens(tokens, tokenizer, text.name)
+    text = sources.read(config.calibration, "calibration", count * length)
+    tokens = pack(text, tokenizer)
+    check_tokens(tokens, tokenizer, text.name)
     windows = len(tokens) // length
     if windows < count:
         raise BadInputError(
@@ -77,8 +80,7 @@ def calibrate(
             else f"{text.name} is too short: found {len(tokens)} tokens, need at least one sequence of {length}. "
             "Give more text, or lower --sequence-length and --calibration-tokens."
         )
-    grid = torch.tensor(tokens[: windows * length], dtype=torch.int64).view(windows, length)
-    ids = grid[spread(windows, count, config.seed)]
+    ids = grid(tokens, length)[spread(windows, count, config.seed)]
     return CalibrationSet(ids, _source(text, ids.numel()), config.seed)
 
 
@@ -91,19 +93,18 @@ def evaluation_ids(config: RunConfig, tokenizer: Any, calibration: TextSource | 
     """
     import torch
 
-    if config.eval_text == "self":
-        raise BadInputError("--eval-text self: a model cannot be judged by its own text; give a file, or default.")
+    spec = _evaluation_spec(config.eval_text)
     if calibration is not None:
         _refuse_same(calibration.name, config.eval_text)
-    text = _read(config.eval_text, "evaluation", config.eval_tokens)
+    text = sources.read(spec, "evaluation", config.eval_tokens)
     source = _source(text, 0)
     if calibration is not None and calibration.sha256 == source.sha256:
         raise BadInputError(
             f"{text.name} and the calibration text {calibration.name} are the same text "
             f"(sha256 {source.sha256[:12]}...): evaluate on a text that was not calibrated on."
         )
-    tokens = _tokenize(tokenizer, text.joined)[: config.eval_tokens]
-    _check_tokens(tokens, tokenizer, text.name)
+    tokens = tokenize(tokenizer, text.joined)[: config.eval_tokens]
+    check_tokens(tokens, tokenizer, text.name)
     needed = min(config.eval_tokens, config.eval_window)
     if len(tokens) < needed:
         raise BadInputError(
@@ -135,51 +136,11 @@ def check_overlap(calibration: CalibrationSet, evaluation: EvaluationText) -> No
         )
 
 
-def spread(available: int, count: int, seed: int) -> list[int]:
-    """`count` indices below `available`, ascending and different: one drawn from each of `count` equal stretches."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    edges = [i * available // count for i in range(count + 1)]
-    draws = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    return [a + int(u * (b - a)) for a, b, u in zip(edges[:-1], edges[1:], draws, strict=True)]
-
-
 # ------------------------------------------------------------------------------------------------------ text to ids
-
-
-def _read(spec: str, part: Part, tokens: int) -> Text:
-    # A corpus of gigabytes is not tokenised for 64 windows; 40 characters a token is far more than any text needs.
-    limit = max(4_000_000, 40 * tokens)
-    if spec == "default":
-        from slimexport.texts.wikipedia import default_text
-
-        return default_text(part)
-    if spec.startswith("dataset:"):
-        from slimexport.texts.hub import dataset_text
-
-        return dataset_text(spec, limit)
-    from slimexport.texts.files import file_text
-
-    return file_text(Path(spec).expanduser(), limit)
 
 
 def _source(text: Text, tokens: int) -> TextSource:
     return TextSource(text.name, tokens, text.sha256, text.license, text.note)
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the warning that the text is longer than the model's context is meant for prompts
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _pack(text: Text, tokenizer: Any) -> list[int]:
-    """Running text as it is; documents one after another, each ended as in pretraining (eos, else bos)."""
-    if len(text.documents) == 1:
-        return _tokenize(tokenizer, text.documents[0])
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    encoded = tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return [token for ids in encoded for token in (*ids, *(() if end is None else (end,)))]
 
 
 def _hashes(windows: np.ndarray) -> np.ndarray:
@@ -195,13 +156,16 @@ def _hashes(windows: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_tokens(tokens: list[int], tokenizer: Any, name: str) -> None:
-    if not tokens:
-        raise BadInputError(f"{name} is empty: the tokenizer makes no tokens of it, text is needed.")
-    if set(tokens) <= set(tokenizer.all_special_ids):
+def _evaluation_spec(spec: str) -> str:
+    """Where the evaluation text is read: `default` is Wikipedia. Raises BadInputError for what none can be."""
+    if spec in sources.WRITTEN:
+        raise BadInputError(f"--eval-text {spec}: a model cannot be judged by its own text; give a file, or default.")
+    if spec == "questions" or spec.startswith(mix.PREFIX):
         raise BadInputError(
-            f"{name} holds nothing but special tokens ({tokenizer.decode(tokens[:1])}): text is needed."
+            f"--eval-text {spec}: one text is needed: a file, default, {', '.join(sources.SPLIT[:-1])} or "
+            f"{sources.SPLIT[-1]} (of these a part is kept for evaluation)."
         )
+    return "wikipedia" if spec == "default" else spec
 
 
 def _check_context(model: Any, length: int) -> None:
@@ -211,10 +175,13 @@ def _check_context(model: Any, length: int) -> None:
 
 
 def _refuse_same(calibration: str, evaluation: str) -> None:
-    """`default` for both is fine: it is split by article."""
-    same = calibration == evaluation != "default"
-    if not same and all(Path(spec).expanduser().is_file() for spec in (calibration, evaluation)):
-        same = Path(calibration).expanduser().samefile(Path(evaluation).expanduser())
+    """What comes with us may be both: it is split by article, story or module."""
+    specs = tuple(mix.parse(calibration)) if mix.is_mix(calibration) else (calibration,)
+    same = evaluation in specs and evaluation not in ("default", *sources.SPLIT)
+    path = Path(evaluation).expanduser()
+    if not same and path.is_file():
+        files = (Path(spec).expanduser() for spec in specs)
+        same = any(file.is_file() and file.samefile(path) for file in files)
     if same:
         raise BadInputError(
             f"{evaluation} is both the calibration and the evaluation text: give another --eval-text, or default."

@@ -119,9 +119,7 @@ class RunConfig(BaseModel):
     baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
 
     # verify
-    eval_text: str = Field(
-        default="default", description="Text for perplexity and KL: as for calibration, but self."
-    )
+    eval_text: str = Field(default="default", description="Text for perplexity and KL: as for calibration, but self.")
     eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
     eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
     prompt_lengths: tuple[int, ...] = Field(default=(32, 128, 512), description="Prompt lengths for TTFT.")

@@ -3,47 +3,32 @@ memory at a time, attention first, then the FFN on what the pruned attention giv
 
 Per block the calibration set goes through: up to o_proj (inputs of the heads); on with the pruned attention, whose
 inputs were kept, up to down_proj (inputs of the channels); and once whole through the shrunk block, whose output is the
-next block's input.
+next block's input. With a re-fit, a second stream goes through the dense blocks in lock-step: what it holds after each
+output matrix is what the pruned one is fitted toward.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from slimexport.architectures.base import QUERY, Architecture, Kept
+from slimexport.architectures.base import CHANNELS, QUERY, Architecture, Kept
 from slimexport.artifacts import BlockSizes, BlockTrace, PruningPlan
 from slimexport.environment import peak_memory_bytes
 from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion, Site
-from slimexport.pruning.hessian import Hessian
-from slimexport.pruning.obs import NotPositiveDefiniteError, removal_error
+from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, output, watch, working_copy
+from slimexport.pruning.hessian import Moments
+from slimexport.pruning.obs import NotPositiveDefiniteError, Selection, refit, removal_error
 from slimexport.pruning.shrink import shrink_block
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # per forward call: enough to keep the matrix units busy
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop needs of RunConfig."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the forward passes
-    group_size_start: int
-    group_size_end: int
-    damping: float
 
 
 @dataclass
@@ -65,155 +50,256 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class _Reached(Exception):
-    """Raised by a hook to leave a block as soon as the wanted inputs are there."""
-
-
 @torch.no_grad()
 def prune_blocks(
     *,
     source: BlockSource,
     sink: BlockSink,
     states: HiddenStates,
-    arguments: Callable[[int, int], dict[str, Any]],
+    arguments: Arguments,
     architecture: Architecture,
     plan: PruningPlan,
     criterion: Criterion,
     settings: Settings,
+    gradients: Sequence[Mapping[str, torch.Tensor]] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> tuple[BlockTrace, ...]:
     """Shrinks every block of `source` in place, in order, and hands each to `sink` as soon as it is finished.
 
     Args:
         states: hidden states before block 0, per batch; overwritten by those before the last block.
-        arguments: (block, batch) -> keyword arguments of that block's forward (mask, position embeddings, ...).
+        gradients: of every block's weights, by name, where the criterion needs them.
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
+    dense = MemoryStates(states) if settings.refit else None
     for index in range(len(source)):
         home = source.load(index)
+        clock = Stopwatch(settings.device)
+        targets = None
+        if dense is not None:
+            with clock.on("forward"):
+                targets = _dense_pass(index, home, dense, arguments, architecture, settings, index >= finished)
         if index < finished:
             trace = sink.restore(index, home)
         else:
+            block = _Block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings, clock)
+            block.targets = targets
+            block.gradients = gradients[index] if gradients else {}
             try:
-                trace = _prune_block(
-                    index, home, states, arguments, architecture, plan.blocks[index], criterion, settings
-                )
+                trace = block.prune()
             except (NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
                 raise BadInputError(
                     f"The inputs of block {index} are too few or too alike to prune by ({error}): "
                     "give more --calibration-tokens or a larger --damping."
                 ) from error
-        watch = Stopwatch(settings.device)
         if index + 1 < len(source):
-            work = _working_copy(home, settings)
+            work = working_copy(home, settings)
             for batch in range(len(states)):
-                with watch.on("forward"):
-                    states[batch] = _output(work(states[batch], **arguments(index, batch)))
+                with clock.on("forward"):
+                    states[batch] = output(work(states[batch], **arguments(index, batch)))
         if index >= finished:
-            spent = trace.seconds_forward + watch.seconds["forward"]
-            trace = dataclasses.replace(trace, seconds_forward=spent, peak_memory_bytes=_peak_memory(settings.device))
+            trace = dataclasses.replace(
+                trace, seconds_forward=clock.seconds["forward"], peak_memory_bytes=_peak_memory(settings.device)
+            )
             sink.save(index, home, trace)
         traces.append(trace)
         progress(index + 1, len(source), _describe(trace, index < finished))
     return tuple(traces)
 
 
-def _prune_block(
+@dataclass
+class _Targets:
+    """What the dense stream adds in this block, per batch, and what it was before."""
+
+    before: list[torch.Tensor]
+    attention: list[torch.Tensor]
+    ffn: list[torch.Tensor]
+
+
+def _dense_pass(
     index: int,
     home: nn.Module,
-    states: HiddenStates,
-    arguments: Callable[[int, int], dict[str, Any]],
+    dense: MemoryStates,
+    arguments: Arguments,
     architecture: Architecture,
-    keep: BlockSizes,
-    criterion: Criterion,
     settings: Settings,
-) -> BlockTrace:
-    family, dense = architecture.family, architecture.blocks[index]
-    watch = Stopwatch(settings.device)
-    kept = Kept.all(dense)
+    wanted: bool,
+) -> _Targets | None:
+    """Moves the dense stream through the block while it is still dense."""
+    family, work = architecture.family, working_copy(home, settings)
+    targets = _Targets(list(dense), [], [])
+    for batch in range(len(dense)):
+        seen = watch(work, (family.attention_output, family.ffn_output), dense[batch], arguments(index, batch))
+        dense[batch] = seen.output
+        if wanted:
+            targets.attention.append(seen.outputs[family.attention_output])
+            targets.ffn.append(seen.outputs[family.ffn_output])
+    return targets if wanted else None
 
-    def site(W: torch.Tensor, H: torch.Tensor) -> Site:
-        if not bool(torch.isfinite(H).all()):
-            raise BadInputError(
-                f"The activations of block {index} overflow in {str(settings.dtype).removeprefix('torch.')}; "
-                "use --dtype float32 (or bfloat16)."
-            )
-        return Site(
-            W,
-            H,
-            torch.zeros_like(H[0]),
-            dense,
-            keep,
-            architecture.head_dim,
-            settings.group_size_start,
-            settings.group_size_end,
-            settings.damping,
+
+class _Block:
+    """One block while it is pruned."""
+
+    targets: _Targets | None = None
+    gradients: Mapping[str, torch.Tensor] = {}  # noqa: RUF012
+
+    def __init__(
+        self,
+        index: int,
+        home: nn.Module,
+        states: HiddenStates,
+        arguments: Arguments,
+        architecture: Architecture,
+        keep: BlockSizes,
+        criterion: Criterion,
+        settings: Settings,
+        clock: Stopwatch,
+    ):
+        self.index, self.home, self.states, self.keep = index, home, states, keep
+        self.architecture, self.criterion, self.settings, self.clock = architecture, criterion, settings, clock
+        self.family, self.dense = architecture.family, architecture.blocks[index]
+        self._arguments = arguments
+        self.kept = Kept.all(self.dense)
+        self.work = working_copy(home, settings)
+        self.damping = 0.0
+        self.notes: list[str] = []
+
+    def prune(self) -> BlockTrace:
+        attention, head_errors = self._prune_heads()
+        channel_errors = self._prune_channels(attention)
+        return BlockTrace(
+            block=self.index,
+            query_heads=self.kept.query_heads,
+            kv_groups=self.kept.kv_groups,
+            channels=self.kept.channels,
+            attention_error_before=head_errors[0],
+            attention_error=head_errors[1],
+            ffn_error_before=channel_errors[0],
+            ffn_error=channel_errors[1],
+            seconds_forward=0.0,  # the caller's, after the pass through the shrunk block
+            seconds_hessian=self.clock.seconds["hessian"],
+            seconds_selection=self.clock.seconds["selection"],
+            damping=self.damping,
+            peak_memory_bytes=0,  # the caller's too
+            notes=tuple(self.notes),
         )
 
-    head_errors = channel_errors = (0.0, 0.0)
-    damping = 0.0
-    attention_inputs: MemoryStates | None = None
-    work = _working_copy(home, settings)
+    def _prune_heads(self) -> tuple[list[torch.Tensor] | None, tuple[float, float]]:
+        """The inputs of the pruned o_proj, per batch, and the errors before and after compensation."""
+        whole = (self.keep.kv_groups, self.keep.heads_per_group) == (self.dense.kv_groups, self.dense.heads_per_group)
+        if whole and self.targets is None:
+            return None, (0.0, 0.0)
+        name = self.family.attention_output
+        moments = self._moments(self.dense.query_heads * self.architecture.head_dim)
+        inputs: list[torch.Tensor] = []
+        for batch in range(len(self.states)):
+            with self.clock.on("forward"):
+                inputs.append(inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch)))
+            with self.clock.on("hessian"):
+                target = None
+                if self.targets is not None:
+                    target = self.targets.attention[batch] + self.targets.before[batch] - self.states[batch]
+                moments.add(inputs[batch], target)
+        with self.clock.on("selection"):
+            W = self._fitted(name, moments)
+            site = self._site(name, W, moments, QUERY)
+            if whole:
+                selection = Selection(self.kept.query_heads, W, 0.0)
+            else:
+                selection, used = self.criterion.heads(site)
+                self.damping = max(self.damping, used)
+            groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
+            self.kept = Kept(groups, selection.kept, self.kept.channels)
+            columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, site.H)
+            self._shrink(name, self.kept, selection, columns)
+            for batch, found in enumerate(inputs):
+                inputs[batch] = found[..., columns]
+        return inputs, errors
 
-    if (keep.kv_groups, keep.heads_per_group) != (dense.kv_groups, dense.heads_per_group):
-        attention_inputs = MemoryStates()
-        H = Hessian(dense.query_heads * architecture.head_dim, settings.device)
-        for batch in range(len(states)):
-            with watch.on("forward"):
-                inputs = _inputs_of(work, family.attention_output, states[batch], arguments(index, batch))
-            with watch.on("hessian"):
-                H.add(inputs)
-            attention_inputs.append(inputs)
-        with watch.on("selection"):
-            name = f"{family.attention_output}.weight"
-            W = home.get_parameter(name).to(settings.device, torch.float64)
-            mean = H.mean()
-            selection, damping = criterion.heads(site(W, mean))
-            groups = tuple(sorted({h // dense.heads_per_group for h in selection.kept}))
-            kept = Kept(groups, selection.kept, kept.channels)
-            columns = torch.tensor(architecture.axis_index(QUERY, kept), device=settings.device)
-            head_errors = _errors(W, selection.W, columns, mean)
-            shrink_block(home, architecture, kept, {name: selection.W[:, columns]})
-            work = _working_copy(home, settings)
-            for batch, inputs in enumerate(attention_inputs):
-                attention_inputs[batch] = inputs[..., columns]
+    def _prune_channels(self, attention: list[torch.Tensor] | None) -> tuple[float, float]:
+        whole = self.keep.channels == self.dense.channels
+        if whole and self.targets is None:
+            return 0.0, 0.0
+        name = self.family.ffn_output
+        moments = self._moments(self.dense.channels)
+        project = self.work.get_submodule(self.family.attention_output)
+        for batch in range(len(self.states)):
+            with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
+                inputs = inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch))
+            with self.clock.on("hessian"):
+                target = None
+                if self.targets is not None:
+                    assert attention is not None
+                    ahead = self.targets.before[batch] + self.targets.attention[batch] - self.states[batch]
+                    target = self.targets.ffn[batch] + ahead - project(attention[batch])
+                moments.add(inputs, target)
+        with self.clock.on("selection"):
+            W = self._fitted(name, moments)
+            site = self._site(name, W, moments, CHANNELS)
+            if whole:
+                selection = Selection(self.kept.channels, W, 0.0)
+            else:
+                selection, used = self.criterion.channels(site)
+                self.damping = max(self.damping, used)
+            columns = torch.tensor(selection.kept, device=self.settings.device)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, site.H)
+            # Attention was sliced already: its indices are the new ones.
+            self._shrink(name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns)
+            self.kept = dataclasses.replace(self.kept, channels=selection.kept)
+        return errors
 
-    if keep.channels != dense.channels:
-        H = Hessian(dense.channels, settings.device)
-        for batch in range(len(states)):
-            with watch.on("forward"), _known_attention(work, architecture, attention_inputs, batch):
-                inputs = _inputs_of(work, family.ffn_output, states[batch], arguments(index, batch))
-            with watch.on("hessian"):
-                H.add(inputs)
-        with watch.on("selection"):
-            name = f"{family.ffn_output}.weight"
-            W = home.get_parameter(name).to(settings.device, torch.float64)
-            mean = H.mean()
-            selection, used = criterion.channels(site(W, mean))
-            damping = max(damping, used)
-            now = Kept.all(kept.sizes)  # attention was sliced already: its indices are the new ones
-            columns = torch.tensor(selection.kept, device=settings.device)
-            channel_errors = _errors(W, selection.W, columns, mean)
-            now = dataclasses.replace(now, channels=selection.kept)
-            shrink_block(home, architecture, now, {name: selection.W[:, columns]})
-            kept = dataclasses.replace(kept, channels=selection.kept)
+    def _moments(self, size: int) -> Moments:
+        return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)
 
-    return BlockTrace(
-        block=index,
-        query_heads=kept.query_heads,
-        kv_groups=kept.kv_groups,
-        channels=kept.channels,
-        attention_error_before=head_errors[0],
-        attention_error=head_errors[1],
-        ffn_error_before=channel_errors[0],
-        ffn_error=channel_errors[1],
-        seconds_forward=watch.seconds["forward"],
-        seconds_hessian=watch.seconds["hessian"],
-        seconds_selection=watch.seconds["selection"],
-        damping=damping,
-        peak_memory_bytes=0,  # the caller's, after the pass through the shrunk block
-    )
+    def _fitted(self, name: str, moments: Moments) -> torch.Tensor:
+        """W [out, in] float64, fitted toward the dense stream where there is one."""
+        W = self.home.get_parameter(f"{name}.weight").to(self.settings.device, torch.float64)
+        if self.targets is None:
+            return W
+        return refit(W, moments.H(), moments.C(), self.settings.refit)
+
+    def _site(self, name: str, W: torch.Tensor, moments: Moments, axis: str) -> Site:
+        H = moments.H()
+        if not bool(torch.isfinite(H).all()):
+            raise BadInputError(
+                f"The activations of block {self.index} overflow in {str(self.settings.dtype).removeprefix('torch.')}; "
+                "use --dtype float32 (or bfloat16)."
+            )
+        weight = f"{name}.weight"
+        sources = {
+            w.name: self.home.get_parameter(w.name).to(self.settings.device, torch.float64)
+            for w in self.architecture.block_weights()
+            if w.name != weight and w.axes[0] in _SOURCES[axis]
+        }
+        gradients = {
+            key: value.to(self.settings.device, torch.float64)
+            for key, value in self.gradients.items()
+            if key == weight or key in sources
+        }
+        settings = self.settings
+        return Site(
+            W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
+            group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
+            damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
+            gradients=gradients,
+        )  # fmt: skip
+
+    def _shrink(self, name: str, kept: Kept, selection: Selection, columns: torch.Tensor) -> None:
+        tensors = {f"{name}.weight": selection.W[:, columns]}
+        bias = f"{name}.bias"
+        if selection.bias is not None:
+            if any(w.name == bias for w in self.architecture.block_weights()):
+                old = self.home.get_parameter(bias).to(self.settings.device, torch.float64)
+                tensors[bias] = old + selection.bias
+            else:
+                self.notes.append(f"{name} has no bias: what it would have compensated is lost")
+        shrink_block(self.home, self.architecture, kept, tensors)
+        self.work = working_copy(self.home, self.settings)
+
+
+_SOURCES = {QUERY: (QUERY, "key_value"), CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
 
 
 def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: torch.Tensor) -> tuple[float, float]:
@@ -221,106 +307,6 @@ def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: to
     plain = torch.zeros_like(W)
     plain[:, columns] = W[:, columns]
     return removal_error(W, plain, H), removal_error(W, changed, H)
-
-
-def _working_copy(home: nn.Module, settings: Settings) -> nn.Module:
-    """The block in compute precision on the compute device; the block itself where it is that already."""
-    parameter = next(home.parameters())
-    if parameter.dtype == settings.dtype and parameter.device == settings.device:
-        return home
-    return copy.deepcopy(home).to(device=settings.device, dtype=settings.dtype)
-
-
-def _output(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _inputs_of(block: nn.Module, name: str, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """What module `name` of `block` is given for `states`; the forward pass ends there."""
-    found: list[torch.Tensor] = []
-
-    def reached(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.append(args[0])
-        raise _Reached
-
-    handle = block.get_submodule(name).register_forward_pre_hook(reached)
-    try:
-        block(states, **arguments)
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"module {name} was never called")
-
-
-@contextmanager
-def _known_attention(
-    block: nn.Module, architecture: Architecture, inputs: list[torch.Tensor] | None, batch: int
-) -> Iterator[None]:
-    """Within it, the attention of `block` is o_proj on inputs already known: heads do not see each other, so removing
-    some leaves the others' outputs as they were, and softmax(QK)V need not be computed a second time."""
-    if inputs is None:
-        yield
-        return
-    attention = block.get_submodule(architecture.family.attention)
-    output = block.get_submodule(architecture.family.attention_output)
-    attention.forward = lambda *args, **kwargs: (output(inputs[batch]), None)
-    try:
-        yield
-    finally:
-        del attention.forward
-
-
-def first_states(
-    model: PreTrainedModel, architecture: Architecture, input_ids: torch.Tensor, settings: Settings
-) -> tuple[MemoryStates, Callable[[int, int], dict[str, Any]]]:
-    """Hidden states before block 0, and what each block is called with.
-
-    The decoder runs with its blocks replaced by recorders: embedding, masks and rotary tables come from the model's own
-    code, whatever the family does there, and no block computes anything.
-
-    Args:
-        input_ids: int64 [sequences, length], no padding.
-    """
-    decoder = model.get_submodule(architecture.family.decoder)
-    blocks = list(model.get_submodule(architecture.family.blocks))
-    embed = model.get_input_embeddings()
-    size = max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
-    states = MemoryStates()
-    recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
-    sizes: list[int] = []
-
-    def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            if index == 0:
-                states.append(hidden_states.to(settings.device))
-            seen[index] = {**_to_device(kwargs, settings.device), "past_key_values": None, "use_cache": False}
-            return hidden_states
-
-        return forward
-
-    with torch.no_grad():
-        for ids in input_ids.split(size):
-            sizes.append(len(ids))
-            seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
-            for i, block in enumerate(blocks):
-                block.forward = recorder(i, seen)
-            try:
-                decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
-            finally:
-                for block in blocks:
-                    del block.forward
-    return states, lambda index, batch: recorded[sizes[batch]][index]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(v, device) for v in value)
-    return value
 
 
 def _peak_memory(device: torch.device) -> int:

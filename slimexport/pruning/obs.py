@@ -55,6 +55,28 @@ def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
     raise NotPositiveDefiniteError(f"H of size {len(H)} is not positive definite, even with damping {damping / 10:g}")
 
 
+# -------------------------------------------------------------------------------------------------------------- re-fit
+
+
+def refit(W: torch.Tensor, H: torch.Tensor, C: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The matrix that comes nearest to given targets, held toward W: argmin_V ||V X - Y||^2 / tokens + l ||V - W||^2.
+
+    With all of its columns still there. Since ||V_S X_S - Y||^2 differs from ||V_S X_S - V X||^2 by a constant for the
+    least-squares V, removing columns from V by the equations above fits the kept ones to Y as well.
+
+    Args:
+        W: [out, in].
+        H: [in, in], mean x x^T, undamped; C: [out, in], mean y x^T.
+        ridge: l as a share of the mean diagonal of H. Inputs that never fired keep their columns.
+    """
+    H, C, W = H.double(), C.double(), W.double()
+    held = ridge * float(H.diagonal().mean()) or 1.0
+    system = H.clone()
+    system.diagonal().add_(held)
+    factor = torch.linalg.cholesky(system)
+    return W + torch.cholesky_solve((C - W @ H).T, factor).T
+
+
 # --------------------------------------------------------------------------------------------------------- elimination
 
 

@@ -6,11 +6,12 @@ channels are multiples of `round_to` (or the dense count), and the config of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from slimexport.architectures.base import Architecture
-from slimexport.artifacts import BlockSizes, PruningPlan
+from slimexport.artifacts import BlockSizes, CostTable, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.pruning import allocation as allocations
 
@@ -21,7 +22,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def make_plan(
     architecture: Architecture,
     *,
-    ratio: float,
+    ratio: float | None,
     criterion: str,
     allocation: str,
     layout: str,
@@ -29,27 +30,43 @@ def make_plan(
     first_ratio: float | None = None,
     head_weight: float = 1.0,
     stored_dtype: str = "float32",
+    table: Path | None = None,
+    costs: CostTable | None = None,
+    evaluate: Callable[[Sequence[BlockSizes]], float] | None = None,
 ) -> PruningPlan:
-    """Plans `ratio` over the blocks; heads lose `head_weight` times their block's ratio, channels make up the rest.
+    """Plans `ratio` over the blocks. Where the allocation gives ratios by block, heads lose `head_weight` times their
+    block's ratio and channels make up the rest; where it gives sizes, those are checked. `ratio` None: whatever the
+    given sizes remove (allocation explicit only).
 
     Raises BadInputError where the ratio is beyond what legality allows, with the most that is possible."""
     notes: list[str] = []
     dense = architecture.blocks
     spread = allocations.registry.get(allocation)
+    request = allocations.Request(
+        architecture, ratio or 0.0, layout, round_to, first_ratio, table, costs, evaluate
+    )  # fmt: skip
     if layout == "uniform" and len(set(dense)) > 1:
         raise BadInputError(
             "layout uniform needs the same sizes in every block, but those of this model differ already."
         )
     if ratio == 0:
         blocks = dense
-    elif layout == "uniform":
-        blocks = _uniform_blocks(architecture, ratio, round_to, head_weight)
     else:
-        _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
-        wanted = spread(allocations.Request(len(dense), ratio, first_ratio))
-        ratios = _clip(architecture, wanted, ratio, round_to)
-        blocks = _per_layer_blocks(architecture, ratios, ratio, round_to, head_weight)
+        if ratio is not None:
+            _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
+        wish = spread(request)
+        if isinstance(wish[0], BlockSizes):
+            blocks = tuple(b for b in wish if isinstance(b, BlockSizes))
+            _check_sizes(architecture, blocks, ratio, layout, allocation)
+        elif ratio is None:
+            raise ValueError(f"allocation {allocation} needs a ratio")
+        elif layout == "uniform":
+            blocks = _uniform_blocks(architecture, ratio, round_to, head_weight)
+        else:
+            ratios = _clip(architecture, [float(w) for w in wish], ratio, round_to)  # type: ignore[arg-type]
+            blocks = _per_layer_blocks(architecture, ratios, ratio, round_to, head_weight)
     reached = ratio_of(architecture, blocks)
+    ratio = reached if ratio is None else ratio
     if abs(reached - ratio) > TOLERANCE:
         notes.append(f"rounding to legal sizes reaches {reached:.4f} instead of {ratio:.4f}")
     if stored_dtype not in BYTES:
@@ -68,6 +85,22 @@ def make_plan(
         estimates=architecture.with_blocks(blocks).estimates(size),
         notes=tuple(notes),
     )
+
+
+def _check_sizes(
+    architecture: Architecture, blocks: tuple[BlockSizes, ...], ratio: float | None, layout: str, allocation: str
+) -> None:
+    """Sizes that an allocation gave are taken as they are, or not at all."""
+    if layout == "uniform" and len(set(blocks)) > 1:
+        raise BadInputError(
+            f"layout uniform has the same sizes in every block, but allocation {allocation} gives blocks of "
+            f"{len(set(blocks))} different sizes: use --layout per_layer."
+        )
+    if allocation == "explicit" and ratio is not None and abs(ratio_of(architecture, blocks) - ratio) > TOLERANCE:
+        raise BadInputError(
+            f"The given sizes remove {ratio_of(architecture, blocks):.4f} of the block linear parameters, "
+            f"not {ratio:g}: leave out --ratio, or change them."
+        )
 
 
 def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:

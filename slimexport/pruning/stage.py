@@ -13,7 +13,8 @@ from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
-from slimexport.pruning.engine import Settings, first_states, prune_blocks
+from slimexport.pruning.engine import prune_blocks
+from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.shrink import apply_sizes
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from slimexport.errors import BadInputError
 from slimexport.loading import BUILTIN
 from slimexport.options import STAGES
 from slimexport.run_directory import BASELINE, RunDirectory
+from slimexport.texts import mix, sources
 
 
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
@@ -25,8 +26,11 @@ def absolute(config: RunConfig) -> RunConfig:
     found = {
         name: str(Path(value).expanduser().resolve())
         for name in ("model", "calibration", "eval_text")
-        if (value := getattr(config, name)) not in (*BUILTIN, "default", "self") and Path(value).expanduser().exists()
+        if (value := getattr(config, name)) not in (*BUILTIN, "default", *sources.NAMES)
+        and Path(value).expanduser().exists()
     }
+    if mix.is_mix(config.calibration):
+        found["calibration"] = mix.absolute(config.calibration)
     if config.baseline_cache:
         found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
     return config.model_copy(update=found)

@@ -13,6 +13,7 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
 from slimexport.stages.inputs import fields_of
+from slimexport.texts import mix
 
 if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
@@ -54,7 +55,9 @@ def prune_stage(
 
     directory.check_free(force=force, resume=resume)
     if force:
-        directory.check_holds_none([Path(p) for p in (config.model, config.calibration, config.eval_text)])
+        directory.check_holds_none(
+            [Path(p) for p in (config.model, config.calibration, config.eval_text, *mix.files(config.calibration))]
+        )
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)
         if directory.done("prune"):

@@ -33,6 +33,7 @@ def verify_stage(
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.loading import Located, load_tokenizer
     from slimexport.targets.base import load_artifact
+    from slimexport.texts import mix
 
     if not directory.done("export"):
         raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
@@ -43,9 +44,9 @@ def verify_stage(
     key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
     if directory.done("verify", key) and not again:
         return directory.read(VERIFICATION, VerifyRecord).report
-    if config.calibration != "self":  # the model's own samples are in no text
-        calibration = calibrate(config, tokenizer)
-        if calibration.source.sha256 != record.calibration.sha256:
+    if not mix.written(config.calibration):  # the model's own samples are in no text
+        calibration = calibrate(config, tokenizer)  # a mix without what the model wrote
+        if calibration.source.read != record.calibration.read:
             raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
         check_overlap(calibration, text)
     target = config.target[0]

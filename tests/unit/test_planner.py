@@ -74,7 +74,7 @@ def test_ratio_zero_keeps_everything() -> None:
 
 
 def test_incremental_rises_with_the_logarithm_of_depth() -> None:
-    wanted = allocations.get("incremental")(Request(30, 0.3, first_ratio=0.1))
+    wanted = allocations.get("incremental")(Request(architecture(), 0.3, first_ratio=0.1))
     assert wanted[0] == pytest.approx(0.1)
     assert sum(wanted) / 30 == pytest.approx(0.3)
     for i in (1, 7, 29):

@@ -1,0 +1,169 @@
+"""Running blocks outside their model: hidden states before the first one, and what a module inside is given or gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slimexport.architectures.base import Architecture
+from slimexport.pruning.blocks import MemoryStates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # per forward call: enough to keep the matrix units busy
+
+Arguments = Callable[[int, int], dict[str, Any]]
+"""(block, batch) -> keyword arguments of that block's forward (mask, position embeddings, ...)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes through the blocks need of RunConfig."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the forward passes
+    group_size_start: int
+    group_size_end: int
+    damping: float
+    refit: float = 0.0  # ridge of the re-fit toward the dense stream; 0: none
+    seed: int = 0
+
+
+class _Reached(Exception):
+    """Raised by a hook to leave a block as soon as the wanted inputs are there."""
+
+
+def first_states(
+    model: PreTrainedModel, architecture: Architecture, input_ids: torch.Tensor, settings: Settings
+) -> tuple[MemoryStates, Arguments]:
+    """Hidden states before block 0, and what each block is called with.
+
+    The decoder runs with its blocks replaced by recorders: embedding, masks and rotary tables come from the model's own
+    code, whatever the family does there, and no block computes anything.
+
+    Args:
+        input_ids: int64 [sequences, length], no padding.
+    """
+    decoder = model.get_submodule(architecture.family.decoder)
+    blocks = list(model.get_submodule(architecture.family.blocks))
+    embed = model.get_input_embeddings()
+    size = max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
+    states = MemoryStates()
+    recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
+    sizes: list[int] = []
+
+    def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            if index == 0:
+                states.append(hidden_states.to(settings.device))
+            seen[index] = {**_to_device(kwargs, settings.device), "past_key_values": None, "use_cache": False}
+            return hidden_states
+
+        return forward
+
+    with torch.no_grad():
+        for ids in input_ids.split(size):
+            sizes.append(len(ids))
+            seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
+            for i, block in enumerate(blocks):
+                block.forward = recorder(i, seen)
+            try:
+                decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
+            finally:
+                for block in blocks:
+                    del block.forward
+    return states, lambda index, batch: recorded[sizes[batch]][index]
+
+
+def working_copy(home: nn.Module, settings: Settings) -> nn.Module:
+    """The block in compute precision on the compute device; the block itself where it is that already."""
+    parameter = next(home.parameters())
+    if parameter.dtype == settings.dtype and parameter.device == settings.device:
+        return home
+    return copy.deepcopy(home).to(device=settings.device, dtype=settings.dtype)
+
+
+def output(result: Any) -> torch.Tensor:
+    """The hidden states of what a block returned."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def inputs_of(block: nn.Module, name: str, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """What module `name` of `block` is given for `states`; the forward pass ends there."""
+    found: list[torch.Tensor] = []
+
+    def reached(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    handle = block.get_submodule(name).register_forward_pre_hook(reached)
+    try:
+        block(states, **arguments)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"module {name} was never called")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One whole pass through a block: its output, and what the watched modules were given and gave, by name."""
+
+    output: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+
+def watch(block: nn.Module, names: Sequence[str], states: torch.Tensor, arguments: dict[str, Any]) -> Watched:
+    """Runs `block` on `states` and notes inputs and outputs of its modules `names`."""
+    given: dict[str, torch.Tensor] = {}
+    gave: dict[str, torch.Tensor] = {}
+
+    def noted(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], result: Any) -> None:
+            given[name], gave[name] = args[0], output(result)
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(noted(name)) for name in names]
+    try:
+        return Watched(output(block(states, **arguments)), given, gave)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def known_attention(
+    block: nn.Module, architecture: Architecture, inputs: Sequence[torch.Tensor] | None, batch: int
+) -> Iterator[None]:
+    """Within it, the attention of `block` is o_proj on inputs already known: heads do not see each other, so removing
+    some leaves the others' outputs as they were, and softmax(QK)V need not be computed a second time."""
+    if inputs is None:
+        yield
+        return
+    attention = block.get_submodule(architecture.family.attention)
+    project = block.get_submodule(architecture.family.attention_output)
+    attention.forward = lambda *args, **kwargs: (project(inputs[batch]), None)
+    try:
+        yield
+    finally:
+        del attention.forward
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(v, device) for v in value)
+    return value

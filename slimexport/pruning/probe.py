@@ -1,0 +1,83 @@
+"""What a change somewhere in the model does to its output: KL to the dense model on a few windows of text.
+
+Changed blocks are candidates: each has its own hidden states, which go on through the dense blocks after it. All
+candidates move together, block by block, so that the weights are read once however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slimexport.architectures.base import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POSITIONS = 2  # every second position is scored: neighbours say nearly the same, and the vocabulary is dear
+
+
+class Candidates:
+    """Hidden states [sequences, length, hidden] of the dense model and of every candidate, before the same block."""
+
+    def __init__(self, dense: torch.Tensor):
+        self.dense = dense
+        self.states: dict[Hashable, torch.Tensor] = {}
+
+    def branch(self, name: Hashable, changed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """A new candidate: the dense states through a changed block. To be called before `advance` of that block."""
+        self.states[name] = changed(self.dense)
+
+    def advance(self, block: Callable[[torch.Tensor], torch.Tensor], fresh: set[Hashable] | None = None) -> None:
+        """All go through the dense block, but those in `fresh`, which have passed their changed one already."""
+        self.dense = block(self.dense)
+        for name, states in self.states.items():
+            if name not in (fresh or ()):
+                self.states[name] = block(states)
+
+    def divergences(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[Hashable, float]:
+        """KL(dense || candidate), mean over positions, nats per token."""
+        dense = logits(self.dense).log_softmax(-1)
+        return {name: _divergence(dense, logits(states)) for name, states in self.states.items()}
+
+
+def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
+    changed = logits.log_softmax(-1)
+    return max(float((dense.exp() * (dense - changed)).sum(-1).mean(dtype=torch.float64)), 0.0)
+
+
+def output_logits(
+    model: PreTrainedModel, architecture: Architecture, device: torch.device, dtype: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hidden states after the last block [s, t, hidden] -> float32 logits [s, t // POSITIONS, vocab].
+
+    The model's own code is run with its blocks passed by, so that final norm, scaling and soft caps are the family's.
+    """
+    blocks = list(model.get_submodule(architecture.family.blocks))
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        keep = torch.arange(POSITIONS - 1, states.shape[1], POSITIONS)
+        with _passed_by(blocks):
+            home = next(model.parameters())
+            out = model(inputs_embeds=states.to(home.device, home.dtype), use_cache=False, logits_to_keep=keep)
+        return out.logits.to(device).float()
+
+    return logits
+
+
+@contextmanager
+def _passed_by(blocks: list[nn.Module]) -> Iterator[None]:
+    def unchanged(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+    for block in blocks:
+        block.forward = unchanged
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,78 @@
+"""What a user may say to a model: first turns for `slimexport.texts.chat`, written for this project.
+
+Kinds alternate, so that any stretch of the list is varied. None of it comes from a data set or a benchmark.
+"""
+
+from __future__ import annotations
+
+PROMPTS: tuple[str, ...] = (
+    # science with choices, advice, code, dialogue, maths, writing, translation, summary: round and round
+    "Which of these is a good conductor of electricity?\nA. dry wood\nB. copper\nC. glass\nD. rubber",
+    "My sourdough bread comes out flat every time. What could be going wrong?",
+    "Write a Python function that returns the second largest number in a list.",
+    "Hi! How was your day?",
+    "A train covers 180 km in two and a half hours. What is its average speed?",
+    "Write a short story about a lighthouse keeper who is afraid of the dark.",
+    "Translate into French: The library closes at six, but you can return books until midnight.",
+    "Summarise in one sentence: The council met on Tuesday to discuss the new bridge. Engineers said the old one could "
+    "carry cars for two more years but not lorries. Shop owners feared the building works, bus drivers welcomed them. "
+    "The vote was put off until the costs are known.",
+    "Why does a wet towel dry faster on a windy day?",
+    "How do I tell my flatmate politely that the music is too loud?",
+    "What does this do?\n\nfor i in range(3):\n    print(i * i)",
+    "Let's play a game: you are a shopkeeper in a small village and I am looking for a present for my grandmother.",
+    "Explain how to add 2/3 and 1/4.",
+    "Write a polite e-mail asking to move a meeting from Monday to Wednesday.",
+    "How do you say 'Where is the railway station?' in Spanish and in German?",
+    "Give me the three main points of a speech in favour of planting more trees in cities.",
+    "What gas do plants take in when they make sugar in sunlight?\n(1) oxygen\n(2) nitrogen\n(3) carbon dioxide\n"
+    "(4) helium\nAnswer with the number and say why.",
+    "I have a job interview tomorrow and I am nervous. Any tips?",
+    "How can I undo my last git commit without losing the changes?",
+    "Who would win in an argument, a cat or a parrot? Be funny.",
+    "If 5 pencils cost 2.25 euros, what do 8 pencils cost? Show your steps.",
+    "Write a poem of eight lines about the first snow.",
+    "Turn this into plain English: The remuneration shall be disbursed at the termination of each calendar month.",
+    "Summarise the life cycle of a butterfly for a child of eight.",
+    "Is a tomato a fruit or a vegetable? Explain.",
+    "What should I pack for a weekend of hiking in the rain?",
+    "Write an SQL query that counts the orders of every customer in the year 2020.",
+    "Tell me about yourself.",
+    "What is the probability of rolling two sixes with two dice?",
+    "Give me ten names for a small bakery by the sea.",
+    "Correct the mistakes: She dont likes apples, but her brother eat them every days.",
+    "What happened in the Industrial Revolution? Keep it to one paragraph.",
+    "Which planet has the shortest year?\nA) Earth\nB) Mars\nC) Mercury\nD) Jupiter",
+    "How often should I water a cactus?",
+    "Explain what a hash table is and when I would use one.",
+    "I'm bored. Ask me an interesting question.",
+    "Solve for x: 3x + 7 = 22",
+    "Describe a busy market in the morning so that I can smell it.",
+    "What is the difference between 'affect' and 'effect'?",
+    "List the advantages and the disadvantages of working from home.",
+    "Why do we see lightning before we hear thunder?",
+    "My laptop is very slow since yesterday. What can I try?",
+    "Write a bash command that finds all files larger than 100 MB in my home directory.",
+    "Can you pretend to be a pirate and tell me the weather?",
+    "The sides of a rectangle are 6 cm and 9 cm. What are its area and its perimeter?",
+    "Write the opening paragraph of a detective novel set in a bakery.",
+    "Translate 'good morning', 'thank you' and 'see you tomorrow' into Italian.",
+    "In two sentences, what is inflation?",
+    "A ball is thrown straight up. What is its speed at the highest point?\nA. zero\nB. as at the start\nC. twice that "
+    "of the start\nD. it depends on its colour",
+    "What is a healthy breakfast that takes five minutes?",
+    "Fix this JavaScript: function add(a, b) { retrun a + b }",
+    "I feel a bit lonely in my new city. What can I do?",
+    "Put these numbers in order, smallest first: 0.5, 3/8, 0.45, 2/3",
+    "Write a product description for a wooden toy train.",
+    "What is a synonym of 'happy', and what is its opposite?",
+    "Who was Marie Curie and what is she known for?",
+    "True or false: sound travels faster in water than in air. Give the reason.",
+    "Plan a birthday party for twelve children on a small budget.",
+    "What is the difference between a list and a tuple in Python?",
+    "Continue the conversation.\nAnna: Did you feed the dog?\nBen: I thought it was your turn.\nAnna:",
+    "What is 15 % of 240?",
+    "Write a letter to my future self, ten years from now.",
+    "What are the capitals of Norway, Kenya and Peru?",
+    "Explain the water cycle step by step.",
+)
