@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 
+REFIT = 1.0  # benchmarks/development.py: smaller ridges fit the calibration text's noise
+
 Operator = Literal["<=", ">="]
 GateOf = Literal["shrunk", "baseline", "ratio", "speedup"]
 
@@ -93,11 +95,35 @@ class RunConfig(BaseModel):
     allocation: str = Field(
         default="auto", description="How the ratio is spread over the blocks; auto follows the layout."
     )
+    fast: bool = Field(
+        default=False, description="Plan without measuring (allocation incremental) and leave out the re-fit."
+    )
     first_ratio: float | None = Field(
-        default=None, ge=0, lt=1, description="incremental: ratio of the first block; default: solved."
+        default=None, ge=0, lt=1, description="incremental, arithmetic: ratio of the first block."
     )
     head_weight: float = Field(
-        default=0.6, ge=0, description="Ratio of a block's heads relative to its own; channels make up the rest."
+        default=0.6,
+        ge=0,
+        description="Where ratios go by block: that of the heads relative to the block's; channels make up the rest.",
+    )
+    sizes: Path | None = Field(
+        default=None, description="explicit: a YAML or JSON table of sizes, or the plan.json of an earlier run."
+    )
+    costs: Path | None = Field(
+        default=None,
+        description="sensitivity, search: the measured costs; read if the file is there, else measured and kept there.",
+    )
+    probe_tokens: int = Field(default=1024, ge=8, description="Tokens on which costs are measured.")
+    search_seconds: float = Field(default=600, gt=0, description="search: stop after this time.")
+    search_evaluations: int = Field(default=64, ge=1, description="search: stop after this many plans.")
+    refit: float | None = Field(
+        default=None,
+        ge=0,
+        description="Ridge of the re-fit toward the dense model, as a share of H's mean diagonal; 0: none.",
+    )
+    bias_compensation: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="flap: keep its biases; auto: where the family's config can say them, on: refuse where not.",
     )
     layout: Literal["auto", "per_layer", "uniform"] = Field(
         default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
@@ -168,7 +194,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
-        if self.layout == "uniform" and self.allocation not in ("auto", "uniform"):
+        if self.layout == "uniform" and self.allocation in ("incremental", "arithmetic", "search"):
             raise ValueError(
                 f"layout uniform has the same sizes in every block: allocation {self.allocation!r} cannot differ"
             )
@@ -183,8 +209,17 @@ class RunConfig(BaseModel):
     @property
     def resolved_allocation(self) -> str:
         if self.allocation == "auto":
-            return "uniform" if self.layout == "uniform" else "incremental"
+            if self.sizes is not None:
+                return "explicit"
+            return ("uniform" if self.layout == "uniform" else "incremental") if self.fast else "sensitivity"
         return self.allocation
+
+    @property
+    def resolved_refit(self) -> float:
+        """0.0 where there is none: it belongs to criteria that compensate, and costs a second stream."""
+        if self.refit is not None:
+            return self.refit
+        return 0.0 if self.fast or self.criterion != "slimgpt" else REFIT
 
     def all_gates(self) -> tuple[Gate, ...]:
         """The sugar flags as gates, then the declared ones."""

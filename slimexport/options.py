@@ -23,8 +23,9 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "load": ("revision", "trust_remote_code", "device", "dtype", "save_dtype", "seed"),
     "calibrate": ("calibration", "calibration_tokens", "sequence_length"),
     "prune": (
-        "ratio", "criterion", "allocation", "first_ratio", "head_weight", "layout", "round_to",
-        "group_size_start", "group_size_end", "damping",
+        "ratio", "fast", "criterion", "allocation", "layout", "sizes", "costs", "probe_tokens", "search_seconds",
+        "search_evaluations", "refit", "first_ratio", "head_weight", "round_to", "group_size_start", "group_size_end",
+        "damping", "bias_compensation",
     ),
     "export": ("target", "exporter", "provider", "baseline", "baseline_cache"),
     "verify": (

@@ -6,6 +6,7 @@ all. Under `resume` a stage that was done with the same options, model and texts
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
-from slimexport.stages.prune import plan_stage, prune_stage
+from slimexport.stages.prune import known_costs, measured_costs, plan_stage, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
 
@@ -48,15 +49,40 @@ def run(
         return report_stage(directory, config, progress)
 
 
-def plan(config: RunConfig) -> PruningPlan:
-    """Legal sizes, counts and estimates; reads the config of the model and no weights."""
-    from slimexport.loading import load_config
-    from slimexport.pruning.cost import with_cost
+def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
+    """Legal sizes, counts and estimates; reads the config of the model and no weights.
 
+    An allocation that is planned from measured costs takes them from `config.costs`, or measures them and keeps them
+    there; without such a file the plan is that of `incremental`, with a note: totals are the same.
+    """
+    from slimexport.calibration import calibrate
+    from slimexport.loading import fingerprint, load_config, load_model, locate
+    from slimexport.pruning import allocation as allocations
+    from slimexport.pruning.cost import with_cost
+    from slimexport.pruning.stage import cost_identity
+
+    config = absolute(config)
+    progress = progress or Progress(quiet=True)
     model_config, architecture = load_config(config)
     stored = str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
-    made = plan_stage(config, architecture, stored if config.save_dtype == "auto" else config.save_dtype)
-    return with_cost(made, architecture, config)
+    stored = stored if config.save_dtype == "auto" else config.save_dtype
+    costs = None
+    made = plan_stage(config, architecture, stored)
+    if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
+        if config.costs is None:
+            note = (
+                f"allocation {config.resolved_allocation} chooses the sizes from costs that it measures while it runs; "
+                f"shown is {made.allocation}. --costs FILE measures them now and keeps them"
+            )
+            return with_cost(replace(made, notes=(*made.notes, note)), architecture, config)
+        costs = known_costs(config.costs, cost_identity(fingerprint(locate(config)), config, None))
+        if costs is None:
+            with progress.stage("load"):
+                loaded = load_model(config)
+            with progress.stage("calibrate"):
+                calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
+            costs = measured_costs(loaded, calibration, config, None, progress)
+    return with_cost(plan_stage(config, architecture, stored, costs), architecture, config)
 
 
 def prune(

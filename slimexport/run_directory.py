@@ -2,6 +2,7 @@
 
 run.json            resolved config, environment, source, stage states
 plan.json           PruningPlan
+costs.json          CostTable, where the allocation is planned from one
 prune.json          trace per block, calibration text
 checkpoint/         the shrunk Hugging Face directory
 onnx/               the exported graph (one directory per target)
@@ -34,7 +35,8 @@ from slimexport.artifacts import (
 )
 from slimexport.errors import BadInputError
 
-RUN, PLAN, PRUNE, NUMERICS, VERIFICATION = "run.json", "plan.json", "prune.json", "numerics.json", "verification.json"
+RUN, PLAN, COSTS, PRUNE = "run.json", "plan.json", "costs.json", "prune.json"
+NUMERICS, VERIFICATION = "numerics.json", "verification.json"
 CHECKPOINT, BASELINE, REPORT, WORK, LOCK = "checkpoint", "baseline", "report", ".work", ".lock"
 STAGE_ORDER = ("prune", "export", "verify")
 
@@ -135,7 +137,7 @@ class RunDirectory:
         targets = [str(t) for t in self.state.get("config", {}).get("target", [])]
         self.state = _empty_state()
         self.save()
-        for name in (PLAN, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *targets):
+        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *targets):
             remove(self / name)
         for partial in self.path.glob(".*.partial"):
             remove(partial)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +71,7 @@ def prune_blocks(
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
-    dense = MemoryStates(states) if settings.refit else None
+    dense = MemoryStates(states[batch] for batch in range(len(states))) if settings.refit else None
     for index in range(len(source)):
         home = source.load(index)
         clock = Stopwatch(settings.device)
@@ -142,7 +141,7 @@ class _Block:
     """One block while it is pruned."""
 
     targets: _Targets | None = None
-    gradients: Mapping[str, torch.Tensor] = {}  # noqa: RUF012
+    gradients: Mapping[str, torch.Tensor] = {}
 
     def __init__(
         self,
@@ -246,7 +245,9 @@ class _Block:
             columns = torch.tensor(selection.kept, device=self.settings.device)
             errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, site.H)
             # Attention was sliced already: its indices are the new ones.
-            self._shrink(name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns)
+            self._shrink(
+                name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns
+            )
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
         return errors
 

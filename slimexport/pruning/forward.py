@@ -1,4 +1,4 @@
-"""Running blocks outside their model: hidden states before the first one, and what a module inside is given or gives."""
+"""Running blocks outside their model: hidden states before the first one, what a module inside is given and gives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ class _Reached(Exception):
 
 
 def first_states(
-    model: PreTrainedModel, architecture: Architecture, input_ids: torch.Tensor, settings: Settings
+    model: PreTrainedModel,
+    architecture: Architecture,
+    input_ids: torch.Tensor,
+    settings: Settings,
+    *,
+    whole: bool = False,
 ) -> tuple[MemoryStates, Arguments]:
     """Hidden states before block 0, and what each block is called with.
 
@@ -50,11 +55,12 @@ def first_states(
 
     Args:
         input_ids: int64 [sequences, length], no padding.
+        whole: all sequences in one batch, however many.
     """
     decoder = model.get_submodule(architecture.family.decoder)
     blocks = list(model.get_submodule(architecture.family.blocks))
     embed = model.get_input_embeddings()
-    size = max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
+    size = len(input_ids) if whole else max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
     states = MemoryStates()
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []

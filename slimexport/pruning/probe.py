@@ -51,7 +51,7 @@ def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
 
 
 def output_logits(
-    model: PreTrainedModel, architecture: Architecture, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel, architecture: Architecture, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Hidden states after the last block [s, t, hidden] -> float32 logits [s, t // POSITIONS, vocab].
 

@@ -83,7 +83,7 @@ def measure_costs(
         for name, curve in zip((family.attention_output, family.ffn_output), pair, strict=True):
             for size, W in curve.weights.items():
                 key = (index, name, size)
-                with _replaced(work.get_submodule(name), W):
+                with _Replaced(work.get_submodule(name), W):
                     candidates.branch(key, lambda x: output(work(x, **probe_arguments(index))))  # noqa: B023
                 fresh.add(key)
         candidates.advance(lambda x: output(work(x, **probe_arguments(index))), fresh)  # noqa: B023
@@ -98,7 +98,7 @@ def measure_costs(
         channel_costs = interpolate(channel.errors, of_channels)
         blocks.append(
             BlockCosts(
-                tuple(HeadCost(*size, cost) for size, cost in head_costs.items()),
+                tuple(HeadCost(size[0], size[1], cost) for size, cost in head_costs.items()),
                 tuple(ChannelCost(size, cost) for size, cost in channel_costs.items()),
             )
         )
@@ -114,9 +114,7 @@ def head_curve(
     W = W.masked_fill(dead, 0.0)
     sizes = [(g, h) for g in range(1, dense.kv_groups + 1) for h in range(1, dense.heads_per_group + 1)]
     whole = architecture.attention_parameters(dense)
-    share = {
-        (g, h): architecture.attention_parameters(BlockSizes(g, h, dense.channels)) / whole for g, h in sizes
-    }
+    share = {(g, h): architecture.attention_parameters(BlockSizes(g, h, dense.channels)) / whole for g, h in sizes}
     errors: dict[tuple[int, int], float] = {}
     found: dict[tuple[int, int], torch.Tensor] = {}
     for groups, per_group in sizes:
@@ -202,7 +200,7 @@ def _weight(block: nn.Module, module: str) -> torch.Tensor:
     return block.get_parameter(f"{module}.weight").double()
 
 
-class _replaced:
+class _Replaced:
     """Within it, the weight of a module is another one of the same shape."""
 
     def __init__(self, module: nn.Module, W: torch.Tensor):

@@ -1,4 +1,5 @@
-"""The prune stage: a loaded model and a plan in, the same model with really smaller tensors out."""
+"""The prune stage: a loaded model and a plan in, the same model with really smaller tensors out; and before it, where
+the allocation asks for them, the costs that the plan is made from."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimexport import __version__
-from slimexport.artifacts import BlockTrace, CalibrationSet, PrunedModel, PruningPlan
+from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import prune_blocks
 from slimexport.pruning.forward import Settings, first_states
+from slimexport.pruning.gradients import collect_gradients
+from slimexport.pruning.probe import output_logits
+from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
 
 if TYPE_CHECKING:
@@ -59,11 +63,14 @@ def prune_model(
         parameter.data = parameter.data.to(stored)
         if not bool(torch.isfinite(parameter.data).all()):
             raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
-    compute = _compute_dtype(config, device, stored)
     _full_float32_matmul()
     trace: tuple[BlockTrace, ...] = ()
     if plan.blocks != plan.dense:
-        settings = Settings(device, compute, config.group_size_start, config.group_size_end, config.damping)
+        settings = settings_of(config, device, stored)
+        criterion = criteria.get(plan.criterion)
+        gradients: list[dict[str, torch.Tensor]] = []
+        if getattr(criterion, "needs_gradients", False):
+            gradients = collect_gradients(model, loaded.architecture, calibration.input_ids, device=device)
         states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)
         trace = prune_blocks(
             source=ModelBlocks(model, loaded.architecture),
@@ -72,12 +79,73 @@ def prune_model(
             arguments=arguments,
             architecture=loaded.architecture,
             plan=plan,
-            criterion=criteria.get(plan.criterion),
+            criterion=criterion,
             settings=settings,
+            gradients=gradients,
             progress=progress,
         )
         apply_sizes(model.config, loaded.architecture, plan.blocks)
     return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source)
+
+
+COST_SEQUENCES = 32  # of the calibration set, for the H of the cost curves: their shape needs no more
+
+
+def measure_model(
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    config: RunConfig,
+    *,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> CostTable:
+    """What each size of each block's heads and channels costs `loaded.model`, which is left as it is."""
+    device = resolve_device(config.device)
+    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    _full_float32_matmul()
+    model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    chosen = _evenly(len(ids), max(1, config.probe_tokens // ids.shape[1]))
+    rest = [i for i in range(len(ids)) if i not in chosen] or chosen
+    known = [rest[i] for i in _evenly(len(rest), COST_SEQUENCES)]
+    states, arguments = first_states(model, architecture, ids[known], settings)
+    probes, probe_arguments = first_states(model, architecture, ids[chosen], settings, whole=True)
+    return measure_costs(
+        source=ModelBlocks(model, architecture),
+        states=states,
+        arguments=arguments,
+        probes=probes[0],
+        probe_arguments=lambda block: probe_arguments(block, 0),
+        logits=output_logits(model, architecture, device),
+        architecture=architecture,
+        settings=settings,
+        round_to=config.round_to,
+        identity=cost_identity(loaded.source.fingerprint, config, calibration.source.sha256),
+        progress=progress,
+    )
+
+
+def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:
+    """What a cost table was measured on; without `text` (its sha256) as much as is known before it is read."""
+    fields = ("calibration", "calibration_tokens", "sequence_length", "probe_tokens", "seed", "damping", "round_to")
+    known = {"model": fingerprint, **{name: str(getattr(config, name)) for name in fields}}
+    return known if text is None else {**known, "text": text}
+
+
+def _evenly(available: int, count: int) -> list[int]:
+    """At most `count` indices below `available`, evenly spread."""
+    count = min(count, available)
+    return [i * available // count + available // (2 * count) for i in range(count)]
+
+
+def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype) -> Settings:
+    return Settings(
+        device=device,
+        dtype=_compute_dtype(config, device, stored),
+        group_size_start=config.group_size_start,
+        group_size_end=config.group_size_end,
+        damping=config.damping,
+        refit=config.resolved_refit,
+        seed=config.seed,
+    )
 
 
 def _compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:

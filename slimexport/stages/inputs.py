@@ -31,6 +31,9 @@ def absolute(config: RunConfig) -> RunConfig:
     }
     if mix.is_mix(config.calibration):
         found["calibration"] = mix.absolute(config.calibration)
+    for name in ("sizes", "costs"):
+        if value := getattr(config, name):
+            found[name] = value.expanduser().resolve()
     if config.baseline_cache:
         found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
     return config.model_copy(update=found)

@@ -7,11 +7,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import PruningPlan, ShrunkCheckpoint, staged_directory, to_dict
+from slimexport.artifacts import (
+    CalibrationSet,
+    CostTable,
+    PruningPlan,
+    ShrunkCheckpoint,
+    from_dict,
+    read_json,
+    staged_directory,
+    to_dict,
+    write_json,
+)
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
+from slimexport.run_directory import CHECKPOINT, COSTS, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
 from slimexport.stages.inputs import fields_of
 from slimexport.texts import mix
 
@@ -19,22 +29,71 @@ if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
 
 
-def plan_stage(config: RunConfig, architecture: Any, stored_dtype: str) -> PruningPlan:
+def plan_stage(
+    config: RunConfig, architecture: Any, stored_dtype: str, costs: CostTable | None = None, evaluate: Any = None
+) -> PruningPlan:
+    """The plan; for an allocation that needs costs and has none yet, one without them, which shows what is possible."""
+    from slimexport.pruning import allocation as allocations
     from slimexport.pruning.criteria import registry as criteria
     from slimexport.pruning.planner import make_plan
 
     criteria.get(config.criterion)
+    name = config.resolved_allocation
+    if costs is None and allocations.needs_costs(allocations.registry.get(name)):
+        name = "uniform" if config.resolved_layout == "uniform" else "incremental"
+    given = name == "explicit" and "ratio" not in config.model_fields_set
     return make_plan(
         architecture,
-        ratio=config.ratio,
+        ratio=None if given else config.ratio,
         criterion=config.criterion,
-        allocation=config.resolved_allocation,
+        allocation=name,
         layout=config.resolved_layout,
         round_to=config.round_to,
         first_ratio=config.first_ratio,
         head_weight=config.head_weight,
         stored_dtype=stored_dtype,
+        table=config.sizes,
+        costs=costs,
+        evaluate=evaluate,
     )
+
+
+def known_costs(path: Path | None, identity: dict[str, str]) -> CostTable | None:
+    """The table in `path`, if there is one. Raises BadInputError where it was measured on something else."""
+    if path is None or not path.expanduser().exists():
+        return None
+    table = from_dict(CostTable, read_json(path.expanduser()), str(path))
+    for name, value in identity.items():
+        if table.identity.get(name) != value:
+            raise BadInputError(
+                f"{path}: these costs were measured with {name} = {table.identity.get(name)!r}, "
+                f"this run has {value!r}: "
+                "name another file to measure them anew."
+            )
+    return table
+
+
+def measured_costs(
+    loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, place: Path | None, progress: Progress
+) -> CostTable:
+    """The costs in `config.costs` or `place`, else measured now and kept in both."""
+    from slimexport.pruning.stage import cost_identity, measure_model
+
+    identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
+    table = known_costs(config.costs, identity)
+    if table is None and place is not None:
+        try:
+            table = known_costs(place, identity)
+        except BadInputError:
+            table = None  # of an earlier run in this directory, with other options
+    if table is None:
+        with progress.stage("measure"):
+            table = measure_model(loaded, calibration, config, progress=progress.update)
+        if config.costs is not None:
+            write_json(config.costs.expanduser(), to_dict(table))
+    if place is not None:
+        write_json(place, to_dict(table))
+    return table
 
 
 def prune_stage(
@@ -50,13 +109,14 @@ def prune_stage(
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
     from slimexport.loading import load_model
+    from slimexport.pruning import allocation as allocations
     from slimexport.pruning.blocks import DirectorySink
-    from slimexport.pruning.stage import numbers, prune_model, save_dtype_of
+    from slimexport.pruning.stage import cost_identity, numbers, prune_model, save_dtype_of
 
     directory.check_free(force=force, resume=resume)
     if force:
         directory.check_holds_none(
-            [Path(p) for p in (config.model, config.calibration, config.eval_text, *mix.files(config.calibration))]
+            [*map(Path, (config.model, config.calibration, config.eval_text)), *mix.files(config.calibration)]
         )
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)
@@ -68,7 +128,10 @@ def prune_stage(
     with progress.stage("load"):
         loaded = load_model(config)
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
+    allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
+    if allocations.needs_costs(allocation):
+        known_costs(config.costs, cost_identity(loaded.source.fingerprint, config, None))
     with progress.stage("calibrate"):
         calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
         text = calibration.source
@@ -83,6 +146,9 @@ def prune_stage(
     if evaluated or not directory.state.get("config"):
         directory.save(config=resolved)
     directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
+    if allocations.needs_costs(allocation) and config.ratio:
+        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress)
+        plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded), costs)
     directory.write(PLAN, plan_made)
     key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):

@@ -17,9 +17,9 @@ from slimexport.registry import Registry
 class Site:
     """One output matrix of one block (o_proj, down_proj), what is known of its inputs, and what is to stay of it.
 
-    All tensors are float64 on one device. `sources` are the weights whose rows make the inputs of W (q, k, v; gate, up),
-    by name, shaped [rows, hidden]; `gradients` are those of the NLL on calibration text by all these weights and by W,
-    by name, empty unless the criterion asks for them.
+    All tensors are float64 on one device. `sources` are the weights whose rows make the inputs of W (q, k, v; gate,
+    up), by name, shaped [rows, hidden]; `gradients` are those of the NLL on calibration text by all these weights and
+    by W, by name, empty unless the criterion asks for them.
     """
 
     W: torch.Tensor  # [out, in]
