@@ -1,9 +1,9 @@
 """The same model off the 4-bit grid, and weight-only quantisation of an export: what quantising costs, measured fairly.
 
-The blocks of the demo model were dequantised from 4 bits, so int4 in blocks of 32 gives them back exactly (relative error
-0.000), while a pruned and re-fitted model is off that grid: quantising looks free for the dense model only. `off_grid`
-makes an equivalent dense model whose weights lie on no grid (0.078, as for Gaussian numbers). The embedding was stored in
-8 bits, so the tied lm_head never was on the 4-bit grid (0.090, and 0.078 once rotated).
+The blocks of the demo model were dequantised from 4 bits, so int4 in blocks of 32 gives them back exactly (relative
+error 0.000), while a pruned and re-fitted model is off that grid: quantising looks free for the dense model only.
+`off_grid` makes an equivalent dense model whose weights lie on no grid (0.078, as for Gaussian numbers). The embedding
+was stored in 8 bits, so the tied lm_head never was on the 4-bit grid (0.090, and 0.078 once rotated).
 """
 
 from __future__ import annotations

@@ -1,142 +1,245 @@
-"""Token perplexity of pruned models, in ONNX Runtime and in torch, beside the dense model; no training.
+"""The quality table: every criterion and allocation, ours and others', on natural and shifted text; no training.
 
-    python benchmarks/quality.py --calibration CALIBRATION.txt --eval-text EVALUATION.txt --work /tmp/quality
+    python benchmarks/quality.py --data DATA --work /tmp/quality [--only ours,peers] [--texts wikitext2]
+    python benchmarks/quality.py --render      # the tables, from the JSON alone
 
-The protocol of the table in the README: 128 x 512 tokens of calibration text, the first 60,000 tokens of the evaluation
-text in windows of 512 without overlap. Every row is a whole `slimexport run`: pruned, exported, measured on the graph.
-Rows that are in the JSON already are not measured again.
+DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one pruned model, through the same engine, plan, legality
+and calibration, in float32. Rows and columns that are in the JSON already are not measured again, so that the table can
+be made in pieces; a row's first column prunes, the others prune again. The protocol of the main rows: 128 x 512 tokens
+of calibration.txt (nearly all of it, so there is no seed spread), the first 60,000 tokens of each WikiText-2 file,
+windows of 512 without overlap. `ours` is what `slimexport run` does by default, but for the calibration text; `mix` is
+`slimexport run` as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import Reference, dense_reference, evaluate
 from common import RESULTS, load_rows, save_rows, table
+from texts import calibration_windows, evaluation_texts
 
-import slimexport
+from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json, to_dict, write_json
+from slimexport.config import RunConfig
+from slimexport.environment import peak_memory_bytes
+from slimexport.loading import LoadedModel, load_model
+
+RATIOS = (0.2, 0.3, 0.5)
+CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
+SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned model. `options` are fields of RunConfig; `calibration` is main, default, or seed-N."""
+
+    group: str
+    name: str
+    ratio: float
+    calibration: str = "main"
+    windows: int = 128
+    options: dict[str, Any] = field(default_factory=dict)
+    peer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}/{self.name}/{self.ratio:g}/{self.calibration}/{self.windows}"
+
+
+def wanted() -> Iterator[Row]:
+    """All rows of the table, the most telling first."""
+    for ratio in RATIOS:
+        yield Row("ours", "slimexport", ratio)
+    for ratio in RATIOS:
+        yield Row("mix", "slimexport", ratio, calibration="default")
+    for ratio in RATIOS:
+        yield Row("fast", "slimexport --fast", ratio, options={"fast": True})
+    for importance, settings in (("taylor", {"protected": (4, 2)}), ("magnitude", {})):
+        for ratio in RATIOS:
+            yield Row("peers", f"torch-pruning {importance}", ratio, peer={"importance": importance, **settings})
+    for allocation in ("incremental", "uniform"):
+        for criterion in CRITERIA:
+            for ratio in RATIOS:
+                options = {"criterion": criterion, "allocation": allocation, "refit": 0.0}
+                yield Row("criteria", f"{criterion}, {allocation}", ratio, options=options)
+    for allocation in ("arithmetic", "sensitivity", "search"):
+        for ratio in RATIOS:
+            yield Row("allocations", allocation, ratio, options={"allocation": allocation, "refit": 0.0})
+    for ratio in RATIOS:
+        yield Row("layout", "slimexport --layout uniform", ratio, options={"layout": "uniform"})
+    for seed in (0, 1, 2):
+        yield Row("seeds", "slimexport", 0.3, calibration=f"seed-{seed}", windows=64)
+    for windows in (16, 32, 64):
+        yield Row("sizes", "slimexport", 0.3, windows=windows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--eval-text", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="run directories are kept here")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, help="keeps what the dense model says and the costs")
+    parser.add_argument("--only", help="groups, or parts of row names, joined by commas")
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
-    parser.add_argument("--layouts", default="per_layer,uniform")
-    parser.add_argument("--calibration-tokens", type=int, default=65536)
-    parser.add_argument("--eval-tokens", type=int, default=60000)
-    parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime; default: all cores")
+    parser.add_argument("--texts", default=",".join(("wikitext2", *SHIFTED)))
+    parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     rows = load_rows(options.out)
-    for ratio in map(float, options.ratios.split(",")):
-        for layout in options.layouts.split(","):
-            wanted = {"model": options.model, "ratio": ratio, "layout": layout}
-            if any(all(row[k] == v for k, v in wanted.items()) for row in rows):
-                continue
-            rows.append({**wanted, **measure(options, ratio, layout)})
-            save_rows(options.out, rows)
+    if not options.render:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        Bench(options, rows).run()
     print(render(rows))
 
 
-def measure(options: argparse.Namespace, ratio: float, layout: str) -> dict[str, Any]:
-    from slimexport.calibration import evaluation_ids
-    from slimexport.verification.perplexity import torch_perplexity
+class Bench:
+    def __init__(self, options: argparse.Namespace, rows: list[dict[str, Any]]):
+        self.options, self.rows = options, rows
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.loaded: LoadedModel = load_model(RunConfig(model=options.model))
+        self.texts = evaluation_texts(self.loaded.tokenizer, options.data)
+        self.references: dict[str, Reference] = {}
 
-    config = slimexport.RunConfig(
-        model=options.model,
-        ratio=ratio,
-        layout=layout,  # type: ignore[arg-type]
-        calibration=options.calibration,
-        calibration_tokens=options.calibration_tokens,
-        eval_text=options.eval_text,
-        eval_tokens=options.eval_tokens,
-        latency_runs=0,
-        baseline_cache=options.work / "baselines",
-        threads=options.threads,
-    )
-    place = options.work / f"{layout}-{ratio:g}"
-    report = slimexport.run(
-        config, place, force=not place.exists(), resume=place.exists(), progress=slimexport.Progress()
-    )
-    model, tokenizer = slimexport.load(place)
-    in_torch = torch_perplexity(model, evaluation_ids(config, tokenizer, None).input_ids, config.eval_window)
-    figures = {f.name: f for f in report.verification.figures}
-    perplexity = figures["accuracy.perplexity"]
-    return {
-        "reached": report.plan.ratio,
-        "allocation": report.plan.allocation,
-        "perplexity": perplexity.shrunk,
-        "perplexity_torch": in_torch,
-        "perplexity_dense": perplexity.baseline,
-        "perplexity_ratio": perplexity.ratio,
-        "perplexity_ratio_interval": [perplexity.ratio_low, perplexity.ratio_high],
-        "kl": figures["accuracy.kl"].shrunk,
-        "top1_agreement": figures["accuracy.top1_agreement"].shrunk,
-        "parameters": report.plan.estimates.parameters,
-        "parameters_dense": report.plan.dense_estimates.parameters,
-        "size_mb": figures["size.export_mb"].shrunk,
-        "calibration": text(report.calibration),
-        "evaluation": text(report.evaluation),
-        "seconds": report.seconds,
-        "pruning": {
-            "seconds_forward": report.pruning.seconds_forward,
-            "seconds_hessian": report.pruning.seconds_hessian,
-            "seconds_selection": report.pruning.seconds_selection,
-            "peak_memory_bytes": report.pruning.peak_memory_bytes,
+    def run(self) -> None:
+        ratios = [float(r) for r in self.options.ratios.split(",")]
+        names = self.options.texts.split(",")
+        only = self.options.only.split(",") if self.options.only else None
+        for row in wanted():
+            if row.ratio not in ratios or (only and not any(o == row.group or o in row.name for o in only)):
+                continue
+            record = next((r for r in self.rows if r["key"] == row.key), None)
+            missing = [n for n in names if n not in (record or {}).get("texts", {})]
+            task = self.options.arc_easy and "arc_easy" not in (record or {})
+            if not missing and not task:
+                continue
+            model, facts = self.prune(row)
+            if record is None:
+                record = {"key": row.key, **asdict(row), **facts, "texts": {}}
+                self.rows.append(record)
+            for name in missing:
+                started = time.monotonic()
+                found = evaluate(model, self.texts[name], dense=self.reference(name))
+                record["texts"][name] = {**found, "seconds": time.monotonic() - started}
+                save_rows(self.options.out, self.rows)
+                print(row.key, name, round(found["x_dense"], 3), flush=True)
+            if task:
+                record["arc_easy"] = self.task(model)
+                save_rows(self.options.out, self.rows)
+
+    def prune(self, row: Row) -> tuple[Any, dict[str, Any]]:
+        """The pruned model, and how it came about."""
+        started = time.monotonic()
+        calibration = self.calibration(row)
+        if row.peer:
+            from peers import torch_pruning
+
+            model = torch_pruning(
+                self.loaded.model, self.loaded.tokenizer, calibration.input_ids[:: len(calibration.input_ids) // 10],
+                row.ratio, **row.peer,
+            )  # fmt: skip
+            return model, {"seconds": {"all": time.monotonic() - started}, "reached": None, "blocks": None}
+        from slimexport.pruning import allocation as allocations
+        from slimexport.pruning.stage import cost_identity, measure_model, prune_model
+        from slimexport.stages.prune import plan_stage
+
+        config = RunConfig(
+            model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
+        )
+        costs, spent = None, 0.0
+        if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
+            identity = cost_identity(self.loaded.source.fingerprint, config, calibration.source.sha256)
+            kept = self.options.work / f"costs-{calibration.source.sha256[:16]}.json"
+            if kept.is_file() and (table_ := from_dict(CostTable, read_json(kept), str(kept))).identity == identity:
+                costs = table_
+            else:
+                costs = measure_model(self.loaded, calibration, config)
+                write_json(kept, to_dict(costs))
+            spent = costs.seconds
+        plan = plan_stage(config, self.loaded.architecture, "float32", costs)
+        copied = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        made = prune_model(copied, plan, calibration, config)
+        seconds = {
+            "allocation": spent,
+            "forward": sum(t.seconds_forward for t in made.trace),
+            "hessian": sum(t.seconds_hessian for t in made.trace),
+            "selection": sum(t.seconds_selection for t in made.trace),
+            "all": time.monotonic() - started,
         }
-        if report.pruning
-        else None,
-    }
+        return made.model, {
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "reached": plan.ratio,
+            "parameters": plan.estimates.parameters,
+            "blocks": [[b.kv_groups, b.heads_per_group, b.channels] for b in plan.blocks],
+            "text": {"name": Path(calibration.source.name).name, "sha256": calibration.source.sha256},
+        }
 
+    def calibration(self, row: Row) -> CalibrationSet:
+        if row.calibration == "default":
+            from slimexport.calibration import calibrate
 
-def text(source: Any) -> dict[str, Any] | None:
-    """A text without the path of this machine: its sha256 says which it is."""
-    return {**source.__dict__, "name": Path(source.name).name} if source else None
+            config = RunConfig(model=self.options.model, calibration_tokens=row.windows * 512)
+            return calibrate(config, self.loaded.tokenizer, self.loaded.model)
+        seed = int(row.calibration.removeprefix("seed-")) if row.calibration.startswith("seed-") else None
+        ids = calibration_windows(self.loaded.tokenizer, self.options.data, seed=seed, windows=row.windows)
+        import hashlib
+
+        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        return CalibrationSet(ids, TextSource("calibration.txt", ids.numel(), digest), seed or 0)
+
+    def reference(self, name: str) -> Reference:
+        if name not in self.references:
+            path = self.options.work / f"dense-{name}.safetensors"
+            if not path.is_file():
+                started = time.monotonic()
+                dense_reference(self.loaded.model, self.texts[name]).save(path)
+                print(f"dense on {name}: {time.monotonic() - started:.0f} s", flush=True)
+            self.references[name] = Reference.load(path, self.loaded.model)
+        return self.references[name]
+
+    def task(self, model: Any) -> dict[str, Any]:
+        from tasks import arc_easy
+
+        return arc_easy(model, self.loaded.tokenizer, self.options.data / "arc" / "arc_easy_validation.jsonl")
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The table of the README."""
-    head = [
-        "ratio",
-        "layout",
-        "allocation",
-        "parameters",
-        "perplexity (ONNX)",
-        "perplexity (torch)",
-        "x dense",
-        "KL",
-        "same top-1",
-    ]
-    body = [
-        [
-            f"{row['ratio']:.0%}", row["layout"], row["allocation"], f"{row['parameters'] / 1e6:.1f} M",
-            f"{row['perplexity']:.2f}", f"{row['perplexity_torch']:.2f}", f"{row['perplexity_ratio']:.2f}",
-            f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}",
-        ]
-        for row in sorted(rows, key=lambda r: (r["ratio"], r["layout"]))
-    ]  # fmt: skip
-    dense = rows[0]
-    body.insert(
-        0,
-        [
-            "dense",
-            "–",
-            "–",
-            f"{dense['parameters_dense'] / 1e6:.1f} M",
-            f"{dense['perplexity_dense']:.2f}",
-            "–",
-            "1",
-            "0",
-            "100%",
-        ],
-    )
+    """Ratios of perplexity to the dense model's, one line a method and calibration."""
+    if not rows:
+        return "no rows yet"
+    lines: dict[tuple[str, str, str, int], dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        where = (row["group"], row["name"], row["calibration"], row["windows"])
+        lines.setdefault(where, {})[row["ratio"]] = row
+    head = ["method", "calibration"]
+    head += [f"{r:.0%}: {what}" for r in RATIOS for what in ("wiki", "KL", "top-1", "worst", "mean")]
+    body = []
+    for (group, name, calibration, windows), by_ratio in lines.items():
+        cells = [f"{name}" if group != "allocations" else f"slimgpt, {name}", f"{calibration}, {windows} x 512"]
+        for ratio in RATIOS:
+            texts = by_ratio.get(ratio, {}).get("texts", {})
+            wiki = texts.get("wikitext2")
+            cells += (
+                [f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}", f"{wiki['top1_agreement']:.1%}"]
+                if wiki
+                else ["–"] * 3
+            )
+            if wiki and all(t in texts for t in SHIFTED):
+                found = [t["x_dense"] for t in texts.values()]
+                cells += [f"{max(found):.2f}", f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}"]
+            else:
+                cells += ["–", "–"]
+        body.append(cells)
     return table(head, body)
 
 

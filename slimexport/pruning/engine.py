@@ -198,7 +198,8 @@ class _Block:
             with self.clock.on("hessian"):
                 target = None
                 if self.targets is not None:
-                    target = self.targets.attention[batch] + self.targets.before[batch] - self.states[batch]
+                    behind = self.targets.before[batch] - self.states[batch]
+                    target = self.targets.attention[batch] + behind - self._bias(name)
                 moments.add(inputs[batch], target)
         with self.clock.on("selection"):
             W = self._fitted(name, moments)
@@ -231,8 +232,9 @@ class _Block:
                 target = None
                 if self.targets is not None:
                     assert attention is not None
-                    ahead = self.targets.before[batch] + self.targets.attention[batch] - self.states[batch]
-                    target = self.targets.ffn[batch] + ahead - project(attention[batch])
+                    behind = self.targets.before[batch] - self.states[batch]
+                    behind = behind + (self.targets.attention[batch] - project(attention[batch]))
+                    target = self.targets.ffn[batch] + behind - self._bias(name)
                 moments.add(inputs, target)
         with self.clock.on("selection"):
             W = self._fitted(name, moments)
@@ -250,6 +252,11 @@ class _Block:
             )
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
         return errors
+
+    def _bias(self, name: str) -> torch.Tensor | float:
+        """What module `name` adds to W X and goes on adding: W is fitted to the rest."""
+        bias = self.work.get_submodule(name).bias
+        return bias if isinstance(bias, torch.Tensor) else 0.0
 
     def _moments(self, size: int) -> Moments:
         return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)
