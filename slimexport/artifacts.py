@@ -163,16 +163,27 @@ class BlockCosts:
 
 
 @dataclass(frozen=True)
+class JointCost:
+    """The same cut made in every block: the sum of what it costs in each alone, and what it costs in all at once."""
+
+    alone: float
+    together: float
+
+
+@dataclass(frozen=True)
 class CostTable:
     """Costs in nats per token (KL of the model's output to the dense one), for every legal size of every block.
 
     `identity` is what they were measured on (model, text, settings): a table is used again only for the same.
+    `joint_heads` and `joint_channels` say how costs of different blocks add up; empty: they do.
     """
 
     identity: Mapping[str, str]
     tokens: int
     blocks: tuple[BlockCosts, ...]
     seconds: float
+    joint_heads: tuple[JointCost, ...] = ()
+    joint_channels: tuple[JointCost, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -344,6 +355,18 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_identity(earlier: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+    """Raises BadInputError with the first difference between what an interrupted run was made from, as it was read
+    from JSON, and what this one is."""
+    now = json.loads(json.dumps(now, default=str))
+    for key in sorted({*earlier, *now}):
+        if earlier.get(key) != now.get(key):
+            raise BadInputError(
+                f"Cannot resume {place}: the interrupted run had {key} = {earlier.get(key)!r}, "
+                f"this one has {now.get(key)!r}. Use the same options, or start over with --force."
+            )
 
 
 @contextmanager

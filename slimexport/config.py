@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 
-REFIT = 1.0  # benchmarks/development.py: smaller ridges fit the calibration text's noise
+REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
 
 Operator = Literal["<=", ">="]
 GateOf = Literal["shrunk", "baseline", "ratio", "speedup"]
@@ -114,7 +114,9 @@ class RunConfig(BaseModel):
         description="sensitivity, search: the measured costs; read if the file is there, else measured and kept there.",
     )
     probe_tokens: int = Field(default=1024, ge=8, description="Tokens on which costs are measured.")
-    search_seconds: float = Field(default=600, gt=0, description="search: stop after this time.")
+    search_seconds: float = Field(
+        default=600, gt=0, description="search: stop after this time, however fast the machine is."
+    )
     search_evaluations: int = Field(default=64, ge=1, description="search: stop after this many plans.")
     refit: float | None = Field(
         default=None,

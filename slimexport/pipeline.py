@@ -82,7 +82,13 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
             with progress.stage("calibrate"):
                 calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
             costs = measured_costs(loaded, calibration, config, None, progress)
-    return with_cost(plan_stage(config, architecture, stored, costs), architecture, config)
+        made = plan_stage(config, architecture, stored, costs)
+        if made.allocation != config.resolved_allocation:
+            note = (
+                f"allocation {config.resolved_allocation} tries whole plans while it runs; shown is {made.allocation}"
+            )
+            made = replace(made, notes=(*made.notes, note))
+    return with_cost(made, architecture, config)
 
 
 def prune(

@@ -10,7 +10,7 @@ baseline/onnx/      the dense model, same export
 numerics.json       logits of the graphs against torch
 verification.json   VerificationReport
 report/             report.json, report.md, report.html, junit.xml
-.work/              blocks of an unfinished prune stage
+.work/              of an unfinished prune stage: its blocks; supernet/ and search.json of allocation search
 """
 
 from __future__ import annotations

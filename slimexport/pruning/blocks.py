@@ -8,7 +8,6 @@ can go on; an implementation that streams from and to disk replaces them without
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture, Kept
-from slimexport.artifacts import BlockTrace, from_dict, read_json, to_dict, write_json
+from slimexport.artifacts import BlockTrace, check_identity, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
 from slimexport.pruning.shrink import shrink_block
 
@@ -79,15 +78,8 @@ class DirectorySink:
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "identity.json"
-        identity = json.loads(json.dumps(identity, default=str))
         if path.is_file():
-            earlier = read_json(path)
-            for key in sorted({*earlier, *identity}):
-                if earlier.get(key) != identity.get(key):
-                    raise BadInputError(
-                        f"Cannot resume {directory.parent}: the interrupted run had {key} = {earlier.get(key)!r}, "
-                        f"this one has {identity.get(key)!r}. Use the same options, or start over with --force."
-                    )
+            check_identity(read_json(path), identity, directory.parent)
         else:
             write_json(path, identity)
 

@@ -21,13 +21,14 @@ from torch import nn
 from slimexport.architectures.base import CHANNELS, QUERY, Architecture, Kept
 from slimexport.artifacts import BlockSizes, BlockTrace, PruningPlan
 from slimexport.environment import peak_memory_bytes
-from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, output, watch, working_copy
-from slimexport.pruning.hessian import Moments
-from slimexport.pruning.obs import NotPositiveDefiniteError, Selection, refit, removal_error
+from slimexport.pruning.hessian import Moments, check_finite, solvable
+from slimexport.pruning.obs import Selection, refit, removal_error
 from slimexport.pruning.shrink import shrink_block
+
+SINK = 8.0  # times the median size of the residual: above it a token is an attention sink
 
 
 @dataclass
@@ -85,13 +86,8 @@ def prune_blocks(
             block = _Block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings, clock)
             block.targets = targets
             block.gradients = gradients[index] if gradients else {}
-            try:
+            with solvable(index):
                 trace = block.prune()
-            except (NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
-                raise BadInputError(
-                    f"The inputs of block {index} are too few or too alike to prune by ({error}): "
-                    "give more --calibration-tokens or a larger --damping."
-                ) from error
         if index + 1 < len(source):
             work = working_copy(home, settings)
             for batch in range(len(states)):
@@ -192,15 +188,16 @@ class _Block:
         name = self.family.attention_output
         moments = self._moments(self.dense.query_heads * self.architecture.head_dim)
         inputs: list[torch.Tensor] = []
+        project = self.work.get_submodule(name)
         for batch in range(len(self.states)):
             with self.clock.on("forward"):
                 inputs.append(inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch)))
             with self.clock.on("hessian"):
-                target = None
+                missed = None
                 if self.targets is not None:
-                    behind = self.targets.before[batch] - self.states[batch]
-                    target = self.targets.attention[batch] + behind - self._bias(name)
-                moments.add(inputs[batch], target)
+                    wanted = self.targets.before[batch] + self.targets.attention[batch]
+                    missed = _missed(wanted, self.states[batch] + project(inputs[batch]))
+                moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             W = self._fitted(name, moments)
             site = self._site(name, W, moments, QUERY)
@@ -225,17 +222,17 @@ class _Block:
         name = self.family.ffn_output
         moments = self._moments(self.dense.channels)
         project = self.work.get_submodule(self.family.attention_output)
+        down = self.work.get_submodule(name)
         for batch in range(len(self.states)):
             with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
                 inputs = inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch))
             with self.clock.on("hessian"):
-                target = None
+                missed = None
                 if self.targets is not None:
                     assert attention is not None
-                    behind = self.targets.before[batch] - self.states[batch]
-                    behind = behind + (self.targets.attention[batch] - project(attention[batch]))
-                    target = self.targets.ffn[batch] + behind - self._bias(name)
-                moments.add(inputs, target)
+                    wanted = self.targets.before[batch] + self.targets.attention[batch] + self.targets.ffn[batch]
+                    missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(inputs))
+                moments.add(inputs, missed)
         with self.clock.on("selection"):
             W = self._fitted(name, moments)
             site = self._site(name, W, moments, CHANNELS)
@@ -253,28 +250,18 @@ class _Block:
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
         return errors
 
-    def _bias(self, name: str) -> torch.Tensor | float:
-        """What module `name` adds to W X and goes on adding: W is fitted to the rest."""
-        bias = self.work.get_submodule(name).bias
-        return bias if isinstance(bias, torch.Tensor) else 0.0
-
     def _moments(self, size: int) -> Moments:
         return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)
 
     def _fitted(self, name: str, moments: Moments) -> torch.Tensor:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
         W = self.home.get_parameter(f"{name}.weight").to(self.settings.device, torch.float64)
-        if self.targets is None:
-            return W
-        return refit(W, moments.H(), moments.C(), self.settings.refit)
+        H = moments.H()
+        check_finite(H, self.index, self.settings.dtype)
+        return W if self.targets is None else refit(W, H, W @ H + moments.C(), self.settings.refit)
 
     def _site(self, name: str, W: torch.Tensor, moments: Moments, axis: str) -> Site:
         H = moments.H()
-        if not bool(torch.isfinite(H).all()):
-            raise BadInputError(
-                f"The activations of block {self.index} overflow in {str(self.settings.dtype).removeprefix('torch.')}; "
-                "use --dtype float32 (or bfloat16)."
-            )
         weight = f"{name}.weight"
         sources = {
             w.name: self.home.get_parameter(w.name).to(self.settings.device, torch.float64)
@@ -308,6 +295,16 @@ class _Block:
 
 
 _SOURCES = {QUERY: (QUERY, "key_value"), CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
+
+
+def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """What the pruned stream lacks to be the dense one, [sequences, length, hidden]; nothing at attention sinks.
+
+    The residual of a first token is a hundred times that of the others in many models: its error would be all that
+    the least squares see. With nothing to mend there, they leave what W gives as it is.
+    """
+    sizes = torch.stack([wanted, found]).float().square().mean(-1).amax(0).sqrt()
+    return (wanted - found).masked_fill((sizes > SINK * sizes.median()).unsqueeze(-1), 0.0)
 
 
 def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: torch.Tensor) -> tuple[float, float]:

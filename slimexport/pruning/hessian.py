@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from slimexport.errors import BadInputError
+from slimexport.pruning.obs import NotPositiveDefiniteError
 
 
 class Moments:
@@ -41,3 +47,24 @@ class Moments:
         """[out, n] float64; only where targets were given."""
         assert self._cross is not None, "no targets were asked for"
         return self._cross / max(self.tokens, 1)
+
+
+def check_finite(H: torch.Tensor, block: int, dtype: torch.dtype) -> None:
+    """Raises BadInputError where activations of `block` were too large for `dtype`, the forward passes' precision."""
+    if not bool(torch.isfinite(H).all()):
+        raise BadInputError(
+            f"The activations of block {block} overflow in {str(dtype).removeprefix('torch.')}; "
+            "use --dtype float32 (or bfloat16)."
+        )
+
+
+@contextmanager
+def solvable(block: int) -> Iterator[None]:
+    """Within it, an H that cannot be inverted is bad input: the text's, or the damping's."""
+    try:
+        yield
+    except (NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
+        raise BadInputError(
+            f"The inputs of block {block} are too few or too alike to prune by ({error}): "
+            "give more --calibration-tokens or a larger --damping."
+        ) from error

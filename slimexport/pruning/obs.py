@@ -61,8 +61,9 @@ def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
 def refit(W: torch.Tensor, H: torch.Tensor, C: torch.Tensor, ridge: float) -> torch.Tensor:
     """The matrix that comes nearest to given targets, held toward W: argmin_V ||V X - Y||^2 / tokens + l ||V - W||^2.
 
-    With all of its columns still there. Since ||V_S X_S - Y||^2 differs from ||V_S X_S - V X||^2 by a constant for the
-    least-squares V, removing columns from V by the equations above fits the kept ones to Y as well.
+    With all of its columns still there. Without a ridge ||V_S X_S - Y||^2 differs from ||V_S X_S - V X||^2 by a
+    constant, so that removing columns from V by the equations above fits the kept ones to Y as well; with one, that
+    holds exactly (and keeps the ridge) where it equals the damping of H, else V X, the compromise, is what they fit.
 
     Args:
         W: [out, in].
@@ -138,6 +139,10 @@ class Eliminator:
         error = float(W.square().sum())
         self.error += error
         return error
+
+    def masked(self) -> torch.Tensor:
+        """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
+        return self.W.masked_fill(~self.alive, 0.0)
 
     def _append(self, new: torch.Tensor) -> None:
         end = self._used + new.shape[1]
@@ -223,7 +228,7 @@ def select_heads(
         gone = set(heads)
         groups = {g: left for g, members in groups.items() if (left := [h for h in members if h not in gone])}
     kept = tuple(h for g in sorted(groups) for h in groups[g])
-    return Selection(kept, state.W, state.error)
+    return Selection(kept, state.masked(), state.error)
 
 
 def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:
@@ -296,7 +301,7 @@ def select_channels(
         chosen = state.channel_scores().sort(stable=True).indices[:size]
         state.eliminate(chosen)
     kept = tuple(state.alive.nonzero().flatten().tolist())
-    return Selection(kept, state.W, state.error)
+    return Selection(kept, state.masked(), state.error)
 
 
 def removal_error(W: torch.Tensor, changed: torch.Tensor, H: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ channels are multiples of `round_to` (or the dense count), and the config of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def make_plan(
     stored_dtype: str = "float32",
     table: Path | None = None,
     costs: CostTable | None = None,
-    evaluate: Callable[[Sequence[BlockSizes]], float] | None = None,
+    search: allocations.SearchSettings | None = None,
 ) -> PruningPlan:
     """Plans `ratio` over the blocks. Where the allocation gives ratios by block, heads lose `head_weight` times their
     block's ratio and channels make up the rest; where it gives sizes, those are checked. `ratio` None: whatever the
@@ -43,13 +43,13 @@ def make_plan(
     dense = architecture.blocks
     spread = allocations.registry.get(allocation)
     request = allocations.Request(
-        architecture, ratio or 0.0, layout, round_to, first_ratio, table, costs, evaluate
+        architecture, ratio or 0.0, layout, round_to, first_ratio, table, costs, search, notes.append
     )  # fmt: skip
     if layout == "uniform" and len(set(dense)) > 1:
         raise BadInputError(
             "layout uniform needs the same sizes in every block, but those of this model differ already."
         )
-    if ratio == 0:
+    if ratio == 0 and allocation != "explicit":
         blocks = dense
     else:
         if ratio is not None:
@@ -95,6 +95,11 @@ def _check_sizes(
         raise BadInputError(
             f"layout uniform has the same sizes in every block, but allocation {allocation} gives blocks of "
             f"{len(set(blocks))} different sizes: use --layout per_layer."
+        )
+    if layout == "uniform" and not architecture.plain_config_can_say(blocks[0]):
+        raise BadInputError(
+            f"layout uniform is for plain configs, but that of {architecture.family.model_type} refuses "
+            f"{blocks[0].query_heads} query heads (they must divide {architecture.hidden}): use --layout per_layer."
         )
     if allocation == "explicit" and ratio is not None and abs(ratio_of(architecture, blocks) - ratio) > TOLERANCE:
         raise BadInputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POSITIONS = 2  # every second position is scored: neighbours say nearly the same, and the vocabulary is dear
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An output matrix with some of its input columns removed and the others compensated for them."""
+
+    columns: torch.Tensor  # int64 [kept], ascending, in the dense numbering
+    W: torch.Tensor  # [out, kept]
+
+
+@contextmanager
+def replaced(module: nn.Module, cut: Cut | None) -> Iterator[None]:
+    """Within it, `module` has its dense shape with the matrix of `cut`, zeros where columns went; None: it is itself.
+
+    Zero columns make the removed heads and channels invisible to the rest of the model.
+    """
+    if cut is None:
+        yield
+        return
+    parameter: Any = module.weight
+    old = parameter.data
+    new = torch.zeros_like(old)
+    new[:, cut.columns.to(old.device)] = cut.W.to(old.device, old.dtype)
+    parameter.data = new
+    try:
+        yield
+    finally:
+        parameter.data = old
 
 
 class Candidates:
@@ -42,10 +71,11 @@ class Candidates:
     def divergences(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[Hashable, float]:
         """KL(dense || candidate), mean over positions, nats per token."""
         dense = logits(self.dense).log_softmax(-1)
-        return {name: _divergence(dense, logits(states)) for name, states in self.states.items()}
+        return {name: divergence(dense, logits(states)) for name, states in self.states.items()}
 
 
-def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
+def divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
+    """KL(dense || changed), mean over positions, nats: log probabilities of the dense model, logits of the other."""
     changed = logits.log_softmax(-1)
     return max(float((dense.exp() * (dense - changed)).sum(-1).mean(dtype=torch.float64)), 0.0)
 
@@ -55,18 +85,36 @@ def output_logits(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Hidden states after the last block [s, t, hidden] -> float32 logits [s, t // POSITIONS, vocab].
 
-    The model's own code is run with its blocks passed by, so that final norm, scaling and soft caps are the family's.
+    The model's own code is run with its blocks passed by, so that final norm, scaling and soft caps are the family's;
+    in float32, since logits rounded to bfloat16 differ by more than a small cut costs.
     """
     blocks = list(model.get_submodule(architecture.family.blocks))
 
     def logits(states: torch.Tensor) -> torch.Tensor:
         keep = torch.arange(POSITIONS - 1, states.shape[1], POSITIONS)
-        with _passed_by(blocks):
-            home = next(model.parameters())
-            out = model(inputs_embeds=states.to(home.device, home.dtype), use_cache=False, logits_to_keep=keep)
+        with _passed_by(blocks), _in_float32(model, blocks):
+            home = next(model.parameters()).device
+            out = model(inputs_embeds=states.to(home, torch.float32), use_cache=False, logits_to_keep=keep)
         return out.logits.to(device).float()
 
     return logits
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[None]:
+    """Final norm and head, for as long as they are needed: everything that is in no block, but an untied embedding."""
+    unused = {id(p) for block in blocks for p in block.parameters()}
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        unused |= {id(p) for p in model.get_input_embeddings().parameters()}
+    stored = [(p, p.data) for p in model.parameters() if id(p) not in unused]
+    for parameter, data in stored:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in stored:
+            parameter.data = data
 
 
 @contextmanager

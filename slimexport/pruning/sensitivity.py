@@ -4,7 +4,8 @@ Per block: H of its dense inputs, the order in which the criterion's mathematics
 block's own output error after compensation at every legal size. The output error has the right shape within a block but
 no meaning across blocks (massive activations), so its scale is measured: at a few sizes the compensated block is put
 into the dense model and the KL of the output is taken. Between those sizes the cost is interpolated, log KL over log
-error. Only forward passes are needed, and one pass over the weights.
+error. The same cuts are also made in all blocks at once, heads and channels apart: with heads the whole is more than
+the sum of its parts. Only forward passes are needed, and one pass over the weights.
 """
 
 from __future__ import annotations
@@ -12,30 +13,38 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from slimexport.architectures.base import Architecture
-from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable, HeadCost
+from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable, HeadCost, JointCost
+from slimexport.pruning import grid
 from slimexport.pruning.blocks import BlockSource, HiddenStates
 from slimexport.pruning.forward import Settings, output, watch, working_copy
-from slimexport.pruning.hessian import Moments
+from slimexport.pruning.grid import legal_channels
+from slimexport.pruning.hessian import Moments, check_finite, solvable
 from slimexport.pruning.obs import Eliminator, damped_inverse, select_heads
-from slimexport.pruning.probe import Candidates
+from slimexport.pruning.probe import Candidates, Cut, replaced
 
-PROBED_SHARES = (0.67, 0.34)  # of the attention's and of the FFN's parameters: the sizes whose KL is measured
 CURVE_STEP = 64  # channels that go at once where only the error's curve is wanted
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Output error after compensation (any unit) at each size of one part of a block, and the probed W."""
+    """Output error after compensation (any unit) at each size of one part of a block, and the matrix at some."""
 
     errors: Mapping[Any, float]  # (kv_groups, heads_per_group) or channels -> error; the dense size has 0
-    weights: Mapping[Any, torch.Tensor]  # the sizes to probe -> W with zeros in the removed columns
+    probed: Sequence[Any]  # the sizes whose KL is to be measured
+    searched: Sequence[Any]  # the sizes that a search may choose from, the dense one among them
+    cuts: Mapping[Any, Cut]  # of all of these but the dense one
+
+
+class Keeper(Protocol):
+    """Takes what a search needs of each block, as soon as it is made."""
+
+    def __call__(self, block: int, heads: Curve, channels: Curve, /) -> None: ...
 
 
 @torch.no_grad()
@@ -51,6 +60,7 @@ def measure_costs(
     settings: Settings,
     round_to: int,
     identity: Mapping[str, str],
+    keep: Keeper | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
     """One pass over the dense blocks of `source`, which are left as they are.
@@ -58,42 +68,59 @@ def measure_costs(
     Args:
         states: hidden states before block 0 that H is taken from, per batch; overwritten.
         probes: [sequences, length, hidden] before block 0, of the windows whose output is compared.
+        keep: given the curves of every block with all cuts that are searched over; None: only probed ones are made.
     """
     started = time.monotonic()
     candidates = Candidates(probes)
+    levels = range(len(grid.PROBED_SHARES))
+    joint = [(name, level) for name in (architecture.family.attention_output, architecture.family.ffn_output)
+             for level in levels]  # fmt: skip
+    candidates.states.update(dict.fromkeys(joint, probes))
     curves: list[tuple[Curve, Curve]] = []
     family = architecture.family
+    names = (family.attention_output, family.ffn_output)
     for index in range(len(source)):
         work = working_copy(source.load(index), settings)
         dense = architecture.blocks[index]
         heads = Moments(dense.query_heads * architecture.head_dim, settings.device)
         channels = Moments(dense.channels, settings.device)
         for batch in range(len(states)):
-            seen = watch(
-                work, (family.attention_output, family.ffn_output), states[batch], arguments(index, batch)
-            )  # fmt: skip
+            seen = watch(work, names, states[batch], arguments(index, batch))
             heads.add(seen.inputs[family.attention_output])
             channels.add(seen.inputs[family.ffn_output])
             states[batch] = seen.output
-        pair = (
-            head_curve(_weight(work, family.attention_output), heads.H(), dense, architecture, settings.damping),
-            channel_curve(_weight(work, family.ffn_output), channels.H(), dense, round_to, settings.damping),
-        )
+        for moments in (heads, channels):
+            check_finite(moments.H(), index, settings.dtype)
+        W, V = (work.get_parameter(f"{name}.weight").double() for name in names)
+        with solvable(index):
+            pair = (
+                head_curve(W, heads.H(), dense, architecture, settings.damping, searched=keep is not None),
+                channel_curve(V, channels.H(), dense, round_to, settings.damping, searched=keep is not None),
+            )
+        if keep is not None:
+            keep(index, *pair)
         fresh: set[Any] = set()
-        for name, curve in zip((family.attention_output, family.ffn_output), pair, strict=True):
-            for size, W in curve.weights.items():
+        for name, curve in zip(names, pair, strict=True):
+            for size in curve.probed:
                 key = (index, name, size)
-                with _Replaced(work.get_submodule(name), W):
+                with replaced(work.get_submodule(name), curve.cuts[size]):
                     candidates.branch(key, lambda x: output(work(x, **probe_arguments(index))))  # noqa: B023
                 fresh.add(key)
+        for name, curve in zip(names, pair, strict=True):
+            for level in levels:
+                cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
+                with replaced(work.get_submodule(name), cut):
+                    states_ = candidates.states[name, level]
+                    candidates.states[name, level] = output(work(states_, **probe_arguments(index)))
+                fresh.add((name, level))
         candidates.advance(lambda x: output(work(x, **probe_arguments(index))), fresh)  # noqa: B023
-        curves.append(pair)
+        curves.append((replace(pair[0], cuts={}), replace(pair[1], cuts={})))
         progress(index + 1, len(source), f"{len(candidates.states)} candidates")
     measured = candidates.divergences(logits)
     blocks = []
     for index, (head, channel) in enumerate(curves):
-        of_heads = {size: measured[index, family.attention_output, size] for size in head.weights}
-        of_channels = {size: measured[index, family.ffn_output, size] for size in channel.weights}
+        of_heads = {size: measured[index, family.attention_output, size] for size in head.probed}
+        of_channels = {size: measured[index, family.ffn_output, size] for size in channel.probed}
         head_costs = interpolate(head.errors, of_heads)
         channel_costs = interpolate(channel.errors, of_channels)
         blocks.append(
@@ -102,42 +129,90 @@ def measure_costs(
                 tuple(ChannelCost(size, cost) for size, cost in channel_costs.items()),
             )
         )
-    tokens = probes.shape[0] * probes.shape[1]
-    return CostTable(dict(identity), tokens, tuple(blocks), round(time.monotonic() - started, 3))
+    return CostTable(
+        identity=dict(identity),
+        tokens=probes.shape[0] * probes.shape[1],
+        blocks=tuple(blocks),
+        seconds=round(time.monotonic() - started, 3),
+        joint_heads=_joint(measured, family.attention_output, [head.probed for head, _ in curves]),
+        joint_channels=_joint(measured, family.ffn_output, [channel.probed for _, channel in curves]),
+    )
+
+
+def _joint(measured: Mapping[Any, float], name: str, probed: Sequence[Sequence[Any]]) -> tuple[JointCost, ...]:
+    """From measured[block, name, size] of every block alone and measured[name, level] of all at once."""
+    costs = []
+    for level in range(len(grid.PROBED_SHARES)):
+        sizes = [(block, own[min(level, len(own) - 1)]) for block, own in enumerate(probed) if own]
+        alone = sum(measured[block, name, size] for block, size in sizes)
+        if alone > 0:
+            costs.append(JointCost(alone, measured[name, level]))
+    return tuple(costs)
 
 
 def head_curve(
-    W: torch.Tensor, H: torch.Tensor, dense: BlockSizes, architecture: Architecture, damping: float
+    W: torch.Tensor,
+    H: torch.Tensor,
+    dense: BlockSizes,
+    architecture: Architecture,
+    damping: float,
+    *,
+    searched: bool = False,
 ) -> Curve:
-    """Error of every legal head structure, by the same moves that pruning makes."""
+    """Error of every legal head structure, by the same moves that pruning makes.
+
+    Args:
+        W: o_proj [out, in] in float64; H: mean x x^T of its inputs, [in, in].
+        searched: also the cuts that a search chooses from.
+    """
     inverse, dead, _ = damped_inverse(H, damping)
     W = W.masked_fill(dead, 0.0)
-    sizes = [(g, h) for g in range(1, dense.kv_groups + 1) for h in range(1, dense.heads_per_group + 1)]
-    whole = architecture.attention_parameters(dense)
-    share = {(g, h): architecture.attention_parameters(BlockSizes(g, h, dense.channels)) / whole for g, h in sizes}
-    errors: dict[tuple[int, int], float] = {}
-    found: dict[tuple[int, int], torch.Tensor] = {}
+    whole = (dense.kv_groups, dense.heads_per_group)
+    sizes = grid.legal_heads(dense)
+    share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
+    share = {size: parameters / share[whole] for size, parameters in share.items()}
+    steps = torch.arange(architecture.head_dim, device=W.device)
+    errors = {whole: 0.0}
+    kept: dict[grid.Heads, tuple[int, ...]] = {}
     for groups, per_group in sizes:
-        if (groups, per_group) == (dense.kv_groups, dense.heads_per_group):
-            errors[groups, per_group] = 0.0
+        if (groups, per_group) == whole:
             continue
         selection = select_heads(
             W, inverse, kv_groups=dense.kv_groups, heads_per_group=dense.heads_per_group,
             head_dim=architecture.head_dim, keep_groups=groups, keep_per_group=per_group,
         )  # fmt: skip
-        errors[groups, per_group] = selection.error
-        found[groups, per_group] = selection.W
-    return Curve(errors, {size: found[size] for size in _nearest(share, found)})
+        errors[groups, per_group], kept[groups, per_group] = selection.error, selection.kept
+    probed = grid.probed(share, kept)
+    choices = grid.searched_heads(errors, share) if searched else []
+    cuts = {}
+    for size in dict.fromkeys([*probed, *choices]):
+        if size == whole:
+            continue
+        # Solved once more, jointly: holding the matrices of all structures until here would take gigabytes.
+        state = Eliminator(W, inverse)
+        gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
+        gone[(torch.tensor(kept[size], device=W.device).unsqueeze(1) * architecture.head_dim + steps).flatten()] = False
+        state.eliminate(gone.nonzero().flatten())
+        cuts[size] = _cut(state)
+    return Curve(errors, probed, choices, cuts)
 
 
-def channel_curve(W: torch.Tensor, H: torch.Tensor, dense: BlockSizes, round_to: int, damping: float) -> Curve:
-    """Error at every legal channel count, and the compensated W at the probed ones."""
+def channel_curve(
+    W: torch.Tensor, H: torch.Tensor, dense: BlockSizes, round_to: int, damping: float, *, searched: bool = False
+) -> Curve:
+    """Error at every legal channel count, groups of channels going at once between two of them.
+
+    Args:
+        W: down_proj [out, channels] in float64; H: mean x x^T of its inputs, [channels, channels].
+        searched: also the cuts that a search chooses from.
+    """
     inverse, dead, _ = damped_inverse(H, damping)
     state = Eliminator(W.masked_fill(dead, 0.0), inverse)
     counts = legal_channels(dense.channels, round_to)
-    probed = _nearest({count: count / dense.channels for count in counts}, counts[1:])
+    probed = grid.probed({count: count / dense.channels for count in counts}, counts[1:])
+    choices = grid.searched_channels(counts) if searched else []
     errors = {dense.channels: 0.0}
-    weights = {}
+    cuts = {}
     left = dense.channels
     for count in counts[1:]:
         while left > count:
@@ -145,15 +220,14 @@ def channel_curve(W: torch.Tensor, H: torch.Tensor, dense: BlockSizes, round_to:
             state.eliminate(state.channel_scores().sort(stable=True).indices[:size])
             left -= size
         errors[count] = state.error
-        if count in probed:
-            weights[count] = state.W.clone()
-    return Curve(errors, weights)
+        if count in probed or count in choices:
+            cuts[count] = _cut(state)
+    return Curve(errors, probed, choices, cuts)
 
 
-def legal_channels(dense: int, round_to: int) -> list[int]:
-    """Channel counts that a plan may choose, from the dense one down; never none."""
-    below = range((dense - 1) // round_to * round_to, 0, -round_to)
-    return [dense, *below]
+def _cut(state: Eliminator) -> Cut:
+    columns = state.alive.nonzero().flatten()
+    return Cut(columns, state.W[:, columns].float())
 
 
 def interpolate(errors: Mapping[Any, float], measured: Mapping[Any, float]) -> dict[Any, float]:
@@ -184,33 +258,3 @@ def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
     if x > x1:
         return math.exp(y1 + min(max(slope, 0.5), 2.0) * (x - x1))
     return math.exp(y0 + slope * (x - x0))
-
-
-def _nearest(shares: Mapping[Any, float], among: Any) -> list[Any]:
-    """The sizes whose shares are nearest to the probed ones, each once."""
-    found: list[Any] = []
-    for wanted in PROBED_SHARES:
-        rest = [size for size in among if size not in found]
-        if rest:
-            found.append(min(rest, key=lambda size: abs(shares[size] - wanted)))
-    return found
-
-
-def _weight(block: nn.Module, module: str) -> torch.Tensor:
-    return block.get_parameter(f"{module}.weight").double()
-
-
-class _Replaced:
-    """Within it, the weight of a module is another one of the same shape."""
-
-    def __init__(self, module: nn.Module, W: torch.Tensor):
-        self._module, self._new = module, W
-
-    def __enter__(self) -> None:
-        parameter: Any = self._module.weight
-        self._old = parameter.data
-        parameter.data = self._new.to(self._old.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        parameter: Any = self._module.weight
-        parameter.data = self._old

@@ -4,6 +4,7 @@ the allocation asks for them, the costs that the plan is made from."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
+from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import prune_blocks
@@ -20,6 +22,7 @@ from slimexport.pruning.gradients import collect_gradients
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
+from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -96,19 +99,26 @@ def measure_model(
     calibration: CalibrationSet,
     config: RunConfig,
     *,
+    supernet: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
-    """What each size of each block's heads and channels costs `loaded.model`, which is left as it is."""
+    """What each size of each block's heads and channels costs `loaded.model`, which is left as it is.
+
+    `supernet`: a directory for the matrices that a search puts plans together from, made in the same pass.
+    """
     device = resolve_device(config.device)
-    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    settings = settings_of(config, device, stored)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
-    chosen = _evenly(len(ids), max(1, config.probe_tokens // ids.shape[1]))
+    chosen = _probed(ids, config)
     rest = [i for i in range(len(ids)) if i not in chosen] or chosen
     known = [rest[i] for i in _evenly(len(rest), COST_SEQUENCES)]
     states, arguments = first_states(model, architecture, ids[known], settings)
     probes, probe_arguments = first_states(model, architecture, ids[chosen], settings, whole=True)
-    return measure_costs(
+    identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
+    keep = None if supernet is None else SupernetWriter(supernet, stored)
+    table = measure_costs(
         source=ModelBlocks(model, architecture),
         states=states,
         arguments=arguments,
@@ -118,9 +128,59 @@ def measure_model(
         architecture=architecture,
         settings=settings,
         round_to=config.round_to,
-        identity=cost_identity(loaded.source.fingerprint, config, calibration.source.sha256),
+        identity=identity,
+        keep=keep,
         progress=progress,
     )
+    if keep is not None:
+        keep.finish(identity)
+    return table
+
+
+def search_settings(
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    config: RunConfig,
+    *,
+    supernet: Path,
+    state: Path | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> SearchSettings:
+    """How plans for `loaded.model` are tried: on the windows that costs are measured on, with the matrices that
+    `measure_model` left in `supernet`."""
+    device = resolve_device(config.device)
+    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    _full_float32_matmul()
+    model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
+    grids = read_grids(supernet, identity)
+    if grids is None:
+        raise BadInputError(f"{supernet} holds no supernet of this model, text and settings.")
+    probes, arguments = first_states(model, architecture, ids[_probed(ids, config)], settings, whole=True)
+    whole = Supernet(
+        supernet,
+        source=ModelBlocks(model, architecture),
+        probes=probes[0],
+        arguments=lambda block: arguments(block, 0),
+        logits=output_logits(model, architecture, device),
+        architecture=architecture,
+        settings=settings,
+    )
+    return SearchSettings(
+        evaluate=whole.evaluate,
+        grids=grids,
+        seed=config.seed,
+        seconds=config.search_seconds,
+        evaluations=config.search_evaluations,
+        state=state,
+        identity={**identity, **numbers(config, loaded), "ratio": config.ratio},
+        progress=progress,
+    )
+
+
+def _probed(ids: torch.Tensor, config: RunConfig) -> list[int]:
+    """The calibration sequences whose output is compared with the dense model's."""
+    return _evenly(len(ids), max(1, config.probe_tokens // ids.shape[1]))
 
 
 def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from slimexport.artifacts import (
     ShrunkCheckpoint,
     from_dict,
     read_json,
+    remove,
     staged_directory,
     to_dict,
     write_json,
@@ -27,20 +29,29 @@ from slimexport.texts import mix
 
 if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
+    from slimexport.pruning.allocation import SearchSettings
 
 
 def plan_stage(
-    config: RunConfig, architecture: Any, stored_dtype: str, costs: CostTable | None = None, evaluate: Any = None
+    config: RunConfig,
+    architecture: Any,
+    stored_dtype: str,
+    costs: CostTable | None = None,
+    search: SearchSettings | None = None,
 ) -> PruningPlan:
-    """The plan; for an allocation that needs costs and has none yet, one without them, which shows what is possible."""
+    """The plan; for an allocation that needs costs and has none yet, or searches and cannot, the one that comes nearest
+    without, which shows what is possible."""
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.criteria import registry as criteria
     from slimexport.pruning.planner import make_plan
 
     criteria.get(config.criterion)
     name = config.resolved_allocation
-    if costs is None and allocations.needs_costs(allocations.registry.get(name)):
+    chosen = allocations.registry.get(name)
+    if costs is None and allocations.needs_costs(chosen):
         name = "uniform" if config.resolved_layout == "uniform" else "incremental"
+    elif search is None and allocations.searches(chosen):
+        name = "sensitivity"
     given = name == "explicit" and "ratio" not in config.model_fields_set
     return make_plan(
         architecture,
@@ -54,7 +65,7 @@ def plan_stage(
         stored_dtype=stored_dtype,
         table=config.sizes,
         costs=costs,
-        evaluate=evaluate,
+        search=search,
     )
 
 
@@ -74,10 +85,17 @@ def known_costs(path: Path | None, identity: dict[str, str]) -> CostTable | None
 
 
 def measured_costs(
-    loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, place: Path | None, progress: Progress
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    config: RunConfig,
+    place: Path | None,
+    progress: Progress,
+    supernet: Path | None = None,
 ) -> CostTable:
-    """The costs in `config.costs` or `place`, else measured now and kept in both."""
+    """The costs in `config.costs` or `place`, else measured now and kept in both; `supernet` is made in the same pass,
+    where it is wanted and not there yet."""
     from slimexport.pruning.stage import cost_identity, measure_model
+    from slimexport.pruning.supernet import read_grids
 
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
     table = known_costs(config.costs, identity)
@@ -86,14 +104,35 @@ def measured_costs(
             table = known_costs(place, identity)
         except BadInputError:
             table = None  # of an earlier run in this directory, with other options
-    if table is None:
+    if table is None or (supernet is not None and read_grids(supernet, identity) is None):
         with progress.stage("measure"):
-            table = measure_model(loaded, calibration, config, progress=progress.update)
-        if config.costs is not None:
-            write_json(config.costs.expanduser(), to_dict(table))
+            measured = measure_model(loaded, calibration, config, supernet=supernet, progress=progress.update)
+        table = table or measured
+    if config.costs is not None and not config.costs.expanduser().exists():
+        write_json(config.costs.expanduser(), to_dict(table))
     if place is not None:
         write_json(place, to_dict(table))
     return table
+
+
+def _measured_plan(
+    directory: RunDirectory, loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, progress: Progress
+) -> PruningPlan:
+    """The plan of an allocation that needs costs, and, where it does so, searches with them."""
+    from slimexport.pruning import allocation as allocations
+    from slimexport.pruning.stage import save_dtype_of, search_settings
+
+    stored = save_dtype_of(config, loaded)
+    if not allocations.searches(allocations.registry.get(config.resolved_allocation)):
+        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress)
+        return plan_stage(config, loaded.architecture, stored, costs)
+    supernet, state = directory / WORK / "supernet", directory / WORK / "search.json"
+    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, supernet)
+    with progress.stage("search"):
+        search = search_settings(
+            loaded, calibration, config, supernet=supernet, state=state, progress=progress.update
+        )  # fmt: skip
+        return plan_stage(config, loaded.architecture, stored, costs, search)
 
 
 def prune_stage(
@@ -146,16 +185,19 @@ def prune_stage(
     if evaluated or not directory.state.get("config"):
         directory.save(config=resolved)
     directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
+    if not resume:
+        remove(directory / WORK)
     if allocations.needs_costs(allocation) and config.ratio:
-        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress)
-        plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded), costs)
+        plan_made = _measured_plan(directory, loaded, calibration, config, progress)
     directory.write(PLAN, plan_made)
     key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):
         for note in plan_made.notes:
             progress.note(note)
-        identity = {**key, **numbers(config, loaded)}
-        sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=resume)
+        # Sizes that were measured do not follow from the options; blocks of another plan are no part of this one.
+        sizes = hashlib.sha256(repr(plan_made.blocks).encode()).hexdigest()[:12]
+        identity = {**key, **numbers(config, loaded), "sizes": sizes}
+        sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=True)
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
         pruned = prune_model(loaded, plan_made, calibration, config, sink=sink, progress=progress.update)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import VOCAB, tiny_model, tiny_text, tiny_tokenizer
 
 from slimexport.calibration import calibrate, check_overlap, evaluation_ids
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.texts import Text, chat, distance, mix, news, prompts, questions, sources, standard_library, wikipedia
 from slimexport.texts.windows import grid, pack
-from tests.models import VOCAB, tiny_model, tiny_text, tiny_tokenizer
 
 OURS = {"wikipedia": 1000, "news": 300, "code": 500, "questions": 40}  # words
 REFUSED = "slimexport-no-such-package"

@@ -3,23 +3,40 @@ registry.
 
 An allocation is a function from `Request` to either one wanted ratio per block, which the planner clips, hands on and
 rounds to legal sizes, or to the sizes themselves. One with `needs_costs = True` gets measured costs (`request.costs`),
-one with `searches = True` also a way to try a plan (`request.evaluate`).
+one with `searches = True` also a way to try whole plans (`request.search`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slimexport.registry import Registry
 
 if TYPE_CHECKING:
     from slimexport.architectures.base import Architecture
     from slimexport.artifacts import BlockSizes, CostTable
+    from slimexport.pruning.grid import Grid
 
 FIRST_SHARE = 0.25  # of the mean ratio: what block 0 loses under the rising allocations, when nothing else is asked for
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How an allocation tries whole plans, and how long it may."""
+
+    evaluate: Callable[
+        [Sequence[tuple[BlockSizes, ...]]], list[float]
+    ]  # plans -> KL to the dense model, nats per token
+    grids: Sequence[Grid]  # per block: the sizes that `evaluate` knows
+    seed: int
+    seconds: float
+    evaluations: int
+    state: Path | None = None  # a JSON file from which an interrupted search goes on
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what the state is good for
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,8 @@ class Request:
     first_ratio: float | None = None
     table: Path | None = None  # of the explicit allocation
     costs: CostTable | None = None
-    evaluate: Callable[[Sequence[BlockSizes]], float] | None = None
+    search: SearchSettings | None = None
+    note: Callable[[str], None] = lambda text: None  # a line for the plan's notes
 
     @property
     def blocks(self) -> int:

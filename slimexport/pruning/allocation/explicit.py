@@ -3,7 +3,7 @@
     0: {kv_groups: 3, heads_per_group: 2, channels: 1024}
     1-29: {kv_groups: 3, heads_per_group: 3, channels: 896}
 
-A range stands for every block in it; `*` for every block that is not named.
+A range stands for every block in it; `"*"` (YAML wants the quotes) for every block that is not named.
 """
 
 from __future__ import annotations
@@ -40,14 +40,9 @@ def explicit(request: Request) -> tuple[BlockSizes, ...]:
 
 def read_sizes(path: Path, blocks: int) -> tuple[BlockSizes, ...]:
     """The table in `path`, for a model of `blocks` blocks; legal or not."""
-    import yaml
+    from slimexport.recipe import read_yaml
 
-    try:
-        data = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInputError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInputError(f"{path} is not readable as YAML or JSON: {str(error).splitlines()[0]}.") from error
+    data = read_yaml(path.expanduser(), "Table of sizes")
     if isinstance(data, dict) and isinstance(data.get("blocks"), list):  # a plan.json
         data = dict(enumerate(data["blocks"]))
     elif isinstance(data, list):
