@@ -230,9 +230,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             texts = by_ratio.get(ratio, {}).get("texts", {})
             wiki = texts.get("wikitext2")
             cells += (
-                [f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}", f"{wiki['top1_agreement']:.1%}"]
-                if wiki
-                else ["–"] * 3
+                [f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}", f"{wiki['top1_agreement']:.1%}"] if wiki else ["–"] * 3
             )
             if wiki and all(t in texts for t in SHIFTED):
                 found = [t["x_dense"] for t in texts.values()]

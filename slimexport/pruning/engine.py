@@ -284,7 +284,7 @@ class _Block:
     def _shrink(self, name: str, kept: Kept, selection: Selection, columns: torch.Tensor) -> None:
         tensors = {f"{name}.weight": selection.W[:, columns]}
         bias = f"{name}.bias"
-        if selection.bias is not None:
+        if selection.bias is not None and self.settings.biases:
             if any(w.name == bias for w in self.architecture.block_weights()):
                 old = self.home.get_parameter(bias).to(self.settings.device, torch.float64)
                 tensors[bias] = old + selection.bias

@@ -34,6 +34,7 @@ class Settings:
     damping: float
     refit: float = 0.0  # ridge of the re-fit toward the dense stream; 0: none
     seed: int = 0
+    biases: bool = True  # whether what a criterion compensates by a bias is kept
 
 
 class _Reached(Exception):

@@ -14,6 +14,7 @@ from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedMo
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
 from slimexport.pruning.allocation import SearchSettings
+from slimexport.pruning.biases import with_output_biases
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import prune_blocks
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
     """Name of the precision the checkpoint is written in."""
     return loaded.source.stored_dtype if config.save_dtype == "auto" else config.save_dtype
+
+
+def prepare(loaded: LoadedModel, config: RunConfig) -> LoadedModel:
+    """`loaded` with what the criterion needs of the model itself: room for its biases."""
+    criterion = criteria.get(config.criterion)
+    if config.bias_compensation == "off" or not getattr(criterion, "compensates_bias", False):
+        return loaded
+    return with_output_biases(loaded, required=config.bias_compensation == "on")
 
 
 def numbers(config: RunConfig, loaded: LoadedModel) -> dict[str, object]:
@@ -205,6 +214,7 @@ def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype) ->
         damping=config.damping,
         refit=config.resolved_refit,
         seed=config.seed,
+        biases=config.bias_compensation != "off",
     )
 
 

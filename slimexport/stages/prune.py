@@ -150,7 +150,7 @@ def prune_stage(
     from slimexport.loading import load_model
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.blocks import DirectorySink
-    from slimexport.pruning.stage import cost_identity, numbers, prune_model, save_dtype_of
+    from slimexport.pruning.stage import cost_identity, numbers, prepare, prune_model, save_dtype_of
 
     directory.check_free(force=force, resume=resume)
     if force:
@@ -167,6 +167,8 @@ def prune_stage(
     with progress.stage("load"):
         loaded = load_model(config)
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
+    if config.ratio:
+        loaded = prepare(loaded, config)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     if allocations.needs_costs(allocation):

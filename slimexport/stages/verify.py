@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ def verify_stage(
     from slimexport.loading import Located, load_tokenizer
     from slimexport.targets.base import load_artifact
     from slimexport.texts import mix
+    from slimexport.texts.distance import warn_if_far
 
     if not directory.done("export"):
         raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
@@ -44,11 +46,13 @@ def verify_stage(
     key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
     if directory.done("verify", key) and not again:
         return directory.read(VERIFICATION, VerifyRecord).report
+    far: str | None = None
     if not mix.written(config.calibration):  # the model's own samples are in no text
         calibration = calibrate(config, tokenizer)  # a mix without what the model wrote
         if calibration.source.read != record.calibration.read:
             raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
         check_overlap(calibration, text)
+        far = warn_if_far(calibration.input_ids, text.input_ids)
     target = config.target[0]
     shrunk = load_artifact(directory / target)
     baseline = load_artifact(directory / BASELINE / target) if config.baseline else None
@@ -70,6 +74,9 @@ def verify_stage(
             numerics[f"{BASELINE}/{target}"] if baseline else None,
             progress.update,
         )
+    if far:
+        progress.note(far)
+        made = replace(made, notes=(*made.notes, far))
     directory.write(VERIFICATION, VerifyRecord(made, text.source))
     directory.save_config(fields_of(config, "verify"))
     directory.finish("verify", key, time.monotonic() - started)

@@ -24,6 +24,8 @@ from slimexport.texts.windows import grid, pack
 OURS = {"wikipedia": 1000, "news": 300, "code": 500, "questions": 40}  # words
 REFUSED = "slimexport-no-such-package"
 
+WITH_CHAT = "mix:wikipedia=0.4,news=0.15,code=0.15,questions=0.1,chat=0.2"
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -169,7 +171,7 @@ def test_a_mix_of_ours_and_a_file(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.usefixtures("ours")
 def test_the_seed_decides_and_the_digest_is_of_all_tokens(tokenizer: Any, model: Any) -> None:
-    asked = config(calibration="default")
+    asked = config(calibration=WITH_CHAT)
     state = torch.random.get_rng_state()
     first, again = (calibrate(asked, tokenizer, model) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
@@ -184,7 +186,7 @@ def test_the_seed_decides_and_the_digest_is_of_all_tokens(tokenizer: Any, model:
 
 @pytest.mark.usefixtures("ours")
 def test_without_the_model_only_its_own_sequences_are_missing(tokenizer: Any, model: Any) -> None:
-    whole, read = (mix.mixed("default", tokenizer, m, 20, 8, 0) for m in (model, None))
+    whole, read = (mix.mixed(WITH_CHAT, tokenizer, m, 20, 8, 0) for m in (model, None))
     assert [p for p in whole.parts if not p.written] == list(read.parts)
     rows = {tuple(row.tolist()) for row in whole.input_ids}
     assert {tuple(row.tolist()) for row in read.input_ids} <= rows
@@ -233,12 +235,12 @@ def test_what_is_not_here_is_left_out(tokenizer: Any, model: Any, ours: None, mo
 
     monkeypatch.setattr(sources, "read", read)
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    found = mix.mixed("default", tokenizer, model, 20, 8, 0)
+    found = mix.mixed(WITH_CHAT, tokenizer, model, 20, 8, 0)
     assert [(p.name, p.tokens // 8) for p in found.parts] == [("wikipedia", 12), ("code", 5), ("questions", 3)]
     assert found.notes == ("news left out: news: not installed here", "chat left out: the model has no chat template")
     gone.add("wikipedia")
-    assert refused(mix.mixed, "default", tokenizer, model, 20, 8, 0) == (
-        "More than half of the calibration text default is not here. wikipedia: wikipedia: not installed here; "
+    assert refused(mix.mixed, WITH_CHAT, tokenizer, model, 20, 8, 0) == (
+        f"More than half of the calibration text {WITH_CHAT} is not here. wikipedia: wikipedia: not installed here; "
         "news: news: not installed here; chat: the model has no chat template."
     )
 

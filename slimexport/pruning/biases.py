@@ -1,0 +1,53 @@
+"""Biases for output matrices that have none, where the family's config can say them: what bias compensation needs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from slimexport.errors import BadInputError
+
+if TYPE_CHECKING:
+    from slimexport.loading import LoadedModel
+
+
+def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
+    """`loaded` with biases on o_proj and down_proj, zero where they are new; in place but for the architecture.
+
+    The config field that brings them may bring others along (Llama's attention_bias also those of q, k and v): these
+    are zero and stay so. Raises BadInputError where `required` and a matrix of this family can have no bias.
+    """
+    architecture = loaded.architecture
+    known = {w.name: w for w in architecture.family.block_weights}
+    fields: set[str] = set()
+    for module in (architecture.family.attention_output, architecture.family.ffn_output):
+        weight = known.get(f"{module}.bias")
+        if weight is None or (weight.when or "").startswith("!"):
+            if required:
+                raise BadInputError(
+                    f"The family {architecture.family.model_type} has no bias on {module}: use --bias-compensation "
+                    "auto (then what it would compensate is lost there), or another criterion."
+                )
+        elif weight.when is not None and weight.when not in architecture.flags:
+            fields.add(weight.when)
+    if not fields:
+        return loaded
+    for block in loaded.model.get_submodule(architecture.family.blocks):
+        for weight in architecture.family.block_weights:
+            if weight.when in fields:
+                path, _, leaf = weight.name.rpartition(".")
+                module_ = block.get_submodule(path)
+                like = module_.get_parameter("weight")
+                zeros = torch.zeros(like.shape[0], dtype=like.dtype, device=like.device)
+                setattr(module_, leaf, nn.Parameter(zeros, requires_grad=like.requires_grad))
+    config = copy.deepcopy(loaded.model.config)
+    for name in fields:
+        setattr(config, name, True)
+    loaded.model.config = config
+    return dataclasses.replace(
+        loaded, architecture=dataclasses.replace(architecture, flags=architecture.flags | fields)
+    )
