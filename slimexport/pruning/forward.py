@@ -37,6 +37,9 @@ class Settings:
     biases: bool = True  # whether what a criterion compensates by a bias is kept
 
 
+_NO_CACHE: dict[str, Any] = {"cache": None, "past_key_values": None, "past_key_value": None, "use_cache": False}
+
+
 class _Reached(Exception):
     """Raised by a hook to leave a block as soon as the wanted inputs are there."""
 
@@ -70,7 +73,9 @@ def first_states(
         def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             if index == 0:
                 states.append(hidden_states.to(settings.device))
-            seen[index] = {**_to_device(kwargs, settings.device), "past_key_values": None, "use_cache": False}
+            # Whatever this version of transformers calls its cache: there is none.
+            off = {name: value for name, value in _NO_CACHE.items() if name in kwargs}
+            seen[index] = {**_to_device(kwargs, settings.device), **off}
             return hidden_states
 
         return forward

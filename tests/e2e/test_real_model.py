@@ -52,6 +52,7 @@ def finished(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pyte
     options = {
         "ratio": 0.3, "layout": request.param, "calibration-tokens": 2048, "eval-tokens": 2048, "prompt-lengths": 32,
         "latency-runs": 3, "decode-tokens": 16, "baseline-cache": cache, "max-kl": 50, "output": out,
+        "probe-tokens": 512, "costs": cache / "costs.json",  # measured by the first, read by the second
     }  # fmt: skip
     words = [w for k, v in options.items() for w in (f"--{k}", str(v))]
     command = [sys.executable, "-m", "slimexport.cli", "run", "smollm2-135m", *words]
@@ -126,6 +127,7 @@ def test_report_and_log_say_what_was_done(finished: Any) -> None:
     markdown = (out / "report" / "report.md").read_text()
     assert markdown.startswith("# PASSED")
     assert "accuracy.perplexity" in markdown
+    assert ("measure: done in" in log) == (layout == "per_layer")
     for stage in ("load", "calibrate", "prune", "shrink", "export", "verify", "report"):
         assert f"{stage}: done in" in log
     assert "30/30" in log
