@@ -71,13 +71,16 @@ class Candidates:
     def divergences(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[Hashable, float]:
         """KL(dense || candidate), mean over positions, nats per token."""
         dense = logits(self.dense).log_softmax(-1)
-        return {name: divergence(dense, logits(states)) for name, states in self.states.items()}
+        shares = dense.exp()
+        return {name: divergence(dense, logits(states), shares) for name, states in self.states.items()}
 
 
-def divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(dense || changed), mean over positions, nats: log probabilities of the dense model, logits of the other."""
-    changed = logits.log_softmax(-1)
-    return max(float((dense.exp() * (dense - changed)).sum(-1).mean(dtype=torch.float64)), 0.0)
+def divergence(dense: torch.Tensor, logits: torch.Tensor, shares: torch.Tensor | None = None) -> float:
+    """KL(dense || changed), mean over positions, nats: log probabilities of the dense model (and, where they are at
+    hand, its probabilities), logits of the other."""
+    difference = logits.log_softmax(-1).neg_().add_(dense)
+    difference *= dense.exp() if shares is None else shares
+    return max(float(difference.sum(-1).mean(dtype=torch.float64)), 0.0)
 
 
 def output_logits(
