@@ -233,8 +233,9 @@ def _cut(state: Eliminator) -> Cut:
 def interpolate(errors: Mapping[Any, float], measured: Mapping[Any, float]) -> dict[Any, float]:
     """A cost for every size from those measured at a few: log cost is piecewise linear in log error.
 
-    Beyond the outermost measured sizes the line goes on, with a slope held between one half and two. An error of zero
-    costs nothing; a measured cost of zero counts as the smallest positive one. With nothing measured all cost nothing.
+    Below the smallest measured error the slope is one: the KL of a small change is quadratic in it, as is the error.
+    Above the largest the line goes on, with a slope held between one half and two. An error of zero costs nothing; a
+    measured cost of zero counts as the smallest positive one. With nothing measured all cost nothing.
     """
     floor = min((cost for cost in measured.values() if cost > 0), default=0.0)
     points = sorted(
@@ -254,7 +255,7 @@ def _on_line(points: Sequence[tuple[float, float]], x: float) -> float:
     (x0, y0), (x1, y1) = points[right - 1], points[right]
     slope = (y1 - y0) / (x1 - x0)
     if x < x0:
-        return math.exp(y0 + min(max(slope, 0.5), 2.0) * (x - x0))
+        return math.exp(y0 + x - x0)
     if x > x1:
         return math.exp(y1 + min(max(slope, 0.5), 2.0) * (x - x1))
     return math.exp(y0 + slope * (x - x0))

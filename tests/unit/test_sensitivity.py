@@ -252,12 +252,12 @@ def test_interpolation_passes_through_what_was_measured_and_rises() -> None:
     assert len(set(rising)) == len(rising)
 
 
-def test_lines_go_on_with_a_slope_between_one_half_and_two() -> None:
+def test_lines_go_on_with_slope_one_below_and_between_one_half_and_two_above() -> None:
     errors = {n: math.exp(n) for n in range(7)}
     steep, flat, falling = (interpolate(errors, {2: 1.0, 4: math.exp(2 * k)}) for k in (5, 0.1, -1))
-    assert [steep[n] for n in (1, 5)] == pytest.approx([math.exp(-2), math.exp(12)])
-    assert [flat[n] for n in (1, 5)] == pytest.approx([math.exp(-0.5), math.exp(0.7)])
-    assert [falling[n] for n in (1, 5)] == pytest.approx([math.exp(-0.5), math.exp(-1.5)])
+    assert [steep[n] for n in (1, 5)] == pytest.approx([math.exp(-1), math.exp(12)])
+    assert [flat[n] for n in (1, 5)] == pytest.approx([math.exp(-1), math.exp(0.7)])
+    assert [falling[n] for n in (1, 5)] == pytest.approx([math.exp(-1), math.exp(-1.5)])
     assert steep[3] == pytest.approx(math.exp(5))
 
 
