@@ -196,6 +196,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
+        if self.sizes is not None and self.allocation not in ("auto", "explicit"):
+            raise ValueError(
+                f"sizes are given, which allocation {self.allocation!r} does not read: leave one of them out"
+            )
         if self.layout == "uniform" and self.allocation in ("incremental", "arithmetic", "search"):
             raise ValueError(
                 f"layout uniform has the same sizes in every block: allocation {self.allocation!r} cannot differ"

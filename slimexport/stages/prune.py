@@ -154,9 +154,8 @@ def prune_stage(
 
     directory.check_free(force=force, resume=resume)
     if force:
-        directory.check_holds_none(
-            [*map(Path, (config.model, config.calibration, config.eval_text)), *mix.files(config.calibration)]
-        )
+        inputs = [*map(Path, (config.model, config.calibration, config.eval_text)), *mix.files(config.calibration)]
+        directory.check_holds_none([*inputs, *(path for path in (config.sizes, config.costs) if path)])
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)
         if directory.done("prune"):

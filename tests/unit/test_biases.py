@@ -56,7 +56,7 @@ def test_flap_keeps_its_biases_and_they_help() -> None:
 
 def test_a_family_without_biases_says_so() -> None:
     dense = tiny_model("mistral")
-    with pytest.raises(BadInputError, match="mistral has no bias on self_attn.o_proj"):
+    with pytest.raises(BadInputError, match=r"mistral has no bias on self_attn\.o_proj"):
         prepare(loaded(dense), config(criterion="flap", ratio=0.4, bias_compensation="on"))
     settings = config(criterion="flap", ratio=0.4)
     small = prune_model(
