@@ -98,7 +98,7 @@ def evaluation_ids(config: RunConfig, tokenizer: Any, calibration: TextSource | 
         _refuse_same(calibration.name, config.eval_text)
     text = sources.read(spec, "evaluation", config.eval_tokens)
     source = _source(text, 0)
-    if calibration is not None and calibration.sha256 == source.sha256:
+    if calibration is not None and source.sha256 in (calibration.sha256, *calibration.read):
         raise BadInputError(
             f"{text.name} and the calibration text {calibration.name} are the same text "
             f"(sha256 {source.sha256[:12]}...): evaluate on a text that was not calibrated on."

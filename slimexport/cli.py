@@ -222,15 +222,15 @@ def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None
 @click.pass_context
 def plan(ctx: click.Context, model: str | None, recipe: Path | None, as_json: bool, quiet: bool, debug: bool,
          **_: Any) -> None:  # fmt: skip
-    """Show what would be removed; reads no weights.
+    """Show what would be removed; reads no weights, but to measure --costs.
 
     MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
     """
     config = _config(ctx, model, recipe)
-    with _working(quiet, debug):
+    with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
-        made = pipeline.plan(config)
+        made = pipeline.plan(config, progress)
     _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.plan_text(made))
 
 

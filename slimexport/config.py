@@ -200,6 +200,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"sizes are given, which allocation {self.allocation!r} does not read: leave one of them out"
             )
+        if self.fast and self.allocation in ("sensitivity", "search"):
+            raise ValueError(f"fast leaves out the measuring that allocation {self.allocation!r} needs: choose one")
         if self.layout == "uniform" and self.allocation in ("incremental", "arithmetic", "search"):
             raise ValueError(
                 f"layout uniform has the same sizes in every block: allocation {self.allocation!r} cannot differ"

@@ -12,16 +12,15 @@ from torch import nn
 from slimexport.errors import BadInputError
 
 if TYPE_CHECKING:
+    from slimexport.architectures.base import Architecture
     from slimexport.loading import LoadedModel
 
 
-def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
-    """`loaded` with biases on o_proj and down_proj, zero where they are new; in place but for the architecture.
+def bias_fields(architecture: Architecture, *, required: bool) -> set[str]:
+    """The config fields that must become true for o_proj and down_proj to have biases; none where they have them.
 
-    The config field that brings them may bring others along (Llama's attention_bias also those of q, k and v): these
-    are zero and stay so. Raises BadInputError where `required` and a matrix of this family can have no bias.
+    Raises BadInputError where `required` and a matrix of this family can have no bias.
     """
-    architecture = loaded.architecture
     known = {w.name: w for w in architecture.family.block_weights}
     fields: set[str] = set()
     for module in (architecture.family.attention_output, architecture.family.ffn_output):
@@ -34,6 +33,17 @@ def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
                 )
         elif weight.when is not None and weight.when not in architecture.flags:
             fields.add(weight.when)
+    return fields
+
+
+def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
+    """`loaded` with biases on o_proj and down_proj, zero where they are new; in place but for the architecture.
+
+    The config field that brings them may bring others along (Llama's attention_bias also those of q, k and v): these
+    are zero and stay so. Raises BadInputError as `bias_fields` does.
+    """
+    architecture = loaded.architecture
+    fields = bias_fields(architecture, required=required)
     if not fields:
         return loaded
     for block in loaded.model.get_submodule(architecture.family.blocks):

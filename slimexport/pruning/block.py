@@ -181,10 +181,12 @@ class Block:
     def _site(self, name: str, W: torch.Tensor, moments: Moments, axis: str) -> Site:
         H = moments.H()
         weight = f"{name}.weight"
+        # float64 copies of the largest matrices: only for who looks at them
+        wanted = getattr(self.criterion, "needs_gradients", False)
         sources = {
             w.name: self.home.get_parameter(w.name).to(self.settings.device, torch.float64)
             for w in self.architecture.block_weights()
-            if w.name != weight and w.axes[0] in _SOURCES[axis]
+            if wanted and w.name != weight and w.axes[0] in _SOURCES[axis]
         }
         gradients = {
             key: value.to(self.settings.device, torch.float64)

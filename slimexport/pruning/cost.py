@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
+from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,21 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
+    memory = _memory(plan, architecture, tokens)
+    if plan.blocks != plan.dense:
+        if config.resolved_refit:
+            flops += _refit_operations(plan, architecture, tokens, config.sequence_length)
+            memory += 4 * 4 * tokens * architecture.hidden  # the dense stream, and what it adds in one block
+        kept = config.costs is not None and config.costs.exists()
+        if config.resolved_allocation in ("sensitivity", "search") and not kept:
+            more, more_double = _measuring_operations(architecture, tokens, config)
+            flops, double = flops + more, double + more_double
+            candidates = 2 * len(PROBED_SHARES) * (len(architecture.blocks) + 1) + 1
+            memory += 4 * candidates * min(config.probe_tokens, tokens) * architecture.hidden
     single_rate, double_rate = _measure(device)
     cost = PruningCost(
         seconds=round(OVERHEAD * (flops / single_rate + double / double_rate), 1),
-        peak_memory_bytes=_memory(plan, architecture, tokens),
+        peak_memory_bytes=memory,
         flops=flops + double,
         flops_per_second=single_rate,
         device=str(device),
@@ -51,6 +63,37 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
             single += 2 * tokens * architecture.channel_parameters() * channels + 2 * tokens * channels**2
             double += _solve(channels, hidden, channels - kept.channels)
         single += 2 * tokens * architecture.block_linear_parameters(kept) + scores
+    return single, double
+
+
+def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> float:
+    """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs."""
+    single = 0.0
+    for dense in plan.dense:
+        inputs = dense.query_heads * architecture.head_dim + dense.channels
+        attention = 2 * tokens * length * dense.query_heads * architecture.head_dim
+        single += (
+            2 * tokens * (architecture.block_linear_parameters(dense) + 2 * architecture.hidden * inputs) + attention
+        )
+    return single
+
+
+def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> tuple[float, float]:
+    """FLOPs of measuring costs, in the precision of the forward passes and in float64."""
+    single = double = 0.0
+    probes = min(config.probe_tokens, tokens)
+    known = min(tokens, COST_SEQUENCES * config.sequence_length)
+    each = 2 * len(PROBED_SHARES)  # candidates that every block adds, and as many that go through all
+    for index, dense in enumerate(architecture.blocks):
+        heads = dense.query_heads * architecture.head_dim
+        passed = known + probes * (1 + each * (index + 2))
+        single += 2 * passed * (architecture.block_linear_parameters(dense) + config.sequence_length * heads)
+        single += 2 * known * (heads**2 + dense.channels**2)
+        double += _solve(heads, architecture.hidden, heads) + _solve(
+            dense.channels, architecture.hidden, dense.channels
+        )
+    candidates = each * (len(architecture.blocks) + 1) + 1
+    single += 2 * candidates * probes / POSITIONS * architecture.vocab * architecture.hidden
     return single, double
 
 

@@ -63,6 +63,7 @@ def prune_blocks(
             block.gradients = gradients[index] if gradients else {}
             with solvable(index):
                 trace = block.prune()
+            del block, targets  # gigabytes on a large model, and the next block makes its own
         if index + 1 < len(source):
             work = working_copy(home, settings)
             for batch in range(len(states)):

@@ -12,6 +12,8 @@ Size = TypeVar("Size")
 Heads = tuple[int, int]  # KV groups, query heads per group
 
 PROBED_SHARES = (0.67, 0.34)  # of the attention's and of the FFN's parameters: the sizes whose KL is measured
+POSITIONS = 4  # every fourth position is scored: neighbours say nearly the same, and the vocabulary is dear
+COST_SEQUENCES = 32  # of the calibration set, for the H of the cost curves: their shape needs no more
 SEARCHED_HEADS = 9  # structures per block, at most
 SEARCHED_CHANNELS = 12  # channel counts per block, at most
 

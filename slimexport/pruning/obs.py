@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -229,6 +229,43 @@ def select_heads(
         groups = {g: left for g, members in groups.items() if (left := [h for h in members if h not in gone])}
     kept = tuple(h for g in sorted(groups) for h in groups[g])
     return Selection(kept, state.masked(), state.error)
+
+
+def walk_heads(
+    W: torch.Tensor, inverse: torch.Tensor, *, kv_groups: int, heads_per_group: int, head_dim: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, ...], float]]:
+    """Every legal head structure, with the query heads that it keeps and their exact error.
+
+    KV groups go one by one, the cheapest first; from each number of groups a branch takes one query head after another
+    from all of them. `select_heads` mixes both kinds of moves and may find a little less error; the walk shares its
+    steps among all structures, where a selection each would repeat them.
+
+    Args:
+        W, inverse: as for `select_heads`.
+
+    Yields:
+        ((KV groups, heads per group), kept query heads, error), the dense structure first.
+    """
+    steps = torch.arange(head_dim, device=W.device)
+
+    def columns(heads: Sequence[int]) -> torch.Tensor:
+        return (torch.tensor(list(heads), device=W.device).unsqueeze(1) * head_dim + steps).flatten()
+
+    state = Eliminator(W, inverse)
+    groups = [list(range(g * heads_per_group, (g + 1) * heads_per_group)) for g in range(kv_groups)]
+    while True:
+        branch, inner = state.trial(), groups
+        for per_group in range(heads_per_group, 0, -1):
+            if per_group < heads_per_group:
+                _, taken = _one_head_from_each(branch, inner, columns)
+                branch.eliminate(columns(taken))
+                inner = [[h for h in heads if h not in taken] for heads in inner]
+            yield (len(groups), per_group), tuple(h for heads in inner for h in heads), branch.error
+        if len(groups) == 1:
+            return
+        cheapest = int(state.scores(torch.stack([columns(heads) for heads in groups])).argmin())
+        state.eliminate(columns(groups[cheapest]))
+        groups = [heads for i, heads in enumerate(groups) if i != cheapest]
 
 
 def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:

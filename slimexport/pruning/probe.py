@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
+from slimexport.pruning.grid import POSITIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-POSITIONS = 4  # every fourth position is scored: neighbours say nearly the same, and the vocabulary is dear
 
 
 @dataclass(frozen=True)

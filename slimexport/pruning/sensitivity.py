@@ -25,7 +25,7 @@ from slimexport.pruning.blocks import BlockSource, HiddenStates
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
-from slimexport.pruning.obs import Eliminator, damped_inverse, select_heads
+from slimexport.pruning.obs import Eliminator, damped_inverse, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
 
 CURVE_STEP = 64  # channels that go at once where only the error's curve is wanted
@@ -159,7 +159,7 @@ def head_curve(
     *,
     searched: bool = False,
 ) -> Curve:
-    """Error of every legal head structure, by the same moves that pruning makes.
+    """Error of every legal head structure, by the moves that pruning makes, whole groups first.
 
     Args:
         W: o_proj [out, in] in float64; H: mean x x^T of its inputs, [in, in].
@@ -172,16 +172,14 @@ def head_curve(
     share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
     share = {size: parameters / share[whole] for size, parameters in share.items()}
     steps = torch.arange(architecture.head_dim, device=W.device)
-    errors = {whole: 0.0}
+    errors: dict[grid.Heads, float] = {}
     kept: dict[grid.Heads, tuple[int, ...]] = {}
-    for groups, per_group in sizes:
-        if (groups, per_group) == whole:
-            continue
-        selection = select_heads(
-            W, inverse, kv_groups=dense.kv_groups, heads_per_group=dense.heads_per_group,
-            head_dim=architecture.head_dim, keep_groups=groups, keep_per_group=per_group,
-        )  # fmt: skip
-        errors[groups, per_group], kept[groups, per_group] = selection.error, selection.kept
+    for size, heads, error in walk_heads(
+        W, inverse, kv_groups=dense.kv_groups, heads_per_group=dense.heads_per_group, head_dim=architecture.head_dim
+    ):
+        errors[size] = error
+        if size != whole:
+            kept[size] = heads
     probed = grid.probed(share, kept)
     choices = grid.searched_heads(errors, share) if searched else []
     cuts = {}

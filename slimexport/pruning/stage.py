@@ -14,18 +14,20 @@ from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedMo
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
 from slimexport.pruning.allocation import SearchSettings
-from slimexport.pruning.biases import with_output_biases
+from slimexport.pruning.biases import bias_fields, with_output_biases
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import prune_blocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.gradients import collect_gradients
+from slimexport.pruning.grid import COST_SEQUENCES
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 
 if TYPE_CHECKING:
+    from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
 
 
@@ -34,10 +36,19 @@ def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
     return loaded.source.stored_dtype if config.save_dtype == "auto" else config.save_dtype
 
 
+def wants_biases(config: RunConfig) -> bool:
+    return config.bias_compensation != "off" and getattr(criteria.get(config.criterion), "compensates_bias", False)
+
+
+def check_criterion(architecture: Architecture, config: RunConfig) -> None:
+    """Raises BadInputError for a criterion that asks for what the family has not."""
+    if wants_biases(config):
+        bias_fields(architecture, required=config.bias_compensation == "on")
+
+
 def prepare(loaded: LoadedModel, config: RunConfig) -> LoadedModel:
     """`loaded` with what the criterion needs of the model itself: room for its biases."""
-    criterion = criteria.get(config.criterion)
-    if config.bias_compensation == "off" or not getattr(criterion, "compensates_bias", False):
+    if not wants_biases(config):
         return loaded
     return with_output_biases(loaded, required=config.bias_compensation == "on")
 
@@ -82,7 +93,9 @@ def prune_model(
         criterion = criteria.get(plan.criterion)
         gradients: list[dict[str, torch.Tensor]] = []
         if getattr(criterion, "needs_gradients", False):
-            gradients = collect_gradients(model, loaded.architecture, calibration.input_ids, device=device)
+            gradients = collect_gradients(
+                model, loaded.architecture, calibration.input_ids, device=device, dtype=settings.dtype
+            )
         states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)
         trace = prune_blocks(
             source=ModelBlocks(model, loaded.architecture),
@@ -98,9 +111,6 @@ def prune_model(
         )
         apply_sizes(model.config, loaded.architecture, plan.blocks)
     return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source)
-
-
-COST_SEQUENCES = 32  # of the calibration set, for the H of the cost curves: their shape needs no more
 
 
 def measure_model(
@@ -194,8 +204,10 @@ def _probed(ids: torch.Tensor, config: RunConfig) -> list[int]:
 
 def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:
     """What a cost table was measured on; without `text` (its sha256) as much as is known before it is read."""
-    fields = ("calibration", "calibration_tokens", "sequence_length", "probe_tokens", "seed", "damping", "round_to")
-    known = {"model": fingerprint, **{name: str(getattr(config, name)) for name in fields}}
+    fields = (
+        "calibration_tokens", "sequence_length", "probe_tokens", "seed", "damping", "round_to", "dtype", "save_dtype"
+    )  # fmt: skip
+    known = {"model": fingerprint, **{name: str(getattr(config, name)) for name in fields}, "slimexport": __version__}
     return known if text is None else {**known, "text": text}
 
 

@@ -27,6 +27,7 @@ def absolute(config: RunConfig) -> RunConfig:
         name: str(Path(value).expanduser().resolve())
         for name in ("model", "calibration", "eval_text")
         if (value := getattr(config, name)) not in (*BUILTIN, "default", *sources.NAMES)
+        and not mix.is_mix(value)
         and Path(value).expanduser().exists()
     }
     if mix.is_mix(config.calibration):

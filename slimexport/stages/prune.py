@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,9 @@ def plan_stage(
         name = "uniform" if config.resolved_layout == "uniform" else "incremental"
     elif search is None and allocations.searches(chosen):
         name = "sensitivity"
+    unread = unread_options(config)
     given = name == "explicit" and "ratio" not in config.model_fields_set
-    return make_plan(
+    made = make_plan(
         architecture,
         ratio=None if given else config.ratio,
         criterion=config.criterion,
@@ -67,19 +69,51 @@ def plan_stage(
         costs=costs,
         search=search,
     )
+    return dataclasses.replace(made, notes=(*made.notes, *unread)) if unread else made
+
+
+def unread_options(config: RunConfig) -> list[str]:
+    """A note for every option that was changed and that neither the allocation nor the criterion looks at."""
+    rising = ("incremental", "arithmetic")
+    readers: dict[str, tuple[str, ...]] = {
+        "first_ratio": rising,
+        "head_weight": (*rising, "uniform"),
+        "costs": ("sensitivity", "search"),
+        "probe_tokens": ("sensitivity", "search"),
+        "search_seconds": ("search",),
+        "search_evaluations": ("search",),
+    }
+    asked = config.resolved_allocation
+    notes = [
+        f"{name} is not used by allocation {asked}"
+        for name, users in readers.items()
+        if getattr(config, name) != type(config).model_fields[name].default and asked in _OURS and asked not in users
+    ]
+    if config.bias_compensation == "on" and config.criterion == "slimgpt":
+        notes.append("bias_compensation is not used by criterion slimgpt")
+    return notes
+
+
+_OURS = ("uniform", "incremental", "arithmetic", "explicit", "sensitivity", "search")
 
 
 def known_costs(path: Path | None, identity: dict[str, str]) -> CostTable | None:
     """The table in `path`, if there is one. Raises BadInputError where it was measured on something else."""
-    if path is None or not path.expanduser().exists():
+    if path is None:
+        return None
+    if path.expanduser().is_dir():
+        raise BadInputError(f"{path} is a directory: --costs is a file.")
+    if not path.expanduser().exists():
+        parent = path.expanduser().absolute().parent
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise BadInputError(f"The costs cannot be kept in {path}: {parent} is no directory that can be written to.")
         return None
     table = from_dict(CostTable, read_json(path.expanduser()), str(path))
     for name, value in identity.items():
         if table.identity.get(name) != value:
             raise BadInputError(
                 f"{path}: these costs were measured with {name} = {table.identity.get(name)!r}, "
-                f"this run has {value!r}: "
-                "name another file to measure them anew."
+                f"this run has {value!r}: name another file to measure them anew."
             )
     return table
 
@@ -150,7 +184,7 @@ def prune_stage(
     from slimexport.loading import load_model
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.blocks import DirectorySink
-    from slimexport.pruning.stage import cost_identity, numbers, prepare, prune_model, save_dtype_of
+    from slimexport.pruning.stage import check_criterion, cost_identity, numbers, prepare, prune_model, save_dtype_of
 
     directory.check_free(force=force, resume=resume)
     if force:
@@ -166,8 +200,7 @@ def prune_stage(
     with progress.stage("load"):
         loaded = load_model(config)
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
-    if config.ratio:
-        loaded = prepare(loaded, config)
+    check_criterion(loaded.architecture, config)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     if allocations.needs_costs(allocation):
@@ -179,6 +212,8 @@ def prune_stage(
             check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
             _check_windows(config, loaded.model.config)
         progress.note(f"{text.tokens} tokens of {text.name}")
+    if allocations.needs_costs(allocation):
+        known_costs(config.costs, cost_identity(loaded.source.fingerprint, config, text.sha256))
     # What the user could have got wrong has been looked at: from here on the directory is ours to write.
     if force:
         directory.clear()
@@ -190,6 +225,11 @@ def prune_stage(
         remove(directory / WORK)
     if allocations.needs_costs(allocation) and config.ratio:
         plan_made = _measured_plan(directory, loaded, calibration, config, progress)
+    if plan_made.blocks != plan_made.dense:
+        loaded = prepare(loaded, config)
+        size = plan_made.dense_estimates.bytes // plan_made.dense_estimates.parameters
+        shrunk = loaded.architecture.with_blocks(plan_made.blocks)
+        plan_made = dataclasses.replace(plan_made, estimates=shrunk.estimates(size))
     directory.write(PLAN, plan_made)
     key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):

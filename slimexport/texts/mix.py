@@ -82,6 +82,11 @@ def absolute(spec: str) -> str:
     if spec == "default":
         return spec
     whole = {str(Path(n).expanduser().resolve()) if _is_file(n) else n: w for n, w in _weights(spec).items()}
+    for name in whole:
+        if "," in name:
+            raise BadInputError(
+                f"{name}: a path with a comma cannot be part of a mix; copy or link the file elsewhere."
+            )
     return PREFIX + ",".join(f"{name}={weight!r}" for name, weight in whole.items())
 
 

@@ -287,7 +287,9 @@ def test_sensitivity_without_costs() -> None:
     assert shown.allocation == "incremental"
 
 
-@pytest.mark.parametrize("change", ["model", "text", "seed", "damping", "round_to", "probe_tokens", "calibration"])
+@pytest.mark.parametrize(
+    "change", ["model", "text", "seed", "damping", "round_to", "probe_tokens", "dtype", "slimexport"]
+)
 def test_costs_of_something_else_are_refused(tmp_path: Path, change: str) -> None:
     identity = cost_identity("abc", RunConfig(model="m"), "def")
     assert change in identity

@@ -19,7 +19,8 @@ from slimexport.errors import BadInputError
 from slimexport.pruning import grid, obs
 from slimexport.pruning.blocks import ModelBlocks
 from slimexport.pruning.forward import Settings, first_states
-from slimexport.pruning.probe import POSITIONS, output_logits
+from slimexport.pruning.grid import POSITIONS
+from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import channel_curve, head_curve, interpolate, measure_costs
 from slimexport.pruning.stage import measure_model
 

@@ -19,7 +19,7 @@ class Site:
 
     All tensors are float64 on one device. `sources` are the weights whose rows make the inputs of W (q, k, v; gate,
     up), by name, shaped [rows, hidden]; `gradients` are those of the NLL on calibration text by all these weights and
-    by W, by name, empty unless the criterion asks for them.
+    by W, by name; both are empty unless the criterion says `needs_gradients`.
     """
 
     W: torch.Tensor  # [out, in]
