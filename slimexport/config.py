@@ -84,7 +84,8 @@ class RunConfig(BaseModel):
     # calibrate
     calibration: str = Field(
         default="default",
-        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], self (model-written), or default.",
+        description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], mix:PART=WEIGHT,..., a part "
+        "of ours (wikipedia, news, code, questions, chat, self), or default: a mix.",
     )
     calibration_tokens: int = Field(default=32768, ge=1, description="Tokens of calibration text.")
     sequence_length: int = Field(default=512, ge=8, description="Tokens per calibration sequence.")
@@ -147,7 +148,10 @@ class RunConfig(BaseModel):
     baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
 
     # verify
-    eval_text: str = Field(default="default", description="Text for perplexity and KL: as for calibration, but self.")
+    eval_text: str = Field(
+        default="default",
+        description="Text for perplexity and KL: a file, dataset:..., wikipedia, news, code, or default.",
+    )
     eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
     eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
     prompt_lengths: tuple[int, ...] = Field(default=(32, 128, 512), description="Prompt lengths for TTFT.")

@@ -20,6 +20,7 @@ import torch
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable, HeadCost, JointCost
+from slimexport.errors import BadInputError
 from slimexport.pruning import grid
 from slimexport.pruning.blocks import BlockSource, HiddenStates
 from slimexport.pruning.forward import Settings, output, watch, working_copy
@@ -117,6 +118,8 @@ def measure_costs(
         curves.append((replace(pair[0], cuts={}), replace(pair[1], cuts={})))
         progress(index + 1, len(source), f"{len(candidates.states)} candidates")
     measured = candidates.divergences(logits)
+    if not all(math.isfinite(cost) for cost in measured.values()):
+        raise BadInputError("The model's output on the probe tokens is not finite: use --dtype float32.")
     blocks = []
     for index, (head, channel) in enumerate(curves):
         of_heads = {size: measured[index, family.attention_output, size] for size in head.probed}
