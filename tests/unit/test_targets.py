@@ -299,3 +299,16 @@ def test_tokenizer_config_for_both_readers(tmp_path: Path) -> None:
 def test_manifest_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"export\.json does not exist"):
         load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "before", ["input.past_key_values.", "past_key_values.", "cache.", "output.past_key_values.", ""]
+)
+def test_names_of_the_cache_in_every_release_of_transformers(before: str) -> None:
+    from slimexport.targets.builders.transformers import _contract_name
+
+    plain = ("input_ids", "attention_mask", "position_ids")
+    assert _contract_name(f"{before}layers.12.keys", plain, "past_key_values") == "past_key_values.12.key"
+    assert _contract_name(f"{before}layers.0.values", plain, "present") == "present.0.value"
+    assert _contract_name("input_ids", plain, "past_key_values") == "input_ids"
+    assert _contract_name(f"{before}layers.keys", plain, "present") == f"{before}layers.keys"  # refused by who asked

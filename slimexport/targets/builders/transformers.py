@@ -7,6 +7,8 @@ exporter's fusions find in graphs of batch 1 only; in return the graph is right 
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,22 +111,29 @@ def _trace(model: PreTrainedModel, shapes: list[tuple[int, int]], options: Expor
     return OnnxExporter().export(model, _sample(shapes, model.dtype), config=config).program
 
 
+def _contract_name(theirs: str, plain: Sequence[str], prefix: str) -> str:
+    """What the contract calls an input or output: what stands before `layers.N.keys` has changed from one release of
+    transformers to the next (`input.past_key_values.` in 5.23, `past_key_values.` and `cache.` in 5.24)."""
+    found = re.fullmatch(r"(?:\w+\.)*layers\.(\d+)\.(key|value)s", theirs)
+    if theirs in plain or found is None:
+        return theirs
+    return f"{prefix}.{found[1]}.{found[2]}"
+
+
 def _rename(graph: Any, shapes: list[tuple[int, int]]) -> None:
     """Gives inputs and outputs the names and dimension names of the contract (targets/base.py)."""
     import onnx_ir as ir
 
     pairs = [(block, part) for block in range(len(shapes)) for part in ("key", "value")]
-    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
-    outputs = {"logits": "logits"}
-    for block, part in pairs:
-        theirs = f"past_key_values.layers.{block}.{part}s"
-        inputs[f"input.{theirs}"] = f"past_key_values.{block}.{part}"
-        outputs[f"output.{theirs}"] = f"present.{block}.{part}"
-    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        if sorted(value.name for value in values) != sorted(names):
+    for values, plain, prefix in (
+        (graph.inputs, ("input_ids", "attention_mask", "position_ids"), "past_key_values"),
+        (graph.outputs, ("logits",), "present"),
+    ):
+        ours = [_contract_name(value.name, plain, prefix) for value in values]
+        if sorted(ours) != sorted([*plain, *(f"{prefix}.{block}.{part}" for block, part in pairs)]):
             raise BuilderUnsupportedError(f"its graph has the inputs or outputs {[value.name for value in values]}.")
-        for value in values:
-            value.name = names[value.name]
+        for value, name in zip(values, ours, strict=True):
+            value.name = name
 
     batch, tokens, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     dims: dict[str, list[Any]] = {
