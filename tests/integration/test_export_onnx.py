@@ -270,7 +270,9 @@ def test_export_is_silent_and_touches_nothing_else(
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.fixture(scope="module", params=["per_layer", pytest.param("uniform", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["per_layer", pytest.param("uniform", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def traced_export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = tiny("llama", request.param)
     return model, export(model, tmp_path_factory.mktemp("traced"), builder="transformers"), request.param
