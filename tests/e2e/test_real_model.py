@@ -45,14 +45,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("baselines")
 
 
-@pytest.fixture(scope="module", params=["per_layer", "uniform"])
+@pytest.fixture(scope="module", params=["per_layer", pytest.param("uniform", marks=pytest.mark.long)])
 def finished(request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(run directory, layout, stderr) of `slimexport run smollm2-135m` with little text: quick, not good."""
     out = tmp_path_factory.mktemp(request.param) / "out"
     options = {
         "ratio": 0.3, "layout": request.param, "calibration-tokens": 2048, "eval-tokens": 2048, "prompt-lengths": 32,
         "latency-runs": 3, "decode-tokens": 16, "baseline-cache": cache, "max-kl": 50, "output": out,
-        "probe-tokens": 512, "costs": cache / "costs.json",  # measured by the first, read by the second
+        "sequence-length": 128, "probe-tokens": 128,
+        "costs": cache / "costs.json",  # measured by the first, read by the second
     }  # fmt: skip
     words = [w for k, v in options.items() for w in (f"--{k}", str(v))]
     command = [sys.executable, "-m", "slimexport.cli", "run", "smollm2-135m", *words]
