@@ -117,8 +117,9 @@ class Block:
                     missed = _missed(wanted, self.states[batch] + project(inputs[batch]))
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
-            W = self._fitted(name, moments)
-            site = self._site(name, W, moments, QUERY)
+            H = moments.H()
+            W = self._fitted(name, H, moments)
+            site = self._site(name, W, H, moments, QUERY)
             if whole:
                 selection = Selection(self.kept.query_heads, W, 0.0)
             else:
@@ -152,8 +153,9 @@ class Block:
                     missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(inputs))
                 moments.add(inputs, missed)
         with self.clock.on("selection"):
-            W = self._fitted(name, moments)
-            site = self._site(name, W, moments, CHANNELS)
+            H = moments.H()
+            W = self._fitted(name, H, moments)
+            site = self._site(name, W, H, moments, CHANNELS)
             if whole:
                 selection = Selection(self.kept.channels, W, 0.0)
             else:
@@ -171,15 +173,13 @@ class Block:
     def _moments(self, size: int) -> Moments:
         return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)
 
-    def _fitted(self, name: str, moments: Moments) -> torch.Tensor:
+    def _fitted(self, name: str, H: torch.Tensor, moments: Moments) -> torch.Tensor:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
         W = self.home.get_parameter(f"{name}.weight").to(self.settings.device, torch.float64)
-        H = moments.H()
         check_finite(H, self.index, self.settings.dtype)
         return W if self.targets is None else refit(W, H, W @ H + moments.C(), self.settings.refit)
 
-    def _site(self, name: str, W: torch.Tensor, moments: Moments, axis: str) -> Site:
-        H = moments.H()
+    def _site(self, name: str, W: torch.Tensor, H: torch.Tensor, moments: Moments, axis: str) -> Site:
         weight = f"{name}.weight"
         # float64 copies of the largest matrices: only for who looks at them
         wanted = getattr(self.criterion, "needs_gradients", False)

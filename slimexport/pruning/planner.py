@@ -14,6 +14,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, CostTable, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.pruning import allocation as allocations
+from slimexport.pruning.grid import legal_heads
 
 TOLERANCE = 0.005  # of the ratio asked, in absolute terms: what the plan may miss by rounding
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -116,11 +117,7 @@ def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:
 
 def head_structures(dense: BlockSizes) -> list[BlockSizes]:
     """Every legal (KV groups, heads per group) of a block, with its dense channels."""
-    return [
-        replace(dense, kv_groups=g, heads_per_group=h)
-        for g in range(1, dense.kv_groups + 1)
-        for h in range(1, dense.heads_per_group + 1)
-    ]
+    return [replace(dense, kv_groups=g, heads_per_group=h) for g, h in legal_heads(dense)]
 
 
 def _smallest(dense: BlockSizes, round_to: int) -> BlockSizes:

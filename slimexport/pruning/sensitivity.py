@@ -90,13 +90,14 @@ def measure_costs(
             heads.add(seen.inputs[family.attention_output])
             channels.add(seen.inputs[family.ffn_output])
             states[batch] = seen.output
-        for moments in (heads, channels):
-            check_finite(moments.H(), index, settings.dtype)
+        of_heads, of_channels = heads.H(), channels.H()
+        for H in (of_heads, of_channels):
+            check_finite(H, index, settings.dtype)
         W, V = (work.get_parameter(f"{name}.weight").double() for name in names)
         with solvable(index):
             pair = (
-                head_curve(W, heads.H(), dense, architecture, settings.damping, searched=keep is not None),
-                channel_curve(V, channels.H(), dense, round_to, settings.damping, searched=keep is not None),
+                head_curve(W, of_heads, dense, architecture, settings.damping, searched=keep is not None),
+                channel_curve(V, of_channels, dense, round_to, settings.damping, searched=keep is not None),
             )
         if keep is not None:
             keep(index, *pair)
@@ -122,10 +123,10 @@ def measure_costs(
         raise BadInputError("The model's output on the probe tokens is not finite: use --dtype float32.")
     blocks = []
     for index, (head, channel) in enumerate(curves):
-        of_heads = {size: measured[index, family.attention_output, size] for size in head.probed}
-        of_channels = {size: measured[index, family.ffn_output, size] for size in channel.probed}
-        head_costs = interpolate(head.errors, of_heads)
-        channel_costs = interpolate(channel.errors, of_channels)
+        kl_heads = {size: measured[index, family.attention_output, size] for size in head.probed}
+        kl_channels = {size: measured[index, family.ffn_output, size] for size in channel.probed}
+        head_costs = interpolate(head.errors, kl_heads)
+        channel_costs = interpolate(channel.errors, kl_channels)
         blocks.append(
             BlockCosts(
                 tuple(HeadCost(size[0], size[1], cost) for size, cost in head_costs.items()),
