@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--out", type=Path, default=RESULTS / "head_weight.json")
     options = parser.parse_args()
-    config = RunConfig(model=options.model)
+    config = RunConfig(model=options.model, fast=True)  # where head_weight counts
     loaded = load_model(config)
     ids = torch.tensor(loaded.tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
     windows = ids[:CALIBRATION].view(-1, WINDOW)

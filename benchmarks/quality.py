@@ -149,7 +149,7 @@ class Bench:
             )  # fmt: skip
             return model, {"seconds": {"all": time.monotonic() - started}, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
-        from slimexport.pruning.stage import cost_identity, measure_model, prune_model
+        from slimexport.pruning.stage import cost_identity, measure_model, prepare, prune_model
         from slimexport.stages.prune import plan_stage
 
         config = RunConfig(
@@ -166,7 +166,7 @@ class Bench:
                 write_json(kept, to_dict(costs))
             spent = costs.seconds
         plan = plan_stage(config, self.loaded.architecture, "float32", costs)
-        copied = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)
         made = prune_model(copied, plan, calibration, config)
         seconds = {
             "allocation": spent,

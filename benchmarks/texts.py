@@ -8,14 +8,14 @@ the other texts come out of the gensim wheel (`pip install --no-deps gensim==4.4
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from slimexport.errors import BadInputError
-from slimexport.texts.wikipedia import INSTALL, PACKAGE, default_text
+from slimexport.texts.wikipedia import INSTALL, default_text, wheel_file
 
 WINDOW = 512
 EVALUATION_TOKENS = 60_000  # of the two WikiText-2 texts
@@ -93,13 +93,9 @@ def arc_text(path: Path) -> str:
 
 def gensim_file(name: str) -> Path:
     """A file of gensim's test data, in the installed distribution; raises BadInputError with the command to get it."""
-    try:
-        files = distribution(PACKAGE).files or []
-    except PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == name and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
+    path = wheel_file(re.escape(name))
+    if path is not None:
+        return path
     raise BadInputError(f"{name} lives in the gensim wheel, which is not installed here: {INSTALL}")
 
 

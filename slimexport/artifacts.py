@@ -70,6 +70,11 @@ class TextSource:
     parts: tuple[TextPart, ...] = ()
 
     @property
+    def written(self) -> bool:
+        """Whether a mix came out as nothing but what a model wrote."""
+        return bool(self.parts) and all(part.written for part in self.parts)
+
+    @property
     def read(self) -> tuple[str, ...]:
         """The sha256 of every text that can be read again: not of what a model wrote."""
         return tuple(part.sha256 for part in self.parts if not part.written) or (self.sha256,)

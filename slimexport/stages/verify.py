@@ -47,11 +47,7 @@ def verify_stage(
     if directory.done("verify", key) and not again:
         return directory.read(VERIFICATION, VerifyRecord).report
     far: str | None = None
-    if (
-        not all(part.written for part in record.calibration.parts)
-        if record.calibration.parts
-        else not mix.written(config.calibration)
-    ):  # the model's own samples are in no text
+    if not (record.calibration.written or mix.written(config.calibration)):  # what the model wrote is in no text
         calibration = calibrate(config, tokenizer)  # a mix without what the model wrote
         if calibration.source.read != record.calibration.read:
             raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
