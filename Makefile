@@ -12,6 +12,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRA ?= cpu
 OUT ?= out/demo
+# A quarter of the default's text: minutes on two cores. Empty for the run as it is without options.
+DEMO_TEXT ?= --calibration-tokens 16384 --probe-tokens 1024
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -20,7 +22,7 @@ INSTALLED := $(VENV)/.slimexport-$(EXTRA)-installed
 .PHONY: demo install test test-full lint
 
 demo: $(INSTALLED)
-	$(BIN)/slimexport run smollm2-135m --ratio 0.25 --target onnx -o $(OUT) --force
+	$(BIN)/slimexport run smollm2-135m --ratio 0.25 --target onnx -o $(OUT) --force $(DEMO_TEXT)
 
 install: $(INSTALLED)
 

@@ -27,10 +27,12 @@ from accuracy import Reference, dense_reference, evaluate
 from common import RESULTS, load_rows, save_rows, table
 from texts import calibration_windows, evaluation_texts
 
-from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json, to_dict, write_json
+from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json
 from slimexport.config import RunConfig
-from slimexport.environment import peak_memory_bytes
+from slimexport.environment import environment, peak_memory_bytes
 from slimexport.loading import LoadedModel, load_model
+from slimexport.progress import Progress
+from slimexport.run_directory import COSTS, WORK
 
 RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
@@ -124,7 +126,7 @@ class Bench:
                 continue
             model, facts = self.prune(row)
             if record is None:
-                record = {"key": row.key, **asdict(row), **facts, "texts": {}}
+                record = {"key": row.key, **asdict(row), **facts, "cpu": environment()["cpu"], "texts": {}}
                 self.rows.append(record)
             for name in missing:
                 started = time.monotonic()
@@ -149,23 +151,24 @@ class Bench:
             )  # fmt: skip
             return model, {"seconds": {"all": time.monotonic() - started}, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
-        from slimexport.pruning.stage import cost_identity, measure_model, prepare, prune_model
-        from slimexport.stages.prune import plan_stage
+        from slimexport.pruning.stage import prepare, prune_model
+        from slimexport.stages.prune import measured_plan, plan_stage
 
         config = RunConfig(
             model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
         )
-        costs, spent = None, 0.0
+        spent = 0.0
         if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
-            identity = cost_identity(self.loaded.source.fingerprint, config, calibration.source.sha256)
-            kept = self.options.work / f"costs-{calibration.source.sha256[:16]}.json"
-            if kept.is_file() and (table_ := from_dict(CostTable, read_json(kept), str(kept))).identity == identity:
-                costs = table_
-            else:
-                costs = measure_model(self.loaded, calibration, config)
-                write_json(kept, to_dict(costs))
-            spent = costs.seconds
-        plan = plan_stage(config, self.loaded.architecture, "float32", costs)
+            # Costs and supernet are measured once for all ratios and found again; a search is one for each.
+            place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
+            (place / WORK).mkdir(parents=True, exist_ok=True)
+            (place / WORK / "search.json").unlink(missing_ok=True)
+            begun = time.monotonic()
+            plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True))
+            measured = from_dict(CostTable, read_json(place / COSTS), str(place)).seconds
+            spent = max(time.monotonic() - begun, measured)
+        else:
+            plan = plan_stage(config, self.loaded.architecture, "float32")
         copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)
         made = prune_model(copied, plan, calibration, config)
         seconds = {

@@ -18,7 +18,8 @@ from slimexport.errors import BadInputError
 from slimexport.texts.wikipedia import INSTALL, default_text, wheel_file
 
 WINDOW = 512
-EVALUATION_TOKENS = 60_000  # of the two WikiText-2 texts
+EVALUATION_TOKENS = 60_000  # of WikiText-2's test split
+RAW_TOKENS = 20_000  # of the same split as the file has it: a shifted text among others
 ARTICLES = slice(20_000, 40_000)  # of the excerpt's evaluation part; its beginning is development text
 ARC_TOKENS = 20_000
 NEWS = "lee.cor"
@@ -32,7 +33,7 @@ def evaluation_texts(tokenizer: Any, data: Path, tokens: int = EVALUATION_TOKENS
     """What the quality table is measured on, and nothing else is: name -> int64 [tokens], no special tokens.
 
     `wikitext2`      the first `tokens` of WikiText-2's test split as natural text: the same kind as the calibration
-    `wikitext2-raw`  the first `tokens` of the same split with its ` @-@ ` and ` , `: for a number beside papers
+    `wikitext2-raw`  the first 20,000 tokens of the same split with its ` @-@ ` and ` , `
     `articles`       tokens 20,000 to 40,000 of the held-out articles in gensim's Wikipedia excerpt
     `arc`            ARC-Easy questions, each with its correct answer, a paragraph each; the first 20,000 tokens
     `news`           gensim's Lee corpus of news, all of it (5,101 tokens with SmolLM2's tokenizer)
@@ -42,7 +43,9 @@ def evaluation_texts(tokenizer: Any, data: Path, tokens: int = EVALUATION_TOKENS
     wikitext = Path(data) / "wikitext2"
     return {
         "wikitext2": _part(_ids(tokenizer, _read(wikitext / "wiki.test.txt")), slice(tokens), "wiki.test.txt"),
-        "wikitext2-raw": _part(_ids(tokenizer, _read(wikitext / "wiki.test.raw")), slice(tokens), "wiki.test.raw"),
+        "wikitext2-raw": _part(
+            _ids(tokenizer, _read(wikitext / "wiki.test.raw")), slice(min(tokens, RAW_TOKENS)), "wiki.test.raw"
+        ),
         "articles": _part(_ids(tokenizer, default_text("evaluation").joined), ARTICLES, "the Wikipedia excerpt"),
         "arc": _ids(tokenizer, arc_text(Path(data) / "arc" / "arc_easy_validation.jsonl"))[:ARC_TOKENS],
         "news": _ids(tokenizer, _read(gensim_file(NEWS), "latin-1")),  # for its one pound sign

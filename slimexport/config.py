@@ -87,7 +87,7 @@ class RunConfig(BaseModel):
         description="A .txt or .jsonl file, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], mix:PART=WEIGHT,..., a part "
         "of ours (wikipedia, news, code, questions, chat, self), or default: a mix.",
     )
-    calibration_tokens: int = Field(default=32768, ge=1, description="Tokens of calibration text.")
+    calibration_tokens: int = Field(default=65536, ge=1, description="Tokens of calibration text.")
     sequence_length: int = Field(default=512, ge=8, description="Tokens per calibration sequence.")
 
     # prune
@@ -114,7 +114,7 @@ class RunConfig(BaseModel):
         default=None,
         description="sensitivity, search: the measured costs; read if the file is there, else measured and kept there.",
     )
-    probe_tokens: int = Field(default=1024, ge=8, description="Tokens on which costs are measured.")
+    probe_tokens: int = Field(default=2048, ge=8, description="Tokens on which costs are measured.")
     search_seconds: float = Field(
         default=600, gt=0, description="search: stop after this time, however fast the machine is."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import nn
 
 from slimexport.architectures.base import CHANNELS, KEY_VALUE, QUERY, Architecture, Kept
 from slimexport.artifacts import BlockSizes, BlockTrace
+from slimexport.pruning import factor
 from slimexport.pruning.blocks import HiddenStates
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, working_copy
@@ -168,7 +170,35 @@ class Block:
                 name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns
             )
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
+        if self.targets is not None and self.family.ffn_factor is not None and factor.TOKENS:
+            with self.clock.on("selection"):
+                self._fit_factor(self.family.ffn_factor, attention, self.targets)
         return errors
+
+    def _fit_factor(self, name: str, attention: list[torch.Tensor] | None, targets: Targets) -> None:
+        """The up projection, fitted toward the dense stream on a part of the text, once all else is in place."""
+        assert attention is not None
+        up, down = self.work.get_submodule(name), self.work.get_submodule(self.family.ffn_output)
+        project = self.work.get_submodule(self.family.attention_output)
+        pieces = []
+        for batch in self._some_batches(factor.TOKENS):
+            with known_attention(self.work, self.architecture, attention, batch):
+                arguments = self._arguments(self.index, batch)
+                x = inputs_of(self.work, name, self.states[batch], arguments)
+                with factor.constant(up):
+                    gate = inputs_of(self.work, self.family.ffn_output, self.states[batch], arguments)
+            wanted = targets.before[batch] + targets.attention[batch] + targets.ffn[batch]
+            missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(gate * up(x)))
+            pieces.append(factor.Piece(*(part.flatten(0, 1).float() for part in (x, gate, missed))))
+        weight = self.home.get_parameter(f"{name}.weight")
+        U, D = (module.get_parameter("weight").float() for module in (up, down))
+        weight.data = factor.fit_factor(U, D, pieces).to(weight)
+        self.work = working_copy(self.home, self.settings)
+
+    def _some_batches(self, tokens: int) -> range:
+        """Evenly spread, of about so many tokens together."""
+        available = sum(math.prod(self.states[batch].shape[:2]) for batch in range(len(self.states)))
+        return range(0, len(self.states), max(1, round(available / tokens)))
 
     def _moments(self, size: int) -> Moments:
         return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)

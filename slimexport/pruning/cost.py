@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
+from slimexport.pruning import factor
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     memory = _memory(plan, architecture, tokens)
     if plan.blocks != plan.dense:
         if config.resolved_refit:
-            flops += _refit_operations(plan, architecture, tokens, config.sequence_length)
+            more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
+            flops, double = flops + more, double + more_double
             memory += 4 * 4 * tokens * architecture.hidden  # the dense stream, and what it adds in one block
         kept = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not kept:
@@ -66,16 +68,25 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
     return single, double
 
 
-def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> float:
-    """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs."""
-    single = 0.0
+def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
+    """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs; and those of
+    fitting the gated FFN's factor. In the precision of the forward passes, and in float64."""
+    single = double = 0.0
     for dense in plan.dense:
         inputs = dense.query_heads * architecture.head_dim + dense.channels
         attention = 2 * tokens * length * dense.query_heads * architecture.head_dim
         single += (
             2 * tokens * (architecture.block_linear_parameters(dense) + 2 * architecture.hidden * inputs) + attention
         )
-    return single
+    if architecture.family.ffn_factor is not None:
+        fitted = min(tokens, factor.TOKENS)
+        for kept in plan.blocks:
+            matrix = kept.channels * architecture.hidden
+            # Gate, factor and output once, four products a step, and the two moments.
+            single += 2 * fitted * (matrix * (4 + 4 * factor.STEPS) + kept.channels**2 + architecture.hidden**2)
+            double += 2 * (kept.channels**3 + architecture.hidden**3)
+            double += 2 * factor.STEPS * matrix * (kept.channels + architecture.hidden)
+    return single, double
 
 
 def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> tuple[float, float]:

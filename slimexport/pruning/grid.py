@@ -11,8 +11,11 @@ from slimexport.artifacts import BlockSizes
 Size = TypeVar("Size")
 Heads = tuple[int, int]  # KV groups, query heads per group
 
-PROBED_SHARES = (0.67, 0.34)  # of the attention's and of the FFN's parameters: the sizes whose KL is measured
+PROBED_SHARES = (0.84, 0.67, 0.34)  # of the attention's and of the FFN's parameters: the sizes whose KL is measured
 POSITIONS = 4  # every fourth position is scored: neighbours say nearly the same, and the vocabulary is dear
+PROBE_LENGTH = (
+    256  # tokens of a calibration sequence that are compared: many short pieces say more than a few long ones
+)
 COST_SEQUENCES = 32  # of the calibration set, for the H of the cost curves: their shape needs no more
 SEARCHED_HEADS = 9  # structures per block, at most
 SEARCHED_CHANNELS = 12  # channel counts per block, at most

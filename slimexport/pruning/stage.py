@@ -20,7 +20,7 @@ from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.engine import prune_blocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.gradients import collect_gradients
-from slimexport.pruning.grid import COST_SEQUENCES
+from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
@@ -131,10 +131,9 @@ def measure_model(
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     chosen = _probed(ids, config)
-    rest = [i for i in range(len(ids)) if i not in chosen] or chosen
-    known = [rest[i] for i in _evenly(len(rest), COST_SEQUENCES)]
+    known = _away_from(chosen, len(ids))
     states, arguments = first_states(model, architecture, ids[known], settings)
-    probes, probe_arguments = first_states(model, architecture, ids[chosen], settings, whole=True)
+    probes, probe_arguments = first_states(model, architecture, _pieces(ids, chosen), settings, whole=True)
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
     keep = None if supernet is None else SupernetWriter(supernet, stored)
     table = measure_costs(
@@ -175,7 +174,8 @@ def search_settings(
     grids = read_grids(supernet, identity)
     if grids is None:
         raise BadInputError(f"{supernet} holds no supernet of this model, text and settings.")
-    probes, arguments = first_states(model, architecture, ids[_probed(ids, config)], settings, whole=True)
+    pieces = _pieces(ids, _probed(ids, config))
+    probes, arguments = first_states(model, architecture, pieces, settings, whole=True)
     whole = Supernet(
         supernet,
         source=ModelBlocks(model, architecture),
@@ -199,7 +199,20 @@ def search_settings(
 
 def _probed(ids: torch.Tensor, config: RunConfig) -> list[int]:
     """The calibration sequences whose output is compared with the dense model's."""
-    return _evenly(len(ids), max(1, config.probe_tokens // ids.shape[1]))
+    return _evenly(len(ids), max(1, config.probe_tokens // min(ids.shape[1], PROBE_LENGTH)))
+
+
+def _pieces(ids: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+    """The beginnings of the chosen sequences: int64 [n, length] of [sequences, length]."""
+    return ids[chosen, :PROBE_LENGTH]
+
+
+def _away_from(chosen: list[int], available: int) -> list[int]:
+    """At most COST_SEQUENCES of the other sequences (all of them the chosen ones: those), the farthest from the chosen:
+    what stands beside a probe is of the same article, and cuts compensated on it would look cheaper than they are."""
+    rest = [i for i in range(available) if i not in chosen] or chosen
+    far = sorted(rest, key=lambda i: -min(abs(i - j) for j in chosen))
+    return sorted(far[:COST_SEQUENCES])
 
 
 def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:

@@ -149,10 +149,13 @@ def measured_costs(
     return table
 
 
-def _measured_plan(
-    directory: RunDirectory, loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, progress: Progress
+def measured_plan(
+    directory: Path, loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, progress: Progress
 ) -> PruningPlan:
-    """The plan of an allocation that needs costs, and, where it does so, searches with them."""
+    """The plan of an allocation that needs costs, and, where it does so, searches with them.
+
+    Costs, supernet and the state of the search are kept in `directory` and taken from there where they fit.
+    """
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.stage import save_dtype_of, search_settings
 
@@ -224,7 +227,7 @@ def prune_stage(
     if not resume:
         remove(directory / WORK)
     if allocations.needs_costs(allocation) and config.ratio:
-        plan_made = _measured_plan(directory, loaded, calibration, config, progress)
+        plan_made = measured_plan(directory.path, loaded, calibration, config, progress)
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
         size = plan_made.dense_estimates.bytes // plan_made.dense_estimates.parameters

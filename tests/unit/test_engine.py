@@ -82,6 +82,9 @@ def test_shrunk_model_equals_the_masked_dense_model(family: str, layout: str, cr
         for name, axis in (("self_attn.o_proj.weight", "query"), ("mlp.down_proj.weight", "channels")):
             full[name] = torch.zeros_like(block.get_parameter(name))
             full[name][:, architecture.axis_index(axis, kept)] = thin.get_parameter(name)
+        # The up projection is fitted too; its rows that went do not matter.
+        full["mlp.up_proj.weight"] = torch.zeros_like(block.mlp.up_proj.weight)
+        full["mlp.up_proj.weight"][list(kept.channels)] = thin.mlp.up_proj.weight
         mask_block(block, architecture, kept, full)
     # float64, so that nothing but the order of sums can differ
     torch.testing.assert_close(logits(small.model.double()), logits(masked.double()), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,90 @@
+"""The factor of a gated FFN, fitted by least squares: FFN(x) = D (s(x) * U x) is linear in the up projection U once the
+gate s(x) is taken as it is, so that U can repair what the re-fit of D left.
+
+The equations U has to meet couple all of its rows, and there are channels x hidden unknowns: conjugate gradients, with
+the Kronecker product of D^T D * mean(s s^T) and mean(x x^T) as preconditioner (the two factors that K-FAC, arXiv
+1503.05671, would use). A few steps are enough, and hold the solution near U as a ridge does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+STEPS = 3
+RIDGE = 0.1  # as a share of the mean diagonal of the system
+TOKENS = 20_480  # of the calibration set: each gives `hidden` equations, so few are enough
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens: inputs of U, the gate, and what the block's output lacks. Any float dtype, one device."""
+
+    x: torch.Tensor  # [tokens, in]
+    gate: torch.Tensor  # [tokens, channels]
+    missed: torch.Tensor  # [tokens, out]
+
+
+def fit_factor(
+    U: torch.Tensor, D: torch.Tensor, pieces: Sequence[Piece], ridge: float = RIDGE, steps: int = STEPS
+) -> torch.Tensor:
+    """U + V with V near argmin_V mean ||D (s * V x) - missed||^2 + l ||V||^2, `steps` conjugate gradients from V = 0.
+
+    Every step lowers that sum. With as many steps as unknowns V is the ridge solution.
+
+    Args:
+        U: [channels, in]; D: [out, channels].
+        ridge: l as a share of the mean diagonal of the system, taken as if gate and input were independent.
+    """
+    tokens = sum(len(piece.x) for piece in pieces)
+    of_x = torch.stack([(p.x.T @ p.x).double() for p in pieces]).sum(0) / tokens
+    of_gate = torch.stack([(p.gate.T @ p.gate).double() for p in pieces]).sum(0) / tokens * (D.T @ D).double()
+    scale_x, scale_gate = float(of_x.diagonal().mean()), float(of_gate.diagonal().mean())
+    held = ridge * scale_x * scale_gate
+
+    def transposed(outputs: Iterator[torch.Tensor]) -> torch.Tensor:
+        parts = ((out @ D * p.gate).T @ p.x for p, out in zip(pieces, outputs, strict=True))
+        return torch.stack([part.double() for part in parts]).sum(0) / tokens
+
+    def system(V: torch.Tensor) -> torch.Tensor:
+        return transposed((p.gate * (p.x @ V.to(p.x).T)) @ D.T for p in pieces) + held * V
+
+    left = transposed(p.missed for p in pieces)  # the residual of the normal equations
+    V = torch.zeros_like(left)
+    if not held or not bool(left.any()):
+        return U + V.to(U)
+    inverse_x, inverse_gate = (_inverse(m, ridge * s) for m, s in ((of_x, scale_x), (of_gate, scale_gate)))
+    direction, last = torch.zeros_like(V), 1.0
+    for step in range(steps):
+        better = inverse_gate @ left @ inverse_x
+        slope = float((left * better).sum())
+        if slope <= 0:
+            break
+        direction = better + (slope / last if step else 0.0) * direction
+        bent = system(direction)
+        length = slope / float((direction * bent).sum())
+        V += length * direction
+        left -= length * bent
+        last = slope
+    return U + V.to(U)
+
+
+def _inverse(matrix: torch.Tensor, added: float) -> torch.Tensor:
+    damped = matrix.clone()
+    damped.diagonal().add_(added)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+@contextmanager
+def constant(module: nn.Module) -> Iterator[None]:
+    """Within it, `module` (the up projection) gives ones: what it multiplies then comes out of the product alone."""
+    channels = module.get_parameter("weight").shape[0]
+    module.forward = lambda x: x.new_ones(*x.shape[:-1], channels)
+    try:
+        yield
+    finally:
+        del module.forward
