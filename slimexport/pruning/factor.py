@@ -41,14 +41,13 @@ def fit_factor(
         ridge: l as a share of the mean diagonal of the system, taken as if gate and input were independent.
     """
     tokens = sum(len(piece.x) for piece in pieces)
-    of_x = torch.stack([(p.x.T @ p.x).double() for p in pieces]).sum(0) / tokens
-    of_gate = torch.stack([(p.gate.T @ p.gate).double() for p in pieces]).sum(0) / tokens * (D.T @ D).double()
+    of_x = _summed(p.x.T @ p.x for p in pieces) / tokens
+    of_gate = _summed(p.gate.T @ p.gate for p in pieces) / tokens * (D.T @ D).double()
     scale_x, scale_gate = float(of_x.diagonal().mean()), float(of_gate.diagonal().mean())
     held = ridge * scale_x * scale_gate
 
     def transposed(outputs: Iterator[torch.Tensor]) -> torch.Tensor:
-        parts = ((out @ D * p.gate).T @ p.x for p, out in zip(pieces, outputs, strict=True))
-        return torch.stack([part.double() for part in parts]).sum(0) / tokens
+        return _summed((out @ D * p.gate).T @ p.x for p, out in zip(pieces, outputs, strict=True)) / tokens
 
     def system(V: torch.Tensor) -> torch.Tensor:
         return transposed((p.gate * (p.x @ V.to(p.x).T)) @ D.T for p in pieces) + held * V
@@ -71,6 +70,14 @@ def fit_factor(
         left -= length * bent
         last = slope
     return U + V.to(U)
+
+
+def _summed(products: Iterator[torch.Tensor]) -> torch.Tensor:
+    """In float64, one at a time: the widest are gigabytes."""
+    total = next(products).double()
+    for product in products:
+        total += product
+    return total
 
 
 def _inverse(matrix: torch.Tensor, added: float) -> torch.Tensor:

@@ -14,9 +14,9 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, CostTable, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.pruning import allocation as allocations
+from slimexport.pruning.allocation import TOLERANCE
 from slimexport.pruning.grid import legal_heads
 
-TOLERANCE = 0.005  # of the ratio asked, in absolute terms: what the plan may miss by rounding
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -25,9 +25,9 @@ from slimexport.artifacts import (
 )
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
-from slimexport.pruning.allocation import Request, needs_costs
+from slimexport.pruning.allocation import TOLERANCE, Request, needs_costs
 from slimexport.pruning.allocation import registry as allocations
-from slimexport.pruning.planner import TOLERANCE, make_plan, ratio_of
+from slimexport.pruning.planner import make_plan, ratio_of
 from slimexport.pruning.stage import cost_identity
 from slimexport.stages.prune import known_costs, plan_stage
 

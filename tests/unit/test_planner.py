@@ -12,9 +12,9 @@ from slimexport.architectures import registry
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, PruningPlan
 from slimexport.errors import BadInputError
-from slimexport.pruning.allocation import Request
+from slimexport.pruning.allocation import TOLERANCE, Request
 from slimexport.pruning.allocation import registry as allocations
-from slimexport.pruning.planner import TOLERANCE, head_structures, make_plan, ratio_of
+from slimexport.pruning.planner import head_structures, make_plan, ratio_of
 
 
 def architecture(family: str = "llama", *, blocks: int = 30, hidden: int = 576, head_dim: int = 64,

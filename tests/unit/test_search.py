@@ -25,12 +25,12 @@ from slimexport.artifacts import BlockSizes, PruningPlan, from_dict, read_json
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError, UsageError
 from slimexport.pruning import grid
-from slimexport.pruning.allocation import SearchSettings, needs_costs, searches
+from slimexport.pruning.allocation import TOLERANCE, SearchSettings, needs_costs, searches
 from slimexport.pruning.allocation import registry as allocations
 from slimexport.pruning.blocks import ModelBlocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.grid import Grid
-from slimexport.pruning.planner import TOLERANCE, ratio_of
+from slimexport.pruning.planner import ratio_of
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.stage import cost_identity, measure_model, search_settings
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids

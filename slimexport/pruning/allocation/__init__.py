@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimexport.artifacts import BlockSizes, CostTable
     from slimexport.pruning.grid import Grid
 
+TOLERANCE = 0.005  # of the ratio asked, in absolute terms: what a plan may miss by rounding
 FIRST_SHARE = 0.25  # of the mean ratio: what block 0 loses under the rising allocations, when nothing else is asked for
 
 
@@ -56,6 +57,11 @@ class Request:
     @property
     def blocks(self) -> int:
         return len(self.architecture.blocks)
+
+    @property
+    def wanted_parameters(self) -> int:
+        """Linear parameters of all blocks that are to stay."""
+        return round((1 - self.ratio) * sum(map(self.architecture.block_linear_parameters, self.architecture.blocks)))
 
     @property
     def first(self) -> float:

@@ -72,8 +72,7 @@ class Search:
         settings = request.search
         if request.costs is None or settings is None:
             raise BadInputError("allocation search tries plans on the model: prune it to have one searched for.")
-        architecture = request.architecture
-        wanted = round((1 - request.ratio) * sum(map(architecture.block_linear_parameters, architecture.blocks)))
+        wanted = request.wanted_parameters
         parts = _searched_parts(request)
         clock = time.monotonic()
         state = State.read(settings) or _begin(parts, wanted, settings)

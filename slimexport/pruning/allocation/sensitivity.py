@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from slimexport.artifacts import BlockSizes, CostTable, JointCost
 from slimexport.errors import BadInputError
-from slimexport.pruning.allocation import Request, registry
+from slimexport.pruning.allocation import TOLERANCE, Request, registry
 from slimexport.pruning.solver import Option, cheapest
 
 ROUNDS = 12  # of prices; the best plan met on the way is taken
@@ -51,13 +51,13 @@ def _costs(request: Request) -> CostTable:
 
 def _solve(request: Request, costs: CostTable) -> tuple[list[Option[BlockSizes]], tuple[float, float]]:
     """The options of the best plan, at their own costs, and the prices of heads and channels that lead to it."""
-    dense = request.architecture.blocks
-    wanted = round((1 - request.ratio) * sum(request.architecture.block_linear_parameters(b) for b in dense))
     at_cost = [{option.choice: option for option in part} for part in _priced(request, costs, (1.0, 1.0))]
     prices, best = (1.0, 1.0), math.inf
     for _ in range(ROUNDS):
         priced = _priced(request, costs, prices)
-        chosen = [own[option.choice] for own, option in zip(at_cost, cheapest(priced, wanted), strict=True)]
+        chosen = [
+            own[option.choice] for own, option in zip(at_cost, cheapest(priced, request.wanted_parameters), strict=True)
+        ]
         heads, channels = (sum(option.cost for option in chosen[kind::2]) for kind in (0, 1))
         total = together(costs.joint_heads, heads)[0] + together(costs.joint_channels, channels)[0]
         if total < best - 1e-12:
@@ -123,13 +123,10 @@ def _cheapest_uniform(request: Request, table: CostTable) -> BlockSizes:
         for count, channel_cost in channels.items()
         if architecture.plain_config_can_say(sizes := BlockSizes(groups, per_group, count))
     ]
-    near = [(cost, off, sizes) for off, cost, sizes in options if off <= NEAR]
+    near = [(cost, off, sizes) for off, cost, sizes in options if off <= TOLERANCE]
     if near:
         return min(near, key=lambda option: option[:2])[2]
     return min(options, key=lambda option: option[:2])[2]
-
-
-NEAR = 0.005  # of the ratio asked: few of all sizes hit it exactly
 
 
 registry.register("sensitivity")(Sensitivity())
