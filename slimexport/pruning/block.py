@@ -171,8 +171,7 @@ class Block:
             )
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
         if self.targets is not None and self.family.ffn_factor is not None and factor.TOKENS:
-            with self.clock.on("selection"):
-                self._fit_factor(self.family.ffn_factor, attention, self.targets)
+            self._fit_factor(self.family.ffn_factor, attention, self.targets)
         return errors
 
     def _fit_factor(self, name: str, attention: list[torch.Tensor] | None, targets: Targets) -> None:
@@ -182,7 +181,7 @@ class Block:
         project = self.work.get_submodule(self.family.attention_output)
         pieces = []
         for batch in self._some_batches(factor.TOKENS):
-            with known_attention(self.work, self.architecture, attention, batch):
+            with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
                 arguments = self._arguments(self.index, batch)
                 x = inputs_of(self.work, name, self.states[batch], arguments)
                 with factor.constant(up):
@@ -190,10 +189,11 @@ class Block:
             wanted = targets.before[batch] + targets.attention[batch] + targets.ffn[batch]
             missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(gate * up(x)))
             pieces.append(factor.Piece(*(part.flatten(0, 1).float() for part in (x, gate, missed))))
-        weight = self.home.get_parameter(f"{name}.weight")
-        U, D = (module.get_parameter("weight").float() for module in (up, down))
-        weight.data = factor.fit_factor(U, D, pieces).to(weight)
-        self.work = working_copy(self.home, self.settings)
+        with self.clock.on("selection"):
+            weight = self.home.get_parameter(f"{name}.weight")
+            U, D = (module.get_parameter("weight").float() for module in (up, down))
+            weight.data = factor.fit_factor(U, D, pieces).to(weight)
+            self.work = working_copy(self.home, self.settings)
 
     def _some_batches(self, tokens: int) -> range:
         """Evenly spread, of about so many tokens together."""
