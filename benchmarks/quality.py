@@ -161,7 +161,7 @@ class Bench:
         if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
             # Costs and supernet are measured once for all ratios and found again; a search is one for each.
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
-            (place / WORK).mkdir(parents=True, exist_ok=True)
+            place.mkdir(exist_ok=True)
             (place / WORK / "search.json").unlink(missing_ok=True)
             begun = time.monotonic()
             plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True))

@@ -52,6 +52,12 @@ class Targets:
     attention: list[torch.Tensor]
     ffn: list[torch.Tensor]
 
+    def after_attention(self, batch: int) -> torch.Tensor:
+        return self.before[batch] + self.attention[batch]
+
+    def after_ffn(self, batch: int) -> torch.Tensor:
+        return self.after_attention(batch) + self.ffn[batch]
+
 
 class Block:
     """One block while it is pruned."""
@@ -115,8 +121,8 @@ class Block:
             with self.clock.on("hessian"):
                 missed = None
                 if self.targets is not None:
-                    wanted = self.targets.before[batch] + self.targets.attention[batch]
-                    missed = _missed(wanted, self.states[batch] + project(inputs[batch]))
+                    found = self.states[batch] + project(inputs[batch])
+                    missed = _missed(self.targets.after_attention(batch), found)
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             H = moments.H()
@@ -151,8 +157,8 @@ class Block:
                 missed = None
                 if self.targets is not None:
                     assert attention is not None
-                    wanted = self.targets.before[batch] + self.targets.attention[batch] + self.targets.ffn[batch]
-                    missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(inputs))
+                    found = self.states[batch] + project(attention[batch]) + down(inputs)
+                    missed = _missed(self.targets.after_ffn(batch), found)
                 moments.add(inputs, missed)
         with self.clock.on("selection"):
             H = moments.H()
@@ -170,7 +176,7 @@ class Block:
                 name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns
             )
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
-        if self.targets is not None and self.family.ffn_factor is not None and factor.TOKENS:
+        if self.targets is not None and self.family.ffn_factor is not None:
             self._fit_factor(self.family.ffn_factor, attention, self.targets)
         return errors
 
@@ -182,12 +188,12 @@ class Block:
         pieces = []
         for batch in self._some_batches(factor.TOKENS):
             with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
-                arguments = self._arguments(self.index, batch)
-                x = inputs_of(self.work, name, self.states[batch], arguments)
-                with factor.constant(up):
+                with factor.constant(up) as given:
+                    arguments = self._arguments(self.index, batch)
                     gate = inputs_of(self.work, self.family.ffn_output, self.states[batch], arguments)
-            wanted = targets.before[batch] + targets.attention[batch] + targets.ffn[batch]
-            missed = _missed(wanted, self.states[batch] + project(attention[batch]) + down(gate * up(x)))
+                (x,) = given
+                found = self.states[batch] + project(attention[batch]) + down(gate * up(x))
+                missed = _missed(targets.after_ffn(batch), found)
             pieces.append(factor.Piece(*(part.flatten(0, 1).float() for part in (x, gate, missed))))
         with self.clock.on("selection"):
             weight = self.home.get_parameter(f"{name}.weight")

@@ -8,12 +8,15 @@ the Kronecker product of D^T D * mean(s s^T) and mean(x x^T) as preconditioner (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from slimexport.pruning.obs import damped_inverse
 
 STEPS = 3
 RIDGE = 0.1  # as a share of the mean diagonal of the system
@@ -56,14 +59,14 @@ def fit_factor(
     V = torch.zeros_like(left)
     if not held or not bool(left.any()):
         return U + V.to(U)
-    inverse_x, inverse_gate = (_inverse(m, ridge * s) for m, s in ((of_x, scale_x), (of_gate, scale_gate)))
-    direction, last = torch.zeros_like(V), 1.0
-    for step in range(steps):
+    inverse_x, inverse_gate = (damped_inverse(moment, ridge)[0] for moment in (of_x, of_gate))
+    direction, last = torch.zeros_like(V), math.inf
+    for _ in range(steps):
         better = inverse_gate @ left @ inverse_x
         slope = float((left * better).sum())
         if slope <= 0:
             break
-        direction = better + (slope / last if step else 0.0) * direction
+        direction = better + slope / last * direction
         bent = system(direction)
         length = slope / float((direction * bent).sum())
         V += length * direction
@@ -80,18 +83,21 @@ def _summed(products: Iterator[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _inverse(matrix: torch.Tensor, added: float) -> torch.Tensor:
-    damped = matrix.clone()
-    damped.diagonal().add_(added)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
-
-
 @contextmanager
-def constant(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` (the up projection) gives ones: what it multiplies then comes out of the product alone."""
+def constant(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it, `module` (the up projection) gives ones: what it multiplies then comes out of the product alone.
+
+    Yields a list that takes what `module` is given.
+    """
     channels = module.get_parameter("weight").shape[0]
-    module.forward = lambda x: x.new_ones(*x.shape[:-1], channels)
+    given: list[torch.Tensor] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
+        return x.new_ones(*x.shape[:-1], channels)
+
+    module.forward = forward
     try:
-        yield
+        yield given
     finally:
         del module.forward
