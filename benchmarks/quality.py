@@ -5,10 +5,11 @@
 
 DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one pruned model, through the same engine, plan, legality
 and calibration, in float32. Rows and columns that are in the JSON already are not measured again, so that the table can
-be made in pieces; a row's first column prunes, the others prune again. The protocol of the main rows: 128 x 512 tokens
-of calibration.txt (nearly all of it, so there is no seed spread), the first 60,000 tokens of each WikiText-2 file,
-windows of 512 without overlap. `ours` is what `slimexport run` does by default, but for the calibration text; `mix` is
-`slimexport run` as it is.
+be made in pieces; columns that are added later prune again, unless the models were kept (--keep).
+
+The protocol of the main rows: 128 x 512 tokens of calibration.txt (nearly all of it, so there is no seed spread), the
+first 60,000 tokens of each WikiText-2 file, windows of 512 without overlap. `ours` is what `slimexport run` does by
+default, but for the calibration text; `mix` is `slimexport run` as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from accuracy import Reference, dense_reference, evaluate
 from common import RESULTS, load_rows, save_rows, table
 from texts import calibration_windows, evaluation_texts
 
-from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json
+from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json, staged_directory
+from slimexport.checkpoint import load
 from slimexport.config import RunConfig
 from slimexport.environment import environment, peak_memory_bytes
 from slimexport.loading import LoadedModel, load_model
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
     parser.add_argument("--texts", default=",".join(("wikitext2", *SHIFTED)))
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
+    parser.add_argument("--keep", type=Path, help="keeps the pruned models, for columns that are measured later")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--render", action="store_true")
@@ -124,7 +127,7 @@ class Bench:
             task = self.options.arc_easy and "arc_easy" not in (record or {})
             if not missing and not task:
                 continue
-            model, facts = self.prune(row)
+            model, facts = self.pruned(row, again=record is not None)
             if record is None:
                 record = {"key": row.key, **asdict(row), **facts, "cpu": environment()["cpu"], "texts": {}}
                 self.rows.append(record)
@@ -137,6 +140,18 @@ class Bench:
             if task:
                 record["arc_easy"] = self.task(model)
                 save_rows(self.options.out, self.rows)
+
+    def pruned(self, row: Row, again: bool) -> tuple[Any, dict[str, Any]]:
+        """The pruned model, and how it came about (nothing, where it was kept `again` is true)."""
+        place = self.options.keep and self.options.keep / row.key.replace("/", "_").replace(" ", "-")
+        if again and place and place.is_dir():
+            return load(place)[0], {}
+        model, facts = self.prune(row)
+        if place and not row.peer:
+            with staged_directory(place) as partial:
+                model.save_pretrained(str(partial))
+                self.loaded.tokenizer.save_pretrained(str(partial))
+        return model, facts
 
     def prune(self, row: Row) -> tuple[Any, dict[str, Any]]:
         """The pruned model, and how it came about."""
@@ -163,10 +178,10 @@ class Bench:
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
             place.mkdir(exist_ok=True)
             (place / WORK / "search.json").unlink(missing_ok=True)
-            begun = time.monotonic()
+            known, begun = _measuring_seconds(place / COSTS), time.monotonic()
             plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True))
-            measured = from_dict(CostTable, read_json(place / COSTS), str(place)).seconds
-            spent = max(time.monotonic() - begun, measured)
+            measured = _measuring_seconds(place / COSTS)
+            spent = time.monotonic() - begun + (measured if measured == known else 0.0)
         else:
             plan = plan_stage(config, self.loaded.architecture, "float32")
         copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)
@@ -214,6 +229,11 @@ class Bench:
         from tasks import arc_easy
 
         return arc_easy(model, self.loaded.tokenizer, self.options.data / "arc" / "arc_easy_validation.jsonl")
+
+
+def _measuring_seconds(costs: Path) -> float:
+    """What the cost table in this file took to measure; 0 where there is none yet."""
+    return from_dict(CostTable, read_json(costs), str(costs)).seconds if costs.is_file() else 0.0
 
 
 def render(rows: list[dict[str, Any]]) -> str:
