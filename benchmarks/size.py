@@ -1,0 +1,132 @@
+"""What to do for a smaller file: prune, quantise, or both. Bytes on disk on one axis, perplexity on the other.
+
+    python benchmarks/quality.py ... --only ours --keep KEPT      # keeps the pruned models
+    python benchmarks/size.py --data DATA --work DIR KEPT/*       # measures; takes up what was interrupted
+    python benchmarks/size.py --render                            # table and docs/size.svg, from the JSON alone
+
+The dense model and every pruned one are exported as they are (float32), and quantised to int8 and int4 (weights only,
+round to nearest, blocks of 32; offgrid.py). What is quantised is the same model off the 4-bit grid that the demo
+model's weights lie on, or quantising would look free. Everything is measured in ONNX Runtime, on the first tokens of
+WikiText-2's test split; the embedding's rows stay float32 in all of them.
+
+pip install matplotlib
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, load_rows, save_rows, table
+
+PICTURE = Path(__file__).parent.parent / "docs" / "size.svg"
+PRECISIONS = ("float32", "int8", "int4")
+DENSE = "dense"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="directories that quality.py --keep has written")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, help="for the graphs, one at a time")
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--out", type=Path, default=RESULTS / "size.json")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    rows = load_rows(options.out)
+    if not options.render:
+        measure(options, rows)
+    draw(rows, options.picture)
+    print(render(rows))
+
+
+def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from texts import evaluation_texts
+
+    from slimexport.checkpoint import load
+    from slimexport.config import RunConfig
+    from slimexport.loading import load_model
+
+    dense = load_model(RunConfig(model=options.model))
+    ids = evaluation_texts(dense.tokenizer, options.data)["wikitext2"][: options.tokens].numpy()
+    for name in (DENSE, *(str(path) for path in options.checkpoints)):
+        known = {row["precision"] for row in rows if row["name"] == Path(name).name}
+        if known.issuperset(PRECISIONS):
+            continue
+        model = dense.model if name == DENSE else load(name)[0]
+        for precision in (p for p in PRECISIONS if p not in known):
+            size, nll = exported(copy.deepcopy(model), dense.tokenizer, options.work, precision, ids)
+            row = {"name": Path(name).name, "precision": precision, "bytes": size, "nll": nll, "tokens": len(ids)}
+            print(row, flush=True)
+            rows.append(row)
+            save_rows(options.out, rows)
+
+
+def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -> tuple[int, float]:
+    """Bytes of the graph with its weights, and its mean NLL."""
+    from offgrid import GRAPH, WEIGHTS, off_grid, quantised
+
+    from slimexport.artifacts import staged_directory
+    from slimexport.runtime import OnnxDecoder
+    from slimexport.targets import registry
+    from slimexport.targets.base import ExportOptions
+    from slimexport.verification.perplexity import accuracy
+
+    place = work / "onnx"
+    model = model.float() if precision == "float32" else off_grid(model.float())
+    with staged_directory(place) as partial:
+        registry.get("onnx").export(model, tokenizer, partial, ExportOptions(), lambda artifact: None)
+    if precision != "float32":
+        quantised(place, int(precision.removeprefix("int")), work / "quantised")
+        place = work / "quantised"
+    size = sum((place / file).stat().st_size for file in (GRAPH, WEIGHTS))
+    return size, accuracy(OnnxDecoder(place), None, ids).mean_nll
+
+
+def points(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
+    """(what, precision, MB, times the dense float32 perplexity)."""
+    import math
+
+    dense = next(row["nll"] for row in rows if (row["name"], row["precision"]) == (DENSE, PRECISIONS[0]))
+    return [(_label(r["name"]), r["precision"], r["bytes"] / 1e6, math.exp(r["nll"] - dense)) for r in rows]
+
+
+def _label(name: str) -> str:
+    """`ours_slimexport_0.3_main_128` -> `30 % pruned`."""
+    return name if name == DENSE else f"{float(name.split('_')[2]):.0%} pruned"
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    found = points(rows)
+    return table(["model", "weights", "MB", "x dense"], [[a, b, f"{c:.0f}", f"{d:.2f}"] for a, b, c, d in found])
+
+
+def draw(rows: list[dict[str, Any]], place: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "slimexport"  # the same bytes for the same figures
+    from matplotlib import pyplot
+
+    found = points(rows)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for precision, marker in zip(PRECISIONS, "osv", strict=True):
+        line = sorted((mb, ratio, what) for what, p, mb, ratio in found if p == precision)
+        axes.plot([p[0] for p in line], [p[1] for p in line], marker=marker, label=precision)
+        for mb, ratio, what in line:
+            axes.annotate(what, (mb, ratio), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="model.onnx with its weights, MB", ylabel="token perplexity, times dense float32", yscale="log")
+    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="weights")
+    place.parent.mkdir(exist_ok=True)
+    figure.savefig(place, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
