@@ -23,7 +23,7 @@ from slimexport.architectures import architecture_of
 from slimexport.artifacts import CalibrationSet, ModelSource, TextSource
 from slimexport.config import RunConfig
 from slimexport.loading import LoadedModel, load_model
-from slimexport.pruning.stage import measure_model, prune_model
+from slimexport.pruning.stage import curvature_of, measure_model, prune_model
 from slimexport.stages.prune import plan_stage
 
 LENGTH = 512
@@ -82,16 +82,21 @@ def measure(loaded: LoadedModel, tokens: int, mode: str, ratio: float) -> dict[s
         for part in ids.split(8):
             decoder(part, use_cache=False)
     dense = time.monotonic() - started
-    costs = None if mode == "fast" else measure_model(loaded, calibration, config)
+    started = time.monotonic()
+    curvature = curvature_of(loaded, calibration, config)
+    weighing = time.monotonic() - started
+    costs = None if mode == "fast" else measure_model(loaded, calibration, config, curvature=curvature)
     plan = plan_stage(config, loaded.architecture, "float32", costs)
-    made = prune_model(replace(loaded, model=copy.deepcopy(loaded.model)), plan, calibration, config)
+    copied = replace(loaded, model=copy.deepcopy(loaded.model))
+    made = prune_model(copied, plan, calibration, config, curvature=curvature)
     seconds = {
+        "curvature": weighing,
         "allocation": costs.seconds if costs else 0.0,
         "forward": sum(t.seconds_forward for t in made.trace),
         "hessian": sum(t.seconds_hessian for t in made.trace),
         "selection": sum(t.seconds_selection for t in made.trace),
     }
-    pruning = seconds["forward"] + seconds["hessian"] + seconds["selection"]
+    pruning = sum(seconds.values()) - seconds["allocation"]
     return {
         "dense_forward": dense,
         "seconds": seconds,
@@ -101,7 +106,7 @@ def measure(loaded: LoadedModel, tokens: int, mode: str, ratio: float) -> dict[s
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    parts = ("allocation", "forward", "hessian", "selection")
+    parts = ("curvature", "allocation", "forward", "hessian", "selection")
     head = ["model", "tokens", "mode", "dense pass, s", *(f"{p}, s" for p in parts), "dense passes", "selection"]
     body = [
         [

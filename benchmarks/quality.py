@@ -38,6 +38,7 @@ from slimexport.run_directory import COSTS, WORK
 
 RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
+PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
 
 
@@ -72,11 +73,11 @@ def wanted() -> Iterator[Row]:
     for allocation in ("incremental", "uniform"):
         for criterion in CRITERIA:
             for ratio in RATIOS:
-                options = {"criterion": criterion, "allocation": allocation, "refit": 0.0}
+                options = {"criterion": criterion, "allocation": allocation, **PAPER}
                 yield Row("criteria", f"{criterion}, {allocation}", ratio, options=options)
     for allocation in ("arithmetic", "sensitivity", "search"):
         for ratio in RATIOS:
-            yield Row("allocations", allocation, ratio, options={"allocation": allocation, "refit": 0.0})
+            yield Row("allocations", allocation, ratio, options={"allocation": allocation, **PAPER})
     for ratio in RATIOS:
         yield Row("layout", "slimexport --layout uniform", ratio, options={"layout": "uniform"})
     for seed in (0, 1, 2):
@@ -166,26 +167,26 @@ class Bench:
             )  # fmt: skip
             return model, {"seconds": {"all": time.monotonic() - started}, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
-        from slimexport.pruning.stage import prepare, prune_model
+        from slimexport.pruning.stage import curvature_of, prepare, prune_model
         from slimexport.stages.prune import measured_plan, plan_stage
 
         config = RunConfig(
             model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
         )
-        spent = 0.0
+        spent, curvature = 0.0, curvature_of(self.loaded, calibration, config)
         if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
             # Costs and supernet are measured once for all ratios and found again; a search is one for each.
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
             place.mkdir(exist_ok=True)
             (place / WORK / "search.json").unlink(missing_ok=True)
             known, begun = _measuring_seconds(place / COSTS), time.monotonic()
-            plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True))
+            plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True), curvature)
             measured = _measuring_seconds(place / COSTS)
             spent = time.monotonic() - begun + (measured if measured == known else 0.0)
         else:
             plan = plan_stage(config, self.loaded.architecture, "float32")
         copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)
-        made = prune_model(copied, plan, calibration, config)
+        made = prune_model(copied, plan, calibration, config, curvature=curvature)
         seconds = {
             "allocation": spent,
             "forward": sum(t.seconds_forward for t in made.trace),

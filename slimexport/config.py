@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 
+CURVATURE_TOKENS = 4096
 REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
 
 Operator = Literal["<=", ">="]
@@ -97,7 +98,8 @@ class RunConfig(BaseModel):
         default="auto", description="How the ratio is spread over the blocks; auto follows the layout."
     )
     fast: bool = Field(
-        default=False, description="Plan without measuring (allocation incremental) and leave out the re-fit."
+        default=False,
+        description="Plan without measuring (allocation incremental), leave out re-fit and curvature.",
     )
     first_ratio: float | None = Field(
         default=None, ge=0, lt=1, description="incremental, arithmetic: ratio of the first block."
@@ -123,6 +125,11 @@ class RunConfig(BaseModel):
         default=None,
         ge=0,
         description="Ridge of the re-fit toward the dense model, as a share of H's mean diagonal; 0: none.",
+    )
+    curvature_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tokens on which to measure how much the output minds errors, to weight them; 0: all count alike.",
     )
     bias_compensation: Literal["auto", "on", "off"] = Field(
         default="auto",
@@ -232,6 +239,13 @@ class RunConfig(BaseModel):
         if self.refit is not None:
             return self.refit
         return 0.0 if self.fast or self.criterion != "slimgpt" else REFIT
+
+    @property
+    def resolved_curvature_tokens(self) -> int:
+        """0 where errors are not weighted: it belongs to the criterion that minimises them."""
+        if self.curvature_tokens is not None:
+            return self.curvature_tokens
+        return 0 if self.fast or self.criterion != "slimgpt" else CURVATURE_TOKENS
 
     def all_gates(self) -> tuple[Gate, ...]:
         """The sugar flags as gates, then the declared ones."""

@@ -24,8 +24,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("calibration", "calibration_tokens", "sequence_length"),
     "prune": (
         "ratio", "fast", "criterion", "allocation", "layout", "sizes", "costs", "probe_tokens", "search_seconds",
-        "search_evaluations", "refit", "first_ratio", "head_weight", "round_to", "group_size_start", "group_size_end",
-        "damping", "bias_compensation",
+        "search_evaluations", "refit", "curvature_tokens", "first_ratio", "head_weight", "round_to", "group_size_start",
+        "group_size_end", "damping", "bias_compensation",
     ),
     "export": ("target", "exporter", "provider", "baseline", "baseline_cache"),
     "verify": (

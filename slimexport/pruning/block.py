@@ -17,6 +17,7 @@ from slimexport.artifacts import BlockSizes, BlockTrace
 from slimexport.pruning import factor
 from slimexport.pruning.blocks import HiddenStates
 from slimexport.pruning.criteria import Criterion, Site
+from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.obs import Selection, refit, removal_error
@@ -62,9 +63,6 @@ class Targets:
 class Block:
     """One block while it is pruned."""
 
-    targets: Targets | None = None
-    gradients: Mapping[str, torch.Tensor] = {}
-
     def __init__(
         self,
         index: int,
@@ -76,10 +74,15 @@ class Block:
         criterion: Criterion,
         settings: Settings,
         clock: Stopwatch,
+        *,
+        targets: Targets | None,
+        gradients: Mapping[str, torch.Tensor],
+        curvature: BlockCurvature,
     ):
         self.index, self.home, self.states, self.keep = index, home, states, keep
         self.architecture, self.criterion, self.settings, self.clock = architecture, criterion, settings, clock
         self.family, self.dense = architecture.family, architecture.blocks[index]
+        self.targets, self.gradients, self.curvature = targets, gradients, curvature
         self._arguments = arguments
         self.kept = Kept.all(self.dense)
         self.work = working_copy(home, settings)
@@ -234,7 +237,7 @@ class Block:
             W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
             group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
-            gradients=gradients,
+            gradients=gradients, weighting=Weighting.of(self.curvature.get(name), settings.device),
         )  # fmt: skip
 
     def _shrink(self, name: str, kept: Kept, selection: Selection, columns: torch.Tensor) -> None:

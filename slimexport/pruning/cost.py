@@ -30,6 +30,8 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
     memory = _memory(plan, architecture, tokens)
     if plan.blocks != plan.dense:
+        if config.resolved_curvature_tokens:
+            flops += _curvature_operations(plan, architecture, min(config.resolved_curvature_tokens, tokens))
         if config.resolved_refit:
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
@@ -87,6 +89,13 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
             double += 2 * (kept.channels**3 + architecture.hidden**3)
             double += 2 * factor.STEPS * matrix * (kept.channels + architecture.hidden)
     return single, double
+
+
+def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> float:
+    """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments."""
+    hidden = architecture.hidden
+    blocks = sum(architecture.block_linear_parameters(dense) + 2 * hidden**2 / 3 for dense in plan.dense)
+    return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden
 
 
 def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> tuple[float, float]:

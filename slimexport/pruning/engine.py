@@ -21,6 +21,7 @@ from slimexport.environment import peak_memory_bytes
 from slimexport.pruning.block import Block, Stopwatch, Targets
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
 from slimexport.pruning.criteria import Criterion
+from slimexport.pruning.curvature import BlockCurvature
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
 from slimexport.pruning.hessian import solvable
 
@@ -37,6 +38,7 @@ def prune_blocks(
     criterion: Criterion,
     settings: Settings,
     gradients: Sequence[Mapping[str, torch.Tensor]] = (),
+    curvature: Sequence[BlockCurvature] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> tuple[BlockTrace, ...]:
     """Shrinks every block of `source` in place, in order, and hands each to `sink` as soon as it is finished.
@@ -44,6 +46,7 @@ def prune_blocks(
     Args:
         states: hidden states before block 0, per batch; overwritten by those before the last block.
         gradients: of every block's weights, by name, where the criterion needs them.
+        curvature: of every block's outputs, by the name of the matrix, where errors are to be weighted by it.
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
@@ -58,9 +61,12 @@ def prune_blocks(
         if index < finished:
             trace = sink.restore(index, home)
         else:
-            block = Block(index, home, states, arguments, architecture, plan.blocks[index], criterion, settings, clock)
-            block.targets = targets
-            block.gradients = gradients[index] if gradients else {}
+            block = Block(
+                index, home, states, arguments, architecture, plan.blocks[index], criterion, settings, clock,
+                targets=targets,
+                gradients=gradients[index] if gradients else {},
+                curvature=curvature[index] if curvature else {},
+            )  # fmt: skip
             with solvable(index):
                 trace = block.prune()
             del block, targets  # gigabytes on a large model, and the next block makes its own

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slimexport.pruning.forward import instead
 from slimexport.pruning.obs import damped_inverse
 
 STEPS = 3
@@ -96,8 +97,5 @@ def constant(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         given.append(x)
         return x.new_ones(*x.shape[:-1], channels)
 
-    module.forward = forward
-    try:
+    with instead({module: forward}):
         yield given
-    finally:
-        del module.forward

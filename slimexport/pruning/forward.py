@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,13 +84,8 @@ def first_states(
         for ids in input_ids.split(size):
             sizes.append(len(ids))
             seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
-            for i, block in enumerate(blocks):
-                block.forward = recorder(i, seen)
-            try:
+            with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}):
                 decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
-            finally:
-                for block in blocks:
-                    del block.forward
     return states, lambda index, batch: recorded[sizes[batch]][index]
 
 
@@ -164,11 +159,20 @@ def known_attention(
         return
     attention = block.get_submodule(architecture.family.attention)
     project = block.get_submodule(architecture.family.attention_output)
-    attention.forward = lambda *args, **kwargs: (project(inputs[batch]), None)
+    with instead({attention: lambda *args, **kwargs: (project(inputs[batch]), None)}):
+        yield
+
+
+@contextmanager
+def instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within it, these modules compute these functions."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        del attention.forward
+        for module in forwards:
+            del module.forward
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

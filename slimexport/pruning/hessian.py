@@ -49,9 +49,10 @@ class Moments:
         return self._cross / max(self.tokens, 1)
 
 
-def check_finite(H: torch.Tensor, block: int, dtype: torch.dtype) -> None:
-    """Raises BadInputError where activations of `block` were too large for `dtype`, the forward passes' precision."""
-    if not bool(torch.isfinite(H).all()):
+def check_finite(found: torch.Tensor, block: int, dtype: torch.dtype) -> None:
+    """Raises BadInputError where activations of `block`, or their moments, were too large for `dtype`, the forward
+    passes' precision."""
+    if not bool(torch.isfinite(found).all()):
         raise BadInputError(
             f"The activations of block {block} overflow in {str(dtype).removeprefix('torch.')}; "
             "use --dtype float32 (or bfloat16)."

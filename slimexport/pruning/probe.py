@@ -1,4 +1,5 @@
-"""What a change somewhere in the model does to its output: KL to the dense model on a few windows of text.
+"""What a change somewhere in the model does to its output: KL to the dense model on a few windows of text, and its
+gradient.
 
 Changed blocks are candidates: each has its own hidden states, which go on through the dense blocks after it. All
 candidates move together, block by block, so that the weights are read once however many there are.
@@ -7,7 +8,7 @@ candidates move together, block by block, so that the weights are read once howe
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
+from slimexport.pruning.forward import instead
 from slimexport.pruning.grid import POSITIONS
 
 if TYPE_CHECKING:
@@ -102,6 +104,30 @@ def output_logits(
     return logits
 
 
+def output_scores(
+    model: PreTrainedModel, architecture: Architecture, device: torch.device, seed: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hidden states after the last block [s, t, hidden] -> gradients by them, of the same shape and precision, of the
+    NLL (nats, summed) of one token for every position, drawn from what the model itself says there."""
+    blocks = list(model.get_submodule(architecture.family.blocks))
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(states: torch.Tensor) -> torch.Tensor:
+        home = next(model.parameters()).device
+        gradients = []
+        with _passed_by(blocks), _in_float32(model, blocks), torch.enable_grad():
+            for sequence in states.split(1):  # logits of a whole batch would be gigabytes
+                leaf = sequence.detach().to(home, torch.float32).requires_grad_()
+                logits = model(inputs_embeds=leaf, use_cache=False).logits[0].float()
+                # Drawn on the CPU, so that the tokens are the same on every device.
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                nll = nn.functional.cross_entropy(logits, drawn.to(home), reduction="sum")
+                gradients.append(torch.autograd.grad(nll, leaf)[0])
+        return torch.cat(gradients).to(device, states.dtype)
+
+    return scores
+
+
 @contextmanager
 def _in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[None]:
     """Final norm and head, for as long as they are needed: everything that is in no block, but an untied embedding."""
@@ -119,15 +145,5 @@ def _in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[Non
             parameter.data = data
 
 
-@contextmanager
-def _passed_by(blocks: list[nn.Module]) -> Iterator[None]:
-    def unchanged(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        return hidden_states
-
-    for block in blocks:
-        block.forward = unchanged
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+def _passed_by(blocks: list[nn.Module]) -> AbstractContextManager[None]:
+    return instead(dict.fromkeys(blocks, lambda hidden_states, **_: hidden_states))

@@ -23,6 +23,7 @@ from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable,
 from slimexport.errors import BadInputError
 from slimexport.pruning import grid
 from slimexport.pruning.blocks import BlockSource, HiddenStates
+from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
@@ -61,6 +62,7 @@ def measure_costs(
     settings: Settings,
     round_to: int,
     identity: Mapping[str, str],
+    curvature: Sequence[BlockCurvature] = (),
     keep: Keeper | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
@@ -69,6 +71,7 @@ def measure_costs(
     Args:
         states: hidden states before block 0 that H is taken from, per batch; overwritten.
         probes: [sequences, length, hidden] before block 0, of the windows whose output is compared.
+        curvature: of every block's outputs, to weight errors by, as the criterion will; none: all count alike.
         keep: given the curves of every block with all cuts that are searched over; None: only probed ones are made.
     """
     started = time.monotonic()
@@ -94,10 +97,13 @@ def measure_costs(
         for H in (of_heads, of_channels):
             check_finite(H, index, settings.dtype)
         W, V = (work.get_parameter(f"{name}.weight").double() for name in names)
+        minded = curvature[index] if curvature else {}
+        weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
+        searched = keep is not None
         with solvable(index):
             pair = (
-                head_curve(W, of_heads, dense, architecture, settings.damping, searched=keep is not None),
-                channel_curve(V, of_channels, dense, round_to, settings.damping, searched=keep is not None),
+                head_curve(W, of_heads, dense, architecture, settings.damping, weightings[0], searched=searched),
+                channel_curve(V, of_channels, dense, round_to, settings.damping, weightings[1], searched=searched),
             )
         if keep is not None:
             keep(index, *pair)
@@ -160,6 +166,7 @@ def head_curve(
     dense: BlockSizes,
     architecture: Architecture,
     damping: float,
+    weighting: Weighting | None = None,
     *,
     searched: bool = False,
 ) -> Curve:
@@ -167,10 +174,11 @@ def head_curve(
 
     Args:
         W: o_proj [out, in] in float64; H: mean x x^T of its inputs, [in, in].
+        weighting: what errors are weighted by; None: all count alike.
         searched: also the cuts that a search chooses from.
     """
     inverse, dead, _ = damped_inverse(H, damping)
-    W = W.masked_fill(dead, 0.0)
+    W = _weighted(W.masked_fill(dead, 0.0), weighting)
     whole = (dense.kv_groups, dense.heads_per_group)
     sizes = grid.legal_heads(dense)
     share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
@@ -195,21 +203,29 @@ def head_curve(
         gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         gone[(torch.tensor(kept[size], device=W.device).unsqueeze(1) * architecture.head_dim + steps).flatten()] = False
         state.eliminate(gone.nonzero().flatten())
-        cuts[size] = _cut(state)
+        cuts[size] = _cut(state, weighting)
     return Curve(errors, probed, choices, cuts)
 
 
 def channel_curve(
-    W: torch.Tensor, H: torch.Tensor, dense: BlockSizes, round_to: int, damping: float, *, searched: bool = False
+    W: torch.Tensor,
+    H: torch.Tensor,
+    dense: BlockSizes,
+    round_to: int,
+    damping: float,
+    weighting: Weighting | None = None,
+    *,
+    searched: bool = False,
 ) -> Curve:
     """Error at every legal channel count, groups of channels going at once between two of them.
 
     Args:
         W: down_proj [out, channels] in float64; H: mean x x^T of its inputs, [channels, channels].
+        weighting: what errors are weighted by; None: all count alike.
         searched: also the cuts that a search chooses from.
     """
     inverse, dead, _ = damped_inverse(H, damping)
-    state = Eliminator(W.masked_fill(dead, 0.0), inverse)
+    state = Eliminator(_weighted(W.masked_fill(dead, 0.0), weighting), inverse)
     counts = legal_channels(dense.channels, round_to)
     probed = grid.probed({count: count / dense.channels for count in counts}, counts[1:])
     choices = grid.searched_channels(counts) if searched else []
@@ -223,13 +239,18 @@ def channel_curve(
             left -= size
         errors[count] = state.error
         if count in probed or count in choices:
-            cuts[count] = _cut(state)
+            cuts[count] = _cut(state, weighting)
     return Curve(errors, probed, choices, cuts)
 
 
-def _cut(state: Eliminator) -> Cut:
+def _weighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
+    return W if weighting is None else weighting.root @ W
+
+
+def _cut(state: Eliminator, weighting: Weighting | None) -> Cut:
     columns = state.alive.nonzero().flatten()
-    return Cut(columns, state.W[:, columns].float())
+    W = state.W[:, columns]
+    return Cut(columns, (W if weighting is None else weighting.inverse @ W).float())
 
 
 def interpolate(errors: Mapping[Any, float], measured: Mapping[Any, float]) -> dict[Any, float]:

@@ -3,7 +3,7 @@ the allocation asks for them, the costs that the plan is made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,12 @@ from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
+from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import prune_blocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.gradients import collect_gradients
 from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH
-from slimexport.pruning.probe import output_logits
+from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
@@ -72,12 +73,14 @@ def prune_model(
     calibration: CalibrationSet,
     config: RunConfig,
     *,
+    curvature: Sequence[BlockCurvature] | None = None,
     sink: BlockSink | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> PrunedModel:
     """Prunes `loaded.model` in place (its tensors become the smaller ones, in the precision they are saved in).
 
-    With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched.
+    With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched. `curvature` is what
+    `curvature_of` gives, None: it is measured here.
     """
     device = resolve_device(config.device)
     model = loaded.model
@@ -96,6 +99,8 @@ def prune_model(
             gradients = collect_gradients(
                 model, loaded.architecture, calibration.input_ids, device=device, dtype=settings.dtype
             )
+        if curvature is None:
+            curvature = curvature_of(loaded, calibration, config)
         states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)
         trace = prune_blocks(
             source=ModelBlocks(model, loaded.architecture),
@@ -107,6 +112,7 @@ def prune_model(
             criterion=criterion,
             settings=settings,
             gradients=gradients,
+            curvature=curvature,
             progress=progress,
         )
         apply_sizes(model.config, loaded.architecture, plan.blocks)
@@ -118,11 +124,13 @@ def measure_model(
     calibration: CalibrationSet,
     config: RunConfig,
     *,
+    curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
     """What each size of each block's heads and channels costs `loaded.model`, which is left as it is.
 
+    `curvature` is what `curvature_of` gives, None: it is measured here.
     `supernet`: a directory for the matrices that a search puts plans together from, made in the same pass.
     """
     device = resolve_device(config.device)
@@ -136,6 +144,8 @@ def measure_model(
     probes, probe_arguments = first_states(model, architecture, _pieces(ids, chosen), settings, whole=True)
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
     keep = None if supernet is None else SupernetWriter(supernet, stored)
+    if curvature is None:
+        curvature = curvature_of(loaded, calibration, config)
     table = measure_costs(
         source=ModelBlocks(model, architecture),
         states=states,
@@ -147,12 +157,34 @@ def measure_model(
         settings=settings,
         round_to=config.round_to,
         identity=identity,
+        curvature=curvature,
         keep=keep,
         progress=progress,
     )
     if keep is not None:
         keep.finish(identity)
     return table
+
+
+def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig) -> Sequence[BlockCurvature]:
+    """What `loaded.model`, which is dense, minds of errors in its blocks' outputs; nothing where that is not wanted."""
+    if not config.resolved_curvature_tokens:
+        return ()
+    device = resolve_device(config.device)
+    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    _full_float32_matmul()
+    model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    chosen = _evenly(len(ids), max(1, config.resolved_curvature_tokens // min(ids.shape[1], PROBE_LENGTH)))
+    with torch.inference_mode(False):
+        states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
+        return measure_curvature(
+            source=ModelBlocks(model, architecture),
+            states=states,
+            arguments=arguments,
+            scores=output_scores(model, architecture, device, config.seed),
+            architecture=architecture,
+            settings=settings,
+        )
 
 
 def search_settings(
@@ -218,7 +250,8 @@ def _away_from(chosen: list[int], available: int) -> list[int]:
 def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:
     """What a cost table was measured on; without `text` (its sha256) as much as is known before it is read."""
     fields = (
-        "calibration_tokens", "sequence_length", "probe_tokens", "seed", "damping", "round_to", "dtype", "save_dtype"
+        "calibration_tokens", "sequence_length", "probe_tokens", "resolved_curvature_tokens", "seed", "damping",
+        "round_to", "dtype", "save_dtype",
     )  # fmt: skip
     known = {"model": fingerprint, **{name: str(getattr(config, name)) for name in fields}, "slimexport": __version__}
     return known if text is None else {**known, "text": text}

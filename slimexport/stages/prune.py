@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from slimexport.texts import mix
 if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
     from slimexport.pruning.allocation import SearchSettings
+    from slimexport.pruning.curvature import BlockCurvature
 
 
 def plan_stage(
@@ -91,9 +93,12 @@ def unread_options(config: RunConfig) -> list[str]:
     ]
     if config.bias_compensation == "on" and config.criterion == "slimgpt":
         notes.append("bias_compensation is not used by criterion slimgpt")
+    if config.curvature_tokens and config.criterion in _UNWEIGHTED and asked not in readers["costs"]:
+        notes.append(f"curvature_tokens is not used by criterion {config.criterion}")
     return notes
 
 
+_UNWEIGHTED = ("fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 _OURS = ("uniform", "incremental", "arithmetic", "explicit", "sensitivity", "search")
 
 
@@ -124,6 +129,7 @@ def measured_costs(
     config: RunConfig,
     place: Path | None,
     progress: Progress,
+    curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
 ) -> CostTable:
     """The costs in `config.costs` or `place`, else measured now and kept in both; `supernet` is made in the same pass,
@@ -140,7 +146,9 @@ def measured_costs(
             table = None  # of an earlier run in this directory, with other options
     if table is None or (supernet is not None and read_grids(supernet, identity) is None):
         with progress.stage("measure"):
-            measured = measure_model(loaded, calibration, config, supernet=supernet, progress=progress.update)
+            measured = measure_model(
+                loaded, calibration, config, curvature=curvature, supernet=supernet, progress=progress.update
+            )
         table = table or measured
     if config.costs is not None and not config.costs.expanduser().exists():
         write_json(config.costs.expanduser(), to_dict(table))
@@ -150,7 +158,12 @@ def measured_costs(
 
 
 def measured_plan(
-    directory: Path, loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, progress: Progress
+    directory: Path,
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    config: RunConfig,
+    progress: Progress,
+    curvature: Sequence[BlockCurvature] | None = None,
 ) -> PruningPlan:
     """The plan of an allocation that needs costs, and, where it does so, searches with them.
 
@@ -161,10 +174,10 @@ def measured_plan(
 
     stored = save_dtype_of(config, loaded)
     if not allocations.searches(allocations.registry.get(config.resolved_allocation)):
-        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress)
+        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature)
         return plan_stage(config, loaded.architecture, stored, costs)
     supernet, state = directory / WORK / "supernet", directory / WORK / "search.json"
-    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, supernet)
+    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, supernet)
     with progress.stage("search"):
         search = search_settings(
             loaded, calibration, config, supernet=supernet, state=state, progress=progress.update
@@ -187,7 +200,15 @@ def prune_stage(
     from slimexport.loading import load_model
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.blocks import DirectorySink
-    from slimexport.pruning.stage import check_criterion, cost_identity, numbers, prepare, prune_model, save_dtype_of
+    from slimexport.pruning.stage import (
+        check_criterion,
+        cost_identity,
+        curvature_of,
+        numbers,
+        prepare,
+        prune_model,
+        save_dtype_of,
+    )
 
     directory.check_free(force=force, resume=resume)
     if force:
@@ -226,8 +247,12 @@ def prune_stage(
     directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
     if not resume:
         remove(directory / WORK)
+    curvature: Sequence[BlockCurvature] = ()
+    if config.resolved_curvature_tokens and (config.ratio or plan_made.blocks != plan_made.dense):
+        with progress.stage("curvature"):
+            curvature = curvature_of(loaded, calibration, config)
     if allocations.needs_costs(allocation) and config.ratio:
-        plan_made = measured_plan(directory.path, loaded, calibration, config, progress)
+        plan_made = measured_plan(directory.path, loaded, calibration, config, progress, curvature)
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
         size = plan_made.dense_estimates.bytes // plan_made.dense_estimates.parameters
@@ -244,7 +269,9 @@ def prune_stage(
         sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=True)
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
-        pruned = prune_model(loaded, plan_made, calibration, config, sink=sink, progress=progress.update)
+        pruned = prune_model(
+            loaded, plan_made, calibration, config, curvature=curvature, sink=sink, progress=progress.update
+        )
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, loaded, config)
     directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint))

@@ -113,6 +113,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "search_seconds": (["--search-seconds", "9.5"], 9.5),
     "search_evaluations": (["--search-evaluations", "12"], 12),
     "refit": (["--refit", "0.5"], 0.5),
+    "curvature_tokens": (["--curvature-tokens", "128"], 128),
     "bias_compensation": (["--bias-compensation", "off"], "off"),
     "first_ratio": (["--first-ratio", "0.1"], 0.1),
     "layout": (["--layout", "uniform"], "uniform"),

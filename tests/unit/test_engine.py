@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from slimexport.loading import LoadedModel
 from slimexport.pruning.blocks import DirectorySink, kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
+from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.planner import make_plan
-from slimexport.pruning.stage import prune_model
+from slimexport.pruning.stage import curvature_of, prune_model
 
 TEXT = TextSource("random", 0, "0" * 64)
 
@@ -93,7 +96,9 @@ def test_shrunk_model_equals_the_masked_dense_model(family: str, layout: str, cr
     assert not torch.allclose(logits(small.model.double()), logits(dense.double()), atol=1e-3)
 
 
-def slow_engine(model: Any, plan: PruningPlan, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def slow_engine(
+    model: Any, plan: PruningPlan, ids: torch.Tensor, curvature: Sequence[BlockCurvature]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """SlimGPT done the direct way: the whole masked model runs, from the embedding, for every single matrix."""
     architecture = architecture_of(model.config, "tiny")
     results = []
@@ -107,6 +112,8 @@ def slow_engine(model: Any, plan: PruningPlan, ids: torch.Tensor) -> list[tuple[
             X = seen[0].reshape(-1, seen[0].shape[-1]).double()
             site = Site(module.weight.double(), X.T @ X / len(X), X.mean(0), plan.dense[index], plan.blocks[index],
                         architecture.head_dim, 8, 1, 0.01)  # fmt: skip
+            if curvature:
+                site = dataclasses.replace(site, weighting=Weighting.of(curvature[index][name], torch.device("cpu")))
             criterion = criteria.get(plan.criterion)
             selection, _ = (criterion.heads if axis == "query" else criterion.channels)(site)
             module.weight.data = selection.W.to(module.weight.dtype)
@@ -115,12 +122,15 @@ def slow_engine(model: Any, plan: PruningPlan, ids: torch.Tensor) -> list[tuple[
     return results
 
 
+@pytest.mark.parametrize("weighted", [0, 128], ids=["plain", "weighted"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_engine_equals_the_direct_algorithm(family: str) -> None:
+def test_engine_equals_the_direct_algorithm(family: str, weighted: int) -> None:
     dense = tiny_model(family)
     plan, text = planned(dense, 0.4), calibration()
-    small = prune_model(loaded(copy.deepcopy(dense)), plan, text, config(refit=0.0))
-    expected = slow_engine(copy.deepcopy(dense), plan, text.input_ids)
+    settings = config(refit=0.0, curvature_tokens=weighted)
+    small = prune_model(loaded(copy.deepcopy(dense)), plan, text, settings)
+    curvature = curvature_of(loaded(dense), text, settings)
+    expected = slow_engine(copy.deepcopy(dense), plan, text.input_ids, curvature)
     architecture = architecture_of(dense.config, "tiny")
     for trace, block, (heads, channels) in zip(small.trace, small.model.model.layers, expected, strict=True):
         kept = kept_of(trace)
@@ -155,7 +165,10 @@ def test_ratio_zero_changes_nothing() -> None:
 def test_stored_precision_is_kept_while_forward_runs_in_float32(dtype: torch.dtype, save: str) -> None:
     dense = tiny_model("llama", dtype=dtype)
     plan, text = planned(dense, 0.4), calibration()
-    reference = prune_model(loaded(copy.deepcopy(dense).to(torch.bfloat16).float()), plan, text, config())
+    whole = copy.deepcopy(dense)
+    for parameter in whole.parameters():  # not the rotary frequencies
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    reference = prune_model(loaded(whole), plan, text, config())
     small = prune_model(loaded(dense), plan, text, config(save_dtype=save))
     assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
     # Block 0 sees the same inputs whatever the others are rounded to: same choice, same weights but for rounding.

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from slimexport.artifacts import BlockSizes
+from slimexport.pruning.curvature import Weighting
 from slimexport.pruning.obs import Selection
 from slimexport.registry import Registry
 
@@ -36,6 +37,7 @@ class Site:
     seed: int = 0
     sources: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    weighting: Weighting | None = None  # of errors by what they do to the model's output; None: all count alike
 
 
 class Criterion(Protocol):

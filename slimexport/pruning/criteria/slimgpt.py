@@ -1,6 +1,11 @@
-"""SlimGPT (arXiv 2412.18110): exact greedy over heads, Dynamic Group Size over channels, compensation by OBS."""
+"""SlimGPT (arXiv 2412.18110): exact greedy over heads, Dynamic Group Size over channels, compensation by OBS.
+
+Where the curvature of the model's output is known, errors are weighted by it; the paper counts all alike.
+"""
 
 from __future__ import annotations
+
+import torch
 
 from slimexport.pruning.criteria import Site, registry
 from slimexport.pruning.obs import Selection, damped_inverse, select_channels, select_heads
@@ -10,7 +15,7 @@ class SlimGPT:
     def heads(self, site: Site) -> tuple[Selection, float]:
         inverse, dead, damping = damped_inverse(site.H, site.damping)
         selection = select_heads(
-            site.W.masked_fill(dead, 0.0),
+            _weighted(site, dead),
             inverse,
             kv_groups=site.dense.kv_groups,
             heads_per_group=site.dense.heads_per_group,
@@ -18,18 +23,27 @@ class SlimGPT:
             keep_groups=site.keep.kv_groups,
             keep_per_group=site.keep.heads_per_group,
         )
-        return selection, damping
+        return _plain(site, selection), damping
 
     def channels(self, site: Site) -> tuple[Selection, float]:
         inverse, dead, damping = damped_inverse(site.H, site.damping)
         selection = select_channels(
-            site.W.masked_fill(dead, 0.0),
+            _weighted(site, dead),
             inverse,
             keep=site.keep.channels,
             group_size_start=site.group_size_start,
             group_size_end=site.group_size_end,
         )
-        return selection, damping
+        return _plain(site, selection), damping
+
+
+def _weighted(site: Site, dead: torch.Tensor) -> torch.Tensor:
+    W = site.W.masked_fill(dead, 0.0)
+    return W if site.weighting is None else site.weighting.root @ W
+
+
+def _plain(site: Site, selection: Selection) -> Selection:
+    return selection if site.weighting is None else site.weighting.plain(selection)
 
 
 registry.register("slimgpt")(SlimGPT())

@@ -1,0 +1,103 @@
+"""How much the model's output minds an error in what a block adds to the residual: the Fisher information there.
+
+G = mean over tokens of g g^T, where g is the gradient of the NLL of tokens that are drawn from the model's own
+distribution, by the outputs of o_proj and of down_proj. tr(D H D^T G) / 2 is then about the KL that a change D of the
+matrix costs (the two factors of LLM Surgeon, arXiv 2312.17244, section 3, after K-FAC, arXiv 1503.05671); the plain
+squared error takes G for the identity. What compensation and re-fit give does not depend on G, what is chosen does.
+
+One pass forwards keeps the hidden states before every block, one backwards runs each block once more: weights are
+loaded twice, one block at a time, and no weight's gradient is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from slimexport.architectures.base import Architecture
+from slimexport.errors import BadInputError
+from slimexport.pruning.blocks import BlockSource, HiddenStates
+from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
+from slimexport.pruning.hessian import check_finite
+from slimexport.pruning.obs import Selection
+
+DAMPING = 0.1  # of G, as a share of its mean diagonal: a few thousand tokens say little about the directions below it
+
+BlockCurvature = Mapping[str, torch.Tensor]
+"""Name of an output matrix -> G, float32 [out, out] on the CPU."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """G^1/2 and its inverse, float64 [out, out]: errors of G^1/2 W are those of W as the model's output sees them."""
+
+    root: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, G: torch.Tensor | None, device: torch.device) -> Weighting | None:
+        """None where there is no G, or where nothing was ever sensitive to this output."""
+        if G is None or not float(G.diagonal().sum()) > 0:
+            return None
+        damped = G.to(device, torch.float64, copy=True)
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        values, vectors = torch.linalg.eigh(damped)
+        roots = values.sqrt()
+        return cls((vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+
+    def plain(self, selection: Selection) -> Selection:
+        """A selection that was made on `root @ W`, with its W as it is to be stored; `error` stays the weighted one."""
+        return replace(selection, W=self.inverse @ selection.W)
+
+
+def measure_curvature(
+    *,
+    source: BlockSource,
+    states: HiddenStates,
+    arguments: Arguments,
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    architecture: Architecture,
+    settings: Settings,
+) -> list[BlockCurvature]:
+    """G of the two outputs of every block of the dense model.
+
+    Args:
+        states: hidden states before block 0, per batch; overwritten.
+        scores: hidden states after the last block -> gradients by them of the drawn tokens' NLL, summed.
+
+    Raises BadInputError where a gradient overflows.
+    """
+    names = (architecture.family.attention_output, architecture.family.ffn_output)
+    batches = range(len(states))
+    tokens = sum(states[batch].shape[0] * states[batch].shape[1] for batch in batches)
+    before: list[list[torch.Tensor]] = []
+    with torch.no_grad():
+        for index in range(len(source)):
+            before.append([states[batch] for batch in batches])
+            work = working_copy(source.load(index), settings)
+            for batch in batches:
+                states[batch] = output(work(states[batch], **arguments(index, batch)))
+                check_finite(states[batch], index, settings.dtype)
+    gradients = [scores(states[batch]) for batch in batches]
+    found: list[BlockCurvature] = []
+    for index in reversed(range(len(source))):
+        work = working_copy(source.load(index), settings)
+        G = {name: torch.zeros(architecture.hidden, architecture.hidden, device=settings.device) for name in names}
+        for batch, entering in zip(batches, before.pop(), strict=True):
+            with torch.enable_grad():
+                entering = entering.detach().requires_grad_()
+                seen = watch(work, names, entering, arguments(index, batch))
+                wanted = [entering, *(seen.outputs[name] for name in names)]
+                gradients[batch], *by_output = torch.autograd.grad(seen.output, wanted, gradients[batch])
+            for name, gradient in zip(names, by_output, strict=True):
+                g = gradient.flatten(0, -2).float()
+                G[name] += g.T @ g
+        if not all(bool(torch.isfinite(total).all()) for total in G.values()):
+            raise BadInputError(
+                f"The gradients of block {index} overflow in {str(settings.dtype).removeprefix('torch.')}: "
+                "use --dtype float32 (or bfloat16)."
+            )
+        found.append({name: (total / tokens).cpu() for name, total in G.items()})
+    return found[::-1]
