@@ -174,6 +174,7 @@ class Bench:
             model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
         )
         spent, curvature = 0.0, curvature_of(self.loaded, calibration, config)
+        weighing = time.monotonic() - started
         if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
             # Costs and supernet are measured once for all ratios and found again; a search is one for each.
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
@@ -188,6 +189,7 @@ class Bench:
         copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)
         made = prune_model(copied, plan, calibration, config, curvature=curvature)
         seconds = {
+            "curvature": weighing,
             "allocation": spent,
             "forward": sum(t.seconds_forward for t in made.trace),
             "hessian": sum(t.seconds_hessian for t in made.trace),
@@ -238,31 +240,61 @@ def _measuring_seconds(costs: Path) -> float:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """Ratios of perplexity to the dense model's, one line a method and calibration."""
-    if not rows:
-        return "no rows yet"
-    lines: dict[tuple[str, str, str, int], dict[float, dict[str, Any]]] = {}
-    for row in rows:
-        where = (row["group"], row["name"], row["calibration"], row["windows"])
-        lines.setdefault(where, {})[row["ratio"]] = row
-    head = ["method", "calibration"]
-    head += [f"{r:.0%}: {what}" for r in RATIOS for what in ("wiki", "KL", "top-1", "worst", "mean")]
+    """One table a ratio: everything that was measured of every row."""
+    parts = []
+    for ratio in RATIOS:
+        body = [_cells(row) for row in _in_order(rows) if row["ratio"] == ratio and "wikitext2" in row["texts"]]
+        head = ["method", "calibration", "wiki", "KL", "top-1", *SHIFTED, "worst", "mean", "ARC-Easy", "s", "GB"]
+        parts.append(f"{ratio:.0%} removed:\n\n{table(head, body)}" if body else f"{ratio:.0%}: no rows yet")
+    return "\n\n".join(parts)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The rows that a user chooses between: ours by default, fast, and other tools."""
     body = []
-    for (group, name, calibration, windows), by_ratio in lines.items():
-        cells = [f"{name}" if group != "allocations" else f"slimgpt, {name}", f"{calibration}, {windows} x 512"]
-        for ratio in RATIOS:
-            texts = by_ratio.get(ratio, {}).get("texts", {})
-            wiki = texts.get("wikitext2")
-            cells += (
-                [f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}", f"{wiki['top1_agreement']:.1%}"] if wiki else ["–"] * 3
-            )
-            if wiki and all(t in texts for t in SHIFTED):
-                found = [t["x_dense"] for t in texts.values()]
-                cells += [f"{max(found):.2f}", f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}"]
-            else:
-                cells += ["–", "–"]
-        body.append(cells)
+    for row in _in_order(rows):
+        wiki = row["texts"].get("wikitext2")
+        if row["group"] not in ("ours", "mix", "fast", "peers") or wiki is None:
+            continue
+        low, high = wiki["x_dense_interval"]
+        body.append([
+            f"{row['ratio']:.0%}", _method(row), f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "",
+            f"{wiki['perplexity']:.2f}", f"{wiki['x_dense']:.2f}", f"{low:.2f}-{high:.2f}", f"{wiki['kl']:.3f}",
+            f"{wiki['top1_agreement']:.1%}", _spread(row)[0],
+        ])  # fmt: skip
+    body.sort(key=lambda cells: cells[0])  # stable: the order of methods stays
+    head = ["ratio", "method", "parameters", "perplexity", "x dense", "interval", "KL", "same top-1", "worst of five"]
     return table(head, body)
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    places = {row.key: place for place, row in enumerate(wanted())}
+    return sorted((row for row in rows if row["key"] in places), key=lambda row: places[row["key"]])
+
+
+def _method(row: dict[str, Any]) -> str:
+    name = f"slimgpt, {row['name']}" if row["group"] == "allocations" else row["name"]
+    return f"{name}, default calibration" if row["calibration"] == "default" else name
+
+
+def _spread(row: dict[str, Any]) -> tuple[str, str]:
+    """The worst of all texts and their geometric mean, as ratios to the dense model."""
+    if not all(text in row["texts"] for text in SHIFTED):
+        return "–", "–"
+    found = [text["x_dense"] for text in row["texts"].values()]
+    return f"{max(found):.2f}", f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    texts, seconds = row["texts"], row["seconds"]
+    wiki = texts["wikitext2"]
+    return [
+        _method(row), f"{row['calibration']}, {row['windows']} x 512", f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
+        f"{wiki['top1_agreement']:.1%}", *(f"{texts[t]['x_dense']:.2f}" if t in texts else "–" for t in SHIFTED),
+        *_spread(row), f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–",
+        f"{sum(s for part, s in seconds.items() if part != 'all') or seconds['all']:.0f}",
+        f"{row['peak_memory_bytes'] / 1e9:.1f}" if row.get("peak_memory_bytes") else "–",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

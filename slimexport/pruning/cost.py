@@ -32,6 +32,7 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     if plan.blocks != plan.dense:
         if config.resolved_curvature_tokens:
             flops += _curvature_operations(plan, architecture, min(config.resolved_curvature_tokens, tokens))
+            memory += 2 * 4 * len(plan.blocks) * architecture.hidden**2
         if config.resolved_refit:
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
