@@ -20,7 +20,7 @@ from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
-from slimexport.pruning.obs import Selection, refit, removal_error
+from slimexport.pruning.obs import Selection, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
 
 SINK = 8.0  # times the median size of the residual: above it a token is an attention sink
@@ -270,4 +270,5 @@ def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: to
     """Relative output error of plain removal and of removal with compensation."""
     plain = torch.zeros_like(W)
     plain[:, columns] = W[:, columns]
-    return removal_error(W, plain, H), removal_error(W, changed, H)
+    before, after = removal_errors(W, (plain, changed), H)
+    return before, after

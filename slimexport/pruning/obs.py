@@ -341,9 +341,13 @@ def select_channels(
     return Selection(kept, state.masked(), state.error)
 
 
-def removal_error(W: torch.Tensor, changed: torch.Tensor, H: torch.Tensor) -> float:
-    """||(W' - W) X||^2 / ||W X||^2 from H = X X^T (any scale), without damping; 0.0 where W X is zero."""
-    H = H.double()
-    D = (changed - W).double()
-    total = float(((W.double() @ H) * W.double()).sum())
-    return max(float(((D @ H) * D).sum()), 0.0) / total if total > 0 else 0.0
+def removal_errors(W: torch.Tensor, changed: Sequence[torch.Tensor], H: torch.Tensor) -> list[float]:
+    """||(W' - W) X||^2 / ||W X||^2 of every W' in `changed`, from H = X X^T (any scale), without damping; 0.0 where W X
+    is zero."""
+    H, W = H.double(), W.double()
+    total = float(((W @ H) * W).sum())
+    found = []
+    for other in changed:
+        D = other.double() - W
+        found.append(max(float(((D @ H) * D).sum()), 0.0) / total if total > 0 else 0.0)
+    return found

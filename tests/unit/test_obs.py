@@ -170,7 +170,17 @@ def test_compensation_never_loses_to_plain_removal() -> None:
         got = obs.select_channels(W, inverse, keep=8, group_size_start=4, group_size_end=1)
         plain = torch.zeros_like(W)
         plain[:, list(got.kept)] = W[:, list(got.kept)]
-        assert obs.removal_error(W, got.W, raw) <= obs.removal_error(W, plain, raw) + 1e-12
+        compensated, uncompensated = obs.removal_errors(W, (got.W, plain), raw)
+        assert compensated <= uncompensated + 1e-12
+
+
+def test_removal_errors_are_those_of_the_outputs() -> None:
+    g = torch.Generator().manual_seed(4)
+    W, other, X = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 5), (3, 5), (5, 40)))
+    found = obs.removal_errors(W, (other, torch.zeros_like(W), W), X @ X.T / 40)
+    direct = float(((other - W) @ X).square().sum() / (W @ X).square().sum())
+    assert found == pytest.approx([direct, 1.0, 0.0], rel=1e-10)
+    assert obs.removal_errors(torch.zeros_like(W), (other,), X @ X.T) == [0.0]
 
 
 def test_keeping_all_changes_nothing() -> None:
