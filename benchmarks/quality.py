@@ -173,17 +173,20 @@ class Bench:
         config = RunConfig(
             model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
         )
+        begun = time.monotonic()
         spent, curvature = 0.0, curvature_of(self.loaded, calibration, config)
-        weighing = time.monotonic() - started
+        weighing = time.monotonic() - begun
         if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
             # Costs and supernet are measured once for all ratios and found again; a search is one for each.
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
             place.mkdir(exist_ok=True)
             (place / WORK / "search.json").unlink(missing_ok=True)
+            search = allocations.searches(allocations.registry.get(config.resolved_allocation))
+            complete = not search or (place / WORK / "supernet").is_dir()
             known, begun = _measuring_seconds(place / COSTS), time.monotonic()
             plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True), curvature)
             measured = _measuring_seconds(place / COSTS)
-            spent = time.monotonic() - begun + (measured if measured == known else 0.0)
+            spent = time.monotonic() - begun + (measured if measured == known and complete else 0.0)
         else:
             plan = plan_stage(config, self.loaded.architecture, "float32")
         copied = prepare(replace(self.loaded, model=copy.deepcopy(self.loaded.model)), config)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import cost
 import quality
-import size
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +24,6 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
     "cost": ("cost.json", cost.render),
-    "size": ("size.json", size.render),
 }
 PLACE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
 

@@ -54,7 +54,8 @@ def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     dense = load_model(RunConfig(model=options.model))
     ids = evaluation_texts(dense.tokenizer, options.data)["wikitext2"][: options.tokens].numpy()
     for name in (DENSE, *(str(path) for path in options.checkpoints)):
-        known = {row["precision"] for row in rows if row["name"] == Path(name).name}
+        same = [row for row in rows if row["name"] == Path(name).name and row["tokens"] == len(ids)]
+        known = {row["precision"] for row in same}
         if known.issuperset(PRECISIONS):
             continue
         model = dense.model if name == DENSE else load(name)[0]
@@ -96,8 +97,9 @@ def points(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
 
 
 def _label(name: str) -> str:
-    """`ours_slimexport_0.3_main_128` -> `30 % pruned`."""
-    return name if name == DENSE else f"{float(name.split('_')[2]):.0%} pruned"
+    """`ours_slimexport_0.3_main_128` -> `ours 30%`."""
+    parts = name.split("_")
+    return name if name == DENSE else f"{parts[0]} {float(parts[-3]):.0%}"
 
 
 def render(rows: list[dict[str, Any]]) -> str:

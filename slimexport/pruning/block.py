@@ -130,16 +130,15 @@ class Block:
         with self.clock.on("selection"):
             H = moments.H()
             W = self._fitted(name, H, moments)
-            site = self._site(name, W, H, moments, QUERY)
             if whole:
                 selection = Selection(self.kept.query_heads, W, 0.0)
             else:
-                selection, used = self.criterion.heads(site)
+                selection, used = self.criterion.heads(self._site(name, W, H, moments, QUERY))
                 self.damping = max(self.damping, used)
             groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
             self.kept = Kept(groups, selection.kept, self.kept.channels)
             columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, site.H)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H)
             self._shrink(name, self.kept, selection, columns)
             for batch, found in enumerate(inputs):
                 inputs[batch] = found[..., columns]
@@ -166,14 +165,13 @@ class Block:
         with self.clock.on("selection"):
             H = moments.H()
             W = self._fitted(name, H, moments)
-            site = self._site(name, W, H, moments, CHANNELS)
             if whole:
                 selection = Selection(self.kept.channels, W, 0.0)
             else:
-                selection, used = self.criterion.channels(site)
+                selection, used = self.criterion.channels(self._site(name, W, H, moments, CHANNELS))
                 self.damping = max(self.damping, used)
             columns = torch.tensor(selection.kept, device=self.settings.device)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, site.H)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H)
             # Attention was sliced already: its indices are the new ones.
             self._shrink(
                 name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns
@@ -222,6 +220,7 @@ class Block:
         weight = f"{name}.weight"
         # float64 copies of the largest matrices: only for who looks at them
         wanted = getattr(self.criterion, "needs_gradients", False)
+        minded = self.curvature.get(name) if getattr(self.criterion, "weighs_errors", False) else None
         sources = {
             w.name: self.home.get_parameter(w.name).to(self.settings.device, torch.float64)
             for w in self.architecture.block_weights()
@@ -237,7 +236,7 @@ class Block:
             W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
             group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
-            gradients=gradients, weighting=Weighting.of(self.curvature.get(name), settings.device),
+            gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
 
     def _shrink(self, name: str, kept: Kept, selection: Selection, columns: torch.Tensor) -> None:

@@ -31,14 +31,17 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     memory = _memory(plan, architecture, tokens)
     if plan.blocks != plan.dense:
         if config.resolved_curvature_tokens:
-            flops += _curvature_operations(plan, architecture, min(config.resolved_curvature_tokens, tokens))
-            memory += 2 * 4 * len(plan.blocks) * architecture.hidden**2
+            measured = min(config.resolved_curvature_tokens, tokens)
+            flops += _curvature_operations(plan, architecture, measured)
+            kept = 2 * 4 * len(plan.blocks) * architecture.hidden**2
+            states = 4 * measured * architecture.hidden * (len(plan.blocks) + 1)
+            memory = kept + max(memory, LIBRARIES_BYTES + plan.dense_estimates.bytes + states)
         if config.resolved_refit:
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
             memory += 4 * 4 * tokens * architecture.hidden  # the dense stream, and what it adds in one block
-        kept = config.costs is not None and config.costs.exists()
-        if config.resolved_allocation in ("sensitivity", "search") and not kept:
+        known = config.costs is not None and config.costs.exists()
+        if config.resolved_allocation in ("sensitivity", "search") and not known:
             more, more_double = _measuring_operations(architecture, tokens, config)
             flops, double = flops + more, double + more_double
             candidates = 2 * len(PROBED_SHARES) * (len(architecture.blocks) + 1) + 1

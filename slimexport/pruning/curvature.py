@@ -12,16 +12,17 @@ loaded twice, one block at a time, and no weight's gradient is ever held.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSource, HiddenStates
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
 from slimexport.pruning.hessian import check_finite
-from slimexport.pruning.obs import Selection
 
 DAMPING = 0.1  # of G, as a share of its mean diagonal: a few thousand tokens say little about the directions below it
 
@@ -31,10 +32,9 @@ BlockCurvature = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Weighting:
-    """G^1/2 and its inverse, float64 [out, out]: errors of G^1/2 W are those of W as the model's output sees them."""
+    """R with R^T R = G, damped: errors of R W, each counting alike, are those of W as the model's output sees them."""
 
-    root: torch.Tensor
-    inverse: torch.Tensor
+    R: torch.Tensor  # [out, out], upper triangular, float64
 
     @classmethod
     def of(cls, G: torch.Tensor | None, device: torch.device) -> Weighting | None:
@@ -43,13 +43,17 @@ class Weighting:
             return None
         damped = G.to(device, torch.float64, copy=True)
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-        values, vectors = torch.linalg.eigh(damped)
-        roots = values.sqrt()
-        return cls((vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T)
+        return cls(torch.linalg.cholesky(damped, upper=True))
 
-    def plain(self, selection: Selection) -> Selection:
-        """A selection that was made on `root @ W`, with its W as it is to be stored; `error` stays the weighted one."""
-        return replace(selection, W=self.inverse @ selection.W)
+
+def weighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
+    """W [out, in], or R W where errors are weighted."""
+    return W if weighting is None else weighting.R @ W
+
+
+def unweighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
+    """The W that `weighted` turns into this one. Columns of zeros stay zeros."""
+    return W if weighting is None else torch.linalg.solve_triangular(weighting.R, W, upper=True)
 
 
 def measure_curvature(
@@ -86,7 +90,7 @@ def measure_curvature(
         work = working_copy(source.load(index), settings)
         G = {name: torch.zeros(architecture.hidden, architecture.hidden, device=settings.device) for name in names}
         for batch, entering in zip(batches, before.pop(), strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), _repeatable(settings.device):
                 entering = entering.detach().requires_grad_()
                 seen = watch(work, names, entering, arguments(index, batch))
                 wanted = [entering, *(seen.outputs[name] for name in names)]
@@ -101,3 +105,8 @@ def measure_curvature(
             )
         found.append({name: (total / tokens).cpu() for name, total in G.items()})
     return found[::-1]
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Within it, attention's backward pass gives the same bits again: CUDA's fused ones do not."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)

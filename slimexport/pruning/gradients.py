@@ -57,7 +57,7 @@ def collect_gradients(
     ]
     wanted = {full for block in names for full in block.values()}
     for name, parameter in model.named_parameters():
-        _check(name, parameter, name in wanted)
+        check_differentiable(name, parameter, name in wanted)
     model.eval()
 
     # The caller may have switched gradients off, in either of torch's two ways.
@@ -83,7 +83,8 @@ def collect_gradients(
     return [{name: sums[full] for name, full in block.items()} for block in names]
 
 
-def _check(name: str, parameter: nn.Parameter, wanted: bool) -> None:
+def check_differentiable(name: str, parameter: nn.Parameter, wanted: bool) -> None:
+    """Raises BadInputError where autograd cannot pass through `parameter`, or cannot go to it where that is wanted."""
     if wanted and not parameter.is_floating_point():
         kind = str(parameter.dtype).removeprefix("torch.")
         raise BadInputError(f"{name} is stored as {kind}, which has no gradient: use a model with float weights.")

@@ -119,7 +119,7 @@ def output_scores(
             for sequence in states.split(1):  # logits of a whole batch would be gigabytes
                 leaf = sequence.detach().to(home, torch.float32).requires_grad_()
                 logits = model(inputs_embeds=leaf, use_cache=False).logits[0].float()
-                # Drawn on the CPU, so that the tokens are the same on every device.
+                # Drawn on the CPU, so that every device draws by the same numbers.
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 nll = nn.functional.cross_entropy(logits, drawn.to(home), reduction="sum")
                 gradients.append(torch.autograd.grad(nll, leaf)[0])

@@ -5,7 +5,7 @@ block's own output error after compensation at every legal size. The output erro
 no meaning across blocks (massive activations), so its scale is measured: at a few sizes the compensated block is put
 into the dense model and the KL of the output is taken. Between those sizes the cost is interpolated, log KL over log
 error. The same cuts are also made in all blocks at once, heads and channels apart: with heads the whole is more than
-the sum of its parts. Only forward passes are needed, and one pass over the weights.
+the sum of its parts. Only forward passes are needed, and one pass over the weights (curvature has its own).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable,
 from slimexport.errors import BadInputError
 from slimexport.pruning import grid
 from slimexport.pruning.blocks import BlockSource, HiddenStates
-from slimexport.pruning.curvature import BlockCurvature, Weighting
+from slimexport.pruning.curvature import BlockCurvature, Weighting, unweighted, weighted
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
@@ -98,9 +98,9 @@ def measure_costs(
             check_finite(H, index, settings.dtype)
         W, V = (work.get_parameter(f"{name}.weight").double() for name in names)
         minded = curvature[index] if curvature else {}
-        weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
         searched = keep is not None
         with solvable(index):
+            weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
             pair = (
                 head_curve(W, of_heads, dense, architecture, settings.damping, weightings[0], searched=searched),
                 channel_curve(V, of_channels, dense, round_to, settings.damping, weightings[1], searched=searched),
@@ -178,7 +178,7 @@ def head_curve(
         searched: also the cuts that a search chooses from.
     """
     inverse, dead, _ = damped_inverse(H, damping)
-    W = _weighted(W.masked_fill(dead, 0.0), weighting)
+    W = weighted(W.masked_fill(dead, 0.0), weighting)
     whole = (dense.kv_groups, dense.heads_per_group)
     sizes = grid.legal_heads(dense)
     share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
@@ -225,7 +225,7 @@ def channel_curve(
         searched: also the cuts that a search chooses from.
     """
     inverse, dead, _ = damped_inverse(H, damping)
-    state = Eliminator(_weighted(W.masked_fill(dead, 0.0), weighting), inverse)
+    state = Eliminator(weighted(W.masked_fill(dead, 0.0), weighting), inverse)
     counts = legal_channels(dense.channels, round_to)
     probed = grid.probed({count: count / dense.channels for count in counts}, counts[1:])
     choices = grid.searched_channels(counts) if searched else []
@@ -243,14 +243,9 @@ def channel_curve(
     return Curve(errors, probed, choices, cuts)
 
 
-def _weighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
-    return W if weighting is None else weighting.root @ W
-
-
 def _cut(state: Eliminator, weighting: Weighting | None) -> Cut:
     columns = state.alive.nonzero().flatten()
-    W = state.W[:, columns]
-    return Cut(columns, (W if weighting is None else weighting.inverse @ W).float())
+    return Cut(columns, unweighted(state.W[:, columns], weighting).float())
 
 
 def interpolate(errors: Mapping[Any, float], measured: Mapping[Any, float]) -> dict[Any, float]:

@@ -20,7 +20,7 @@ from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import prune_blocks
 from slimexport.pruning.forward import Settings, first_states
-from slimexport.pruning.gradients import collect_gradients
+from slimexport.pruning.gradients import check_differentiable, collect_gradients
 from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH
 from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
@@ -167,13 +167,18 @@ def measure_model(
 
 
 def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig) -> Sequence[BlockCurvature]:
-    """What `loaded.model`, which is dense, minds of errors in its blocks' outputs; nothing where that is not wanted."""
+    """What `loaded.model`, which is dense, minds of errors in its blocks' outputs; nothing where that is not wanted.
+
+    Raises BadInputError for a model that was made under `torch.inference_mode()`.
+    """
     if not config.resolved_curvature_tokens:
         return ()
     device = resolve_device(config.device)
     settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    for name, parameter in model.named_parameters():
+        check_differentiable(name, parameter, wanted=False)
     chosen = _evenly(len(ids), max(1, config.resolved_curvature_tokens // min(ids.shape[1], PROBE_LENGTH)))
     with torch.inference_mode(False):
         states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
@@ -250,10 +255,14 @@ def _away_from(chosen: list[int], available: int) -> list[int]:
 def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict[str, str]:
     """What a cost table was measured on; without `text` (its sha256) as much as is known before it is read."""
     fields = (
-        "calibration_tokens", "sequence_length", "probe_tokens", "resolved_curvature_tokens", "seed", "damping",
-        "round_to", "dtype", "save_dtype",
+        "calibration_tokens", "sequence_length", "probe_tokens", "seed", "damping", "round_to", "dtype", "save_dtype"
     )  # fmt: skip
-    known = {"model": fingerprint, **{name: str(getattr(config, name)) for name in fields}, "slimexport": __version__}
+    known = {
+        "model": fingerprint,
+        **{name: str(getattr(config, name)) for name in fields},
+        "curvature_tokens": str(config.resolved_curvature_tokens),
+        "slimexport": __version__,
+    }
     return known if text is None else {**known, "text": text}
 
 

@@ -240,10 +240,10 @@ def test_half_a_block_does_not_count_and_a_changed_one_is_refused(tmp_path: Path
 def test_cuda_prunes_like_the_cpu(dtype: str) -> None:
     dense = tiny_model("llama")
     plan, text = planned(dense, 0.4), calibration()
-    cpu = prune_model(loaded(copy.deepcopy(dense)), plan, text, config())
-    gpu = prune_model(
-        loaded(copy.deepcopy(dense)), plan, text, config().model_copy(update={"device": "cuda", "dtype": dtype})
-    )
+    # Unweighted: a token that is drawn differently where logits are rounded to bfloat16 would change what is chosen.
+    cpu = prune_model(loaded(copy.deepcopy(dense)), plan, text, config(curvature_tokens=0))
+    on_cuda = config(curvature_tokens=0).model_copy(update={"device": "cuda", "dtype": dtype})
+    gpu = prune_model(loaded(copy.deepcopy(dense)), plan, text, on_cuda)
     assert kept_of(cpu.trace[0]).query_heads == kept_of(gpu.trace[0]).query_heads
     if dtype == "float32":
         torch.testing.assert_close(logits(cpu.model), logits(gpu.model), rtol=1e-3, atol=1e-2)

@@ -5,13 +5,18 @@ Where the curvature of the model's output is known, errors are weighted by it; t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from slimexport.pruning.criteria import Site, registry
+from slimexport.pruning.curvature import unweighted, weighted
 from slimexport.pruning.obs import Selection, damped_inverse, select_channels, select_heads
 
 
 class SlimGPT:
+    weighs_errors = True
+
     def heads(self, site: Site) -> tuple[Selection, float]:
         inverse, dead, damping = damped_inverse(site.H, site.damping)
         selection = select_heads(
@@ -38,12 +43,11 @@ class SlimGPT:
 
 
 def _weighted(site: Site, dead: torch.Tensor) -> torch.Tensor:
-    W = site.W.masked_fill(dead, 0.0)
-    return W if site.weighting is None else site.weighting.root @ W
+    return weighted(site.W.masked_fill(dead, 0.0), site.weighting)
 
 
 def _plain(site: Site, selection: Selection) -> Selection:
-    return selection if site.weighting is None else site.weighting.plain(selection)
+    return replace(selection, W=unweighted(selection.W, site.weighting))
 
 
 registry.register("slimgpt")(SlimGPT())
