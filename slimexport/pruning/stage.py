@@ -13,6 +13,7 @@ from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
+from slimexport.pruning import allocation
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
 from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
@@ -166,12 +167,19 @@ def measure_model(
     return table
 
 
+def weighs_errors(config: RunConfig) -> bool:
+    """Whether there are tokens to measure curvature on, and a criterion or an allocation that reads it."""
+    weighs = getattr(criteria.get(config.criterion), "weighs_errors", False)
+    measures = allocation.needs_costs(allocation.registry.get(config.resolved_allocation))
+    return bool(config.resolved_curvature_tokens) and (weighs or measures)
+
+
 def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig) -> Sequence[BlockCurvature]:
     """What `loaded.model`, which is dense, minds of errors in its blocks' outputs; nothing where that is not wanted.
 
     Raises BadInputError for a model that was made under `torch.inference_mode()`.
     """
-    if not config.resolved_curvature_tokens:
+    if not weighs_errors(config):
         return ()
     device = resolve_device(config.device)
     settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))

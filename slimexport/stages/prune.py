@@ -208,6 +208,7 @@ def prune_stage(
         prepare,
         prune_model,
         save_dtype_of,
+        weighs_errors,
     )
 
     directory.check_free(force=force, resume=resume)
@@ -248,7 +249,7 @@ def prune_stage(
     if not resume:
         remove(directory / WORK)
     curvature: Sequence[BlockCurvature] = ()
-    if config.resolved_curvature_tokens and (config.ratio or plan_made.blocks != plan_made.dense):
+    if weighs_errors(config) and (config.ratio or plan_made.blocks != plan_made.dense):
         with progress.stage("curvature"):
             curvature = curvature_of(loaded, calibration, config)
     if allocations.needs_costs(allocation) and config.ratio:

@@ -210,7 +210,8 @@ def test_criteria_that_do_not_weigh_get_nothing_to_weigh_by(monkeypatch: pytest.
 
 def test_nothing_is_measured_where_nothing_is_weighted() -> None:
     model, text = tiny_model(), calibration()
-    for off in ({"fast": True}, {"criterion": "flap"}, {"curvature_tokens": 0}):
+    unread = {"criterion": "flap", "curvature_tokens": 64, "fast": True}
+    for off in ({"fast": True}, {"criterion": "flap"}, {"curvature_tokens": 0}, unread):
         assert curvature_of(loaded(model), text, config(**off)) == ()
 
 
