@@ -111,7 +111,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     body = [
         [
             row["model"], f"{row['tokens']:,}", row["mode"], f"{row['dense_forward']:.1f}",
-            *(f"{row['seconds'].get(p, 0.0):.1f}" for p in parts), f"{row['dense_passes']:.1f}",
+            *(f"{row['seconds'][p]:.1f}" if p in row["seconds"] else "–" for p in parts), f"{row['dense_passes']:.1f}",
             f"{row['selection_share']:.0%}",
         ]
         for row in rows
