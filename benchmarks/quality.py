@@ -176,13 +176,13 @@ class Bench:
         begun = time.monotonic()
         spent, curvature = 0.0, curvature_of(self.loaded, calibration, config)
         weighing = time.monotonic() - begun
-        if allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
+        allocation = allocations.registry.get(config.resolved_allocation)
+        if allocations.needs_costs(allocation):
             # Costs and supernet are measured once for all ratios and found again; a search is one for each.
             place = self.options.work / f"costs-{calibration.source.sha256[:16]}"
             place.mkdir(exist_ok=True)
             (place / WORK / "search.json").unlink(missing_ok=True)
-            search = allocations.searches(allocations.registry.get(config.resolved_allocation))
-            complete = not search or (place / WORK / "supernet").is_dir()
+            complete = not allocations.searches(allocation) or (place / WORK / "supernet").is_dir()
             known, begun = _measuring_seconds(place / COSTS), time.monotonic()
             plan = measured_plan(place, self.loaded, calibration, config, Progress(quiet=True), curvature)
             measured = _measuring_seconds(place / COSTS)

@@ -24,13 +24,14 @@ LIBRARIES_BYTES = 600_000_000  # interpreter with torch and transformers loaded
 def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) -> PruningPlan:
     """`plan` with an estimate of the prune stage's time and peak memory; takes about a second to measure the rate."""
     from slimexport.loading import resolve_device
+    from slimexport.pruning.stage import weighs_errors
 
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
     memory = _memory(plan, architecture, tokens)
     if plan.blocks != plan.dense:
-        if config.resolved_curvature_tokens:
+        if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
             flops += _curvature_operations(plan, architecture, measured)
             kept = 2 * 4 * len(plan.blocks) * architecture.hidden**2

@@ -93,12 +93,14 @@ def unread_options(config: RunConfig) -> list[str]:
     ]
     if config.bias_compensation == "on" and config.criterion == "slimgpt":
         notes.append("bias_compensation is not used by criterion slimgpt")
-    if config.curvature_tokens and config.criterion in _UNWEIGHTED and asked not in readers["costs"]:
-        notes.append(f"curvature_tokens is not used by criterion {config.criterion}")
+    if config.curvature_tokens:  # only then, as the answer needs torch
+        from slimexport.pruning.stage import weighs_errors
+
+        if not weighs_errors(config):
+            notes.append(f"curvature_tokens is not used by criterion {config.criterion}")
     return notes
 
 
-_UNWEIGHTED = ("fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 _OURS = ("uniform", "incremental", "arithmetic", "explicit", "sensitivity", "search")
 
 
