@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accuracy import Reference, dense_reference, evaluate
 from common import RESULTS, load_rows, save_rows, table
-from texts import calibration_windows, evaluation_texts
+from texts import WINDOW, calibration_windows, evaluation_texts
 
 from slimexport.artifacts import CalibrationSet, CostTable, TextSource, from_dict, read_json, staged_directory
 from slimexport.checkpoint import load
@@ -39,12 +39,14 @@ from slimexport.run_directory import COSTS, WORK
 RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
+CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
 SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned model. `options` are fields of RunConfig; `calibration` is main, default, or seed-N."""
+    """One pruned model. `options` are fields of RunConfig; `calibration` is main, seed-N, default, or what --calibration
+    takes; `windows` of it have `length` tokens each."""
 
     group: str
     name: str
@@ -53,10 +55,12 @@ class Row:
     windows: int = 128
     options: dict[str, Any] = field(default_factory=dict)
     peer: dict[str, Any] = field(default_factory=dict)
+    length: int = WINDOW
 
     @property
     def key(self) -> str:
-        return f"{self.group}/{self.name}/{self.ratio:g}/{self.calibration}/{self.windows}"
+        length = f"x{self.length}" if self.length != WINDOW else ""
+        return f"{self.group}/{self.name}/{self.ratio:g}/{self.calibration}/{self.windows}{length}"
 
 
 def wanted() -> Iterator[Row]:
@@ -84,6 +88,12 @@ def wanted() -> Iterator[Row]:
         yield Row("seeds", "slimexport", 0.3, calibration=f"seed-{seed}", windows=64)
     for windows in (16, 32, 64):
         yield Row("sizes", "slimexport", 0.3, windows=windows)
+    for source in ("default", "wikipedia", "self"):
+        yield Row("sources", "slimexport", 0.3, calibration=source, windows=64)
+    for length in (128, 1024):
+        yield Row("lengths", "slimexport", 0.3, windows=64 * WINDOW // length, length=length)
+    for windows in (128, 512):
+        yield Row("more", "slimexport --fast", 0.3, calibration="wikipedia", windows=windows, options={"fast": True})
 
 
 def main() -> None:
@@ -171,7 +181,11 @@ class Bench:
         from slimexport.stages.prune import measured_plan, plan_stage
 
         config = RunConfig(
-            model=self.options.model, ratio=row.ratio, calibration_tokens=calibration.input_ids.numel(), **row.options
+            model=self.options.model,
+            ratio=row.ratio,
+            calibration_tokens=calibration.input_ids.numel(),
+            sequence_length=row.length,
+            **row.options,
         )
         begun = time.monotonic()
         spent, curvature = 0.0, curvature_of(self.loaded, calibration, config)
@@ -209,13 +223,17 @@ class Bench:
         }
 
     def calibration(self, row: Row) -> CalibrationSet:
-        if row.calibration == "default":
+        seed = int(row.calibration.removeprefix("seed-")) if row.calibration.startswith("seed-") else None
+        if row.calibration != "main" and seed is None:
             from slimexport.calibration import calibrate
 
-            config = RunConfig(model=self.options.model, calibration_tokens=row.windows * 512)
+            named = {} if row.calibration == "default" else {"calibration": row.calibration}
+            tokens = {"calibration_tokens": row.windows * row.length, "sequence_length": row.length}
+            config = RunConfig(model=self.options.model, **named, **tokens)
             return calibrate(config, self.loaded.tokenizer, self.loaded.model)
-        seed = int(row.calibration.removeprefix("seed-")) if row.calibration.startswith("seed-") else None
-        ids = calibration_windows(self.loaded.tokenizer, self.options.data, seed=seed, windows=row.windows)
+        windows = row.windows * row.length // WINDOW
+        ids = calibration_windows(self.loaded.tokenizer, self.options.data, seed=seed, windows=windows)
+        ids = ids.reshape(-1, row.length)  # the windows follow each other in the text
         import hashlib
 
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
@@ -242,14 +260,23 @@ def _measuring_seconds(costs: Path) -> float:
     return from_dict(CostTable, read_json(costs), str(costs)).seconds if costs.is_file() else 0.0
 
 
+HEAD = ["method", "calibration", "wiki", "KL", "top-1", *SHIFTED, "worst", "mean", "ARC-Easy", "s", "GB"]
+
+
 def render(rows: list[dict[str, Any]]) -> str:
-    """One table a ratio: everything that was measured of every row."""
+    """One table a ratio: everything that was measured of every method."""
     parts = []
     for ratio in RATIOS:
-        body = [_cells(row) for row in _in_order(rows) if row["ratio"] == ratio and "wikitext2" in row["texts"]]
-        head = ["method", "calibration", "wiki", "KL", "top-1", *SHIFTED, "worst", "mean", "ARC-Easy", "s", "GB"]
-        parts.append(f"{ratio:.0%} removed:\n\n{table(head, body)}" if body else f"{ratio:.0%}: no rows yet")
+        of_ratio = [row for row in _in_order(rows) if row["ratio"] == ratio and row["group"] not in CALIBRATIONS]
+        body = [_cells(row) for row in of_ratio if "wikitext2" in row["texts"]]
+        parts.append(f"{ratio:.0%} removed:\n\n{table(HEAD, body)}" if body else f"{ratio:.0%}: no rows yet")
     return "\n\n".join(parts)
+
+
+def calibrations(rows: list[dict[str, Any]]) -> str:
+    """What the calibration text does: its draw, size, source, and the length of its windows; 30 % removed."""
+    of = [row for row in _in_order(rows) if row["group"] in CALIBRATIONS and "wikitext2" in row["texts"]]
+    return table(HEAD, [_cells(row) for row in of])
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -277,7 +304,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _method(row: dict[str, Any]) -> str:
     name = f"slimgpt, {row['name']}" if row["group"] == "allocations" else row["name"]
-    return f"{name}, default calibration" if row["calibration"] == "default" else name
+    return f"{name}, default calibration" if row["group"] == "mix" else name
 
 
 def _spread(row: dict[str, Any]) -> tuple[str, str]:
@@ -292,7 +319,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     texts, seconds = row["texts"], row["seconds"]
     wiki = texts["wikitext2"]
     return [
-        _method(row), f"{row['calibration']}, {row['windows']} x 512", f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
+        _method(row), f"{row['calibration']}, {row['windows']} x {row.get('length', WINDOW)}", f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
         f"{wiki['top1_agreement']:.1%}", *(f"{texts[t]['x_dense']:.2f}" if t in texts else "–" for t in SHIFTED),
         *_spread(row), f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–",
         f"{sum(s for part, s in seconds.items() if part != 'all') or seconds['all']:.0f}",

@@ -23,6 +23,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "pruning.md")
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
+    "quality-calibration": ("quality.json", quality.calibrations),
     "cost": ("cost.json", cost.render),
 }
 PLACE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)

@@ -43,11 +43,16 @@ STAGE_ORDER = ("prune", "export", "verify")
 
 @dataclass(frozen=True)
 class PruneRecord:
-    """prune.json: what was kept in every block, at what error and cost, and the checkpoint it became."""
+    """prune.json: what was kept in every block, at what error and cost, and the checkpoint it became.
+
+    Seconds of what goes before the first block: the curvature of the output, and planning by measured costs.
+    """
 
     trace: tuple[BlockTrace, ...]
     calibration: TextSource
     checkpoint: ShrunkCheckpoint
+    seconds_curvature: float = 0.0
+    seconds_allocation: float = 0.0
 
 
 @dataclass(frozen=True)

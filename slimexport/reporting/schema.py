@@ -48,9 +48,13 @@ class PruningSummary:
     seconds_hessian: float
     seconds_selection: float
     peak_memory_bytes: int
+    seconds_curvature: float = 0.0
+    seconds_allocation: float = 0.0
 
     @classmethod
-    def from_trace(cls, trace: tuple[BlockTrace, ...]) -> PruningSummary:
+    def from_trace(
+        cls, trace: tuple[BlockTrace, ...], seconds_curvature: float = 0.0, seconds_allocation: float = 0.0
+    ) -> PruningSummary:
         blocks = tuple(
             BlockSummary(
                 block=t.block,
@@ -69,6 +73,8 @@ class PruningSummary:
             seconds_hessian=sum(t.seconds_hessian for t in trace),
             seconds_selection=sum(t.seconds_selection for t in trace),
             peak_memory_bytes=max((t.peak_memory_bytes for t in trace), default=0),
+            seconds_curvature=seconds_curvature,
+            seconds_allocation=seconds_allocation,
         )
 
 

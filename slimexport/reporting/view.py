@@ -172,9 +172,15 @@ def timings(report: Report) -> str:
     parts = [f"{stage} {seconds(value)}" for stage, value in report.seconds.items()]
     if report.pruning:
         p = report.pruning
-        split = (p.seconds_forward, p.seconds_hessian, p.seconds_selection)
-        named = zip(("forward", "Hessian", "selection"), split, strict=True)
-        parts.append(f"of pruning: {', '.join(f'{name} {seconds(value)}' for name, value in named)}")
+        split = {
+            "curvature": p.seconds_curvature,
+            "allocation": p.seconds_allocation,
+            "forward": p.seconds_forward,
+            "Hessian": p.seconds_hessian,
+            "selection": p.seconds_selection,
+        }
+        named = ", ".join(f"{name} {seconds(value)}" for name, value in split.items() if value)
+        parts.append(f"of pruning: {named}")
         parts.append(f"peak memory of pruning {p.peak_memory_bytes / 1e9:.2f} GB")
     return "; ".join(parts)
 

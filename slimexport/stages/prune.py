@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,11 +252,14 @@ def prune_stage(
     if not resume:
         remove(directory / WORK)
     curvature: Sequence[BlockCurvature] = ()
+    spent = [time.monotonic()]
     if weighs_errors(config) and (config.ratio or plan_made.blocks != plan_made.dense):
         with progress.stage("curvature"):
             curvature = curvature_of(loaded, calibration, config)
+    spent.append(time.monotonic())
     if allocations.needs_costs(allocation) and config.ratio:
         plan_made = measured_plan(directory.path, loaded, calibration, config, progress, curvature)
+    spent.append(time.monotonic())
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
         size = plan_made.dense_estimates.bytes // plan_made.dense_estimates.parameters
@@ -277,7 +281,8 @@ def prune_stage(
         )
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, loaded, config)
-    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint))
+    weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
+    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighing, allocating))
     directory.finish("prune", key, time.monotonic() - started)
     sink.discard()
     return checkpoint

@@ -13,7 +13,7 @@ from slimexport.stages.inputs import export_names
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
     from slimexport.progress import Progress
-    from slimexport.reporting import Report
+    from slimexport.reporting import PruningSummary, Report
 
 
 def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress) -> Report:
@@ -31,7 +31,7 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
         checkpoint=record.checkpoint,
         verification=verified.report,
         gates=gate.evaluate(config.all_gates(), verified.report),
-        pruning=reporting.PruningSummary.from_trace(record.trace) if record.trace else None,
+        pruning=_summary(record),
         calibration=record.calibration,
         evaluation=verified.evaluation,
         exports={name: load_artifact(directory / name) for name in export_names(config)},
@@ -42,6 +42,14 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
     with progress.stage("report"):
         reporting.write_report(made, directory / REPORT)
     return made
+
+
+def _summary(record: PruneRecord) -> PruningSummary | None:
+    from slimexport.reporting import PruningSummary
+
+    if not record.trace:
+        return None
+    return PruningSummary.from_trace(record.trace, record.seconds_curvature, record.seconds_allocation)
 
 
 def _command() -> str | None:

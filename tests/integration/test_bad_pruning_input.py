@@ -13,6 +13,7 @@ from models import tiny_directory
 from test_bad_input import Result, cli, good, model, prune, refused, text  # noqa: F401
 
 QUICK = {"ratio": 0.4, "round_to": 8, "probe_tokens": 64}
+UNPROBED = {"ratio": 0.4, "round_to": 8}  # where nothing is probed
 
 
 @pytest.fixture
@@ -92,6 +93,28 @@ def test_costs_are_kept_and_used_again(cli: Callable[..., Result], model: Path, 
     assert (again / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
     weights = "checkpoint/model.safetensors"
     assert (again / weights).read_bytes() == (pruned / weights).read_bytes()
+
+
+def test_curvature_is_measured_once_for_costs_and_pruning(
+    cli: Callable[..., Result],  # noqa: F811
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from slimexport.pruning import stage
+
+    measured = []
+    original = stage.measure_curvature
+    monkeypatch.setattr(stage, "measure_curvature", lambda **given: measured.append(1) or original(**given))
+    code, _, err = cli("prune", model, output=tmp_path / "out", **QUICK)
+    assert code == 0, err
+    assert len(measured) == 1
+    record = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert record["seconds_curvature"] > 0
+    assert record["seconds_allocation"] > 0
+    code, _, err = cli("prune", model, output=tmp_path / "paper", curvature_tokens=0, allocation="uniform", **UNPROBED)
+    assert code == 0, err
+    assert len(measured) == 1
 
 
 def test_costs_of_another_model_or_text(

@@ -67,7 +67,7 @@ def report(gates: tuple[str, ...] = ("ratio(accuracy.perplexity)<=1.5", "speedup
         "checkpoint": ShrunkCheckpoint("checkpoint", 107_900_000, 431_600_000, {"config.json": "cd" * 32}, 0.0),
         "verification": verification,
         "gates": evaluate(made, verification),
-        "pruning": PruningSummary(blocks, 21.0, 14.2, 17.9, 1_900_000_000),
+        "pruning": PruningSummary(blocks, 21.0, 14.2, 17.9, 1_900_000_000, 0.0, 33.0),
         "calibration": TextSource("English Wikipedia excerpt of gensim", 32768, "12" * 32, "CC BY-SA/GFDL"),
         "evaluation": TextSource("English Wikipedia excerpt, evaluation part", 16384, "34" * 32),
         "exports": {

@@ -190,6 +190,12 @@ def test_pruning_summary_from_a_trace() -> None:
     assert made.blocks[1].notes == ("dead",)
 
 
+def test_timings_name_only_what_was_done() -> None:
+    said = view.timings(report_data.report())
+    assert "of pruning: allocation 33 s, forward 21 s, Hessian 14 s, selection 18 s" in said
+    assert "curvature" not in said
+
+
 # -------------------------------------------------------------------------------------------------- Markdown, HTML
 
 
