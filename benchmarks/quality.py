@@ -45,8 +45,8 @@ SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
 
 @dataclass(frozen=True)
 class Row:
-    """One pruned model. `options` are fields of RunConfig; `calibration` is main, seed-N, default, or what --calibration
-    takes; `windows` of it have `length` tokens each."""
+    """One pruned model. `options` are fields of RunConfig; `calibration` is main, seed-N, default, or a value of
+    --calibration; `windows` of it have `length` tokens each."""
 
     group: str
     name: str
@@ -318,8 +318,9 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
 def _cells(row: dict[str, Any]) -> list[str]:
     texts, seconds = row["texts"], row["seconds"]
     wiki = texts["wikitext2"]
+    text = f"{row['calibration']}, {row['windows']} x {row.get('length', WINDOW)}"
     return [
-        _method(row), f"{row['calibration']}, {row['windows']} x {row.get('length', WINDOW)}", f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
+        _method(row), text, f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
         f"{wiki['top1_agreement']:.1%}", *(f"{texts[t]['x_dense']:.2f}" if t in texts else "–" for t in SHIFTED),
         *_spread(row), f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–",
         f"{sum(s for part, s in seconds.items() if part != 'all') or seconds['all']:.0f}",
