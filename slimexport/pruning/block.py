@@ -138,8 +138,9 @@ class Block:
             groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
             self.kept = Kept(groups, selection.kept, self.kept.channels)
             columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H)
-            self._shrink(name, self.kept, selection, columns)
+            bias = self._bias(name, selection)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
+            self._shrink(name, self.kept, selection.W[:, columns], bias)
             for batch, found in enumerate(inputs):
                 inputs[batch] = found[..., columns]
         return inputs, errors
@@ -171,11 +172,11 @@ class Block:
                 selection, used = self.criterion.channels(self._site(name, W, H, moments, CHANNELS))
                 self.damping = max(self.damping, used)
             columns = torch.tensor(selection.kept, device=self.settings.device)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H)
+            bias = self._bias(name, selection)
+            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
             # Attention was sliced already: its indices are the new ones.
-            self._shrink(
-                name, dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept), selection, columns
-            )
+            kept = dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept)
+            self._shrink(name, kept, selection.W[:, columns], bias)
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
         if self.targets is not None and self.family.ffn_factor is not None:
             self._fit_factor(self.family.ffn_factor, attention, self.targets)
@@ -239,15 +240,21 @@ class Block:
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
 
-    def _shrink(self, name: str, kept: Kept, selection: Selection, columns: torch.Tensor) -> None:
-        tensors = {f"{name}.weight": selection.W[:, columns]}
-        bias = f"{name}.bias"
-        if selection.bias is not None and self.settings.biases:
-            if any(w.name == bias for w in self.architecture.block_weights()):
-                old = self.home.get_parameter(bias).to(self.settings.device, torch.float64)
-                tensors[bias] = old + selection.bias
-            else:
-                self.notes.append(f"{name} has no bias: what it would have compensated is lost")
+    def _bias(self, name: str, selection: Selection) -> torch.Tensor | None:
+        """The part of the output that the criterion puts into the bias, where there is one and it may."""
+        if selection.bias is None or not self.settings.biases:
+            return None
+        if any(w.name == f"{name}.bias" for w in self.architecture.block_weights()):
+            return selection.bias
+        self.notes.append(f"{name} has no bias: what it would have compensated is lost")
+        return None
+
+    def _shrink(self, name: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """`W` [out, kept] becomes the matrix; `bias` [out] is added to its bias."""
+        tensors = {f"{name}.weight": W}
+        if bias is not None:
+            old = self.home.get_parameter(f"{name}.bias").to(self.settings.device, torch.float64)
+            tensors[f"{name}.bias"] = old + bias
         shrink_block(self.home, self.architecture, kept, tensors)
         self.work = working_copy(self.home, self.settings)
 
@@ -265,9 +272,16 @@ def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (wanted - found).masked_fill((sizes > SINK * sizes.median()).unsqueeze(-1), 0.0)
 
 
-def _errors(W: torch.Tensor, changed: torch.Tensor, columns: torch.Tensor, H: torch.Tensor) -> tuple[float, float]:
-    """Relative output error of plain removal and of removal with compensation."""
+def _errors(
+    W: torch.Tensor,
+    changed: torch.Tensor,
+    columns: torch.Tensor,
+    H: torch.Tensor,
+    mean: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[float, float]:
+    """Relative output error of plain removal and of removal with compensation, the bias included."""
     plain = torch.zeros_like(W)
     plain[:, columns] = W[:, columns]
-    before, after = removal_errors(W, (plain, changed), H)
+    before, after = removal_errors(W, (plain, changed), H, mean, (None, bias))
     return before, after

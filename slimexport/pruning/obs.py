@@ -341,13 +341,24 @@ def select_channels(
     return Selection(kept, state.masked(), state.error)
 
 
-def removal_errors(W: torch.Tensor, changed: Sequence[torch.Tensor], H: torch.Tensor) -> list[float]:
-    """||(W' - W) X||^2 / ||W X||^2 of every W' in `changed`, from H = X X^T (any scale), without damping; 0.0 where W X
-    is zero."""
+def removal_errors(
+    W: torch.Tensor,
+    changed: Sequence[torch.Tensor],
+    H: torch.Tensor,
+    mean: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor | None] = (),
+) -> list[float]:
+    """||(W' - W) X + b 1^T||^2 / ||W X||^2 of every W' in `changed` and its b in `biases` (none where they are fewer),
+    from H = X X^T / tokens (without biases: any scale), without damping; 0.0 where W X is zero. `mean` [in] is that of
+    the inputs, for the biases."""
     H, W = H.double(), W.double()
     total = float(((W @ H) * W).sum())
     found = []
-    for other in changed:
+    for other, bias in itertools.zip_longest(changed, biases):
         D = other.double() - W
-        found.append(max(float(((D @ H) * D).sum()), 0.0) / total if total > 0 else 0.0)
+        error = float(((D @ H) * D).sum())
+        if bias is not None:
+            assert mean is not None
+            error += float(bias @ (2 * D @ mean + bias))
+        found.append(max(error, 0.0) / total if total > 0 else 0.0)
     return found

@@ -45,13 +45,16 @@ def test_flap_keeps_its_biases_and_they_help() -> None:
     plan = planned(dense, 0.5, criterion="flap", allocation="uniform", head_weight=1.0)
     assert plan.blocks[0].query_heads < plan.dense[0].query_heads
     settings = config(criterion="flap", ratio=0.5)
-    small = prune_model(prepare(loaded(copy.deepcopy(dense)), settings), plan, text, settings).model
+    made = prune_model(prepare(loaded(copy.deepcopy(dense)), settings), plan, text, settings)
+    small = made.model
     assert all(bool(block.mlp.down_proj.bias.any()) for block in small.model.layers)
     without = copy.deepcopy(small)
     without.model.layers[0].self_attn.o_proj.bias.data.zero_()
     wanted, found, plain = (attention_of_block_0(m, text.input_ids) for m in (dense, small, without))
     torch.testing.assert_close(found.mean((0, 1)), wanted.mean((0, 1)), rtol=1e-3, atol=1e-4)
     assert float((found - wanted).norm()) < float((plain - wanted).norm())
+    direct = float((found - wanted).square().sum() / wanted.square().sum())
+    assert made.trace[0].attention_error == pytest.approx(direct, rel=1e-4)
 
 
 def test_a_family_without_biases_says_so() -> None:

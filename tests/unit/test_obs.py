@@ -181,6 +181,10 @@ def test_removal_errors_are_those_of_the_outputs() -> None:
     direct = float(((other - W) @ X).square().sum() / (W @ X).square().sum())
     assert found == pytest.approx([direct, 1.0, 0.0], rel=1e-10)
     assert obs.removal_errors(torch.zeros_like(W), (other,), X @ X.T) == [0.0]
+    bias = torch.randn(3, generator=g, dtype=torch.float64)
+    found = obs.removal_errors(W, (other, other), X @ X.T / 40, X.mean(1), (None, bias))
+    moved = float(((other - W) @ X + bias[:, None]).square().sum() / (W @ X).square().sum())
+    assert found == pytest.approx([direct, moved], rel=1e-10)
 
 
 def test_keeping_all_changes_nothing() -> None:
