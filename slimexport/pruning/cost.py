@@ -33,7 +33,8 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
-            flops += _curvature_operations(plan, architecture, measured)
+            more, more_double = _curvature_operations(plan, architecture, measured)
+            flops, double = flops + more, double + more_double
             kept = 2 * 4 * len(plan.blocks) * architecture.hidden**2
             states = 4 * measured * architecture.hidden * (len(plan.blocks) + 1)
             memory = kept + max(memory, LIBRARIES_BYTES + plan.dense_estimates.bytes + states)
@@ -96,11 +97,14 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
     return single, double
 
 
-def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> float:
-    """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments."""
+def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> tuple[float, float]:
+    """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in
+    float64, of two Cholesky factors a block and of what they multiply, there and back."""
     hidden = architecture.hidden
     blocks = sum(architecture.block_linear_parameters(dense) + 2 * hidden**2 / 3 for dense in plan.dense)
-    return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden
+    columns = sum(_columns(dense, architecture) + dense.channels for dense in plan.dense)
+    double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
+    return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, double
 
 
 def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> tuple[float, float]:
