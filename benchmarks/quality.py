@@ -40,6 +40,11 @@ RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
+PEERS: dict[str, dict[str, Any]] = {  # with the settings that did best on development text
+    "torch-pruning taylor": {"peer": "torch_pruning", "importance": "taylor", "protected": (4, 2)},
+    "torch-pruning magnitude": {"peer": "torch_pruning", "importance": "magnitude"},
+    "optipfair": {"peer": "optipfair"},
+}
 SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
 
 
@@ -71,9 +76,9 @@ def wanted() -> Iterator[Row]:
         yield Row("mix", "slimexport", ratio, calibration="default")
     for ratio in RATIOS:
         yield Row("fast", "slimexport --fast", ratio, options={"fast": True})
-    for importance, settings in (("taylor", {"protected": (4, 2)}), ("magnitude", {})):
+    for name, settings in PEERS.items():
         for ratio in RATIOS:
-            yield Row("peers", f"torch-pruning {importance}", ratio, peer={"importance": importance, **settings})
+            yield Row("peers", name, ratio, peer=settings)
     for allocation in ("incremental", "uniform"):
         for criterion in CRITERIA:
             for ratio in RATIOS:
@@ -170,12 +175,11 @@ class Bench:
         dense_pass = self.dense_pass(calibration.input_ids)
         started = time.monotonic()
         if row.peer:
-            from peers import torch_pruning
+            from peers import pruned
 
-            model = torch_pruning(
-                self.loaded.model, self.loaded.tokenizer, calibration.input_ids[:: len(calibration.input_ids) // 10],
-                row.ratio, **row.peer,
-            )  # fmt: skip
+            text = calibration.input_ids[:: len(calibration.input_ids) // 10]
+            model = pruned(model=self.loaded.model, tokenizer=self.loaded.tokenizer, calibration_ids=text,
+                           ratio=row.ratio, **row.peer)  # fmt: skip
             seconds = {"all": time.monotonic() - started}
             return model, {"seconds": seconds, "dense_pass": dense_pass, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations

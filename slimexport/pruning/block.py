@@ -215,7 +215,7 @@ class Block:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
         W = self.home.get_parameter(f"{name}.weight").to(self.settings.device, torch.float64)
         check_finite(H, self.index, self.settings.dtype)
-        return W if self.targets is None else refit(W, H, W @ H + moments.C(), self.settings.refit)
+        return W if self.targets is None else refit(W, H, moments.C(), self.settings.refit)
 
     def _site(self, name: str, W: torch.Tensor, H: torch.Tensor, moments: Moments, axis: str) -> Site:
         weight = f"{name}.weight"

@@ -58,7 +58,7 @@ def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
 # -------------------------------------------------------------------------------------------------------------- re-fit
 
 
-def refit(W: torch.Tensor, H: torch.Tensor, C: torch.Tensor, ridge: float) -> torch.Tensor:
+def refit(W: torch.Tensor, H: torch.Tensor, missed: torch.Tensor, ridge: float) -> torch.Tensor:
     """The matrix that comes nearest to given targets, held toward W: argmin_V ||V X - Y||^2 / tokens + l ||V - W||^2.
 
     With all of its columns still there. Without a ridge ||V_S X_S - Y||^2 differs from ||V_S X_S - V X||^2 by a
@@ -67,15 +67,15 @@ def refit(W: torch.Tensor, H: torch.Tensor, C: torch.Tensor, ridge: float) -> to
 
     Args:
         W: [out, in].
-        H: [in, in], mean x x^T, undamped; C: [out, in], mean y x^T.
+        H: [in, in], mean x x^T, undamped.
+        missed: [out, in], mean (y - W x) x^T.
         ridge: l as a share of the mean diagonal of H. Inputs that never fired keep their columns.
     """
-    H, C, W = H.double(), C.double(), W.double()
-    held = ridge * float(H.diagonal().mean()) or 1.0
-    system = H.clone()
-    system.diagonal().add_(held)
+    W = W.double()
+    system = H.double().clone()
+    system.diagonal().add_(ridge * float(H.diagonal().mean()) or 1.0)
     factor = torch.linalg.cholesky(system)
-    return W + torch.cholesky_solve((C - W @ H).T, factor).T
+    return W + torch.cholesky_solve(missed.double().T, factor).T
 
 
 # --------------------------------------------------------------------------------------------------------- elimination
@@ -91,13 +91,19 @@ class Eliminator:
 
     def __init__(self, W: torch.Tensor, inverse: torch.Tensor):
         """W [out, n] and inverse [n, n], both float64 on one device; W is copied, `inverse` only read."""
-        self.W = W.double().clone()
+        # Transposed, in place: a column of W is then one piece of memory, and a step reads and writes it once.
+        self._columns = W.double().T.contiguous().clone()
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
         self._inverse = inverse
         self._factor = torch.zeros(W.shape[1], min(64, W.shape[1]), dtype=torch.float64, device=W.device)
         self._used = 0
         self.diagonal = inverse.diagonal().clone()  # of the current A
+
+    @property
+    def W(self) -> torch.Tensor:
+        """[out, n] as it is now: removed columns are zero."""
+        return self._columns.T
 
     @property
     def _L(self) -> torch.Tensor:
@@ -116,23 +122,23 @@ class Eliminator:
         parts = []
         for some in columns.split(chunk):
             factor = torch.linalg.cholesky(self.blocks(some))
-            W = self.W[:, some].permute(1, 2, 0)  # [c, s, out]
+            W = self._columns[some]  # [c, s, out]
             parts.append(torch.linalg.solve_triangular(factor, W, upper=False).square().sum(dim=(1, 2)))
         return torch.cat(parts)
 
     def channel_scores(self) -> torch.Tensor:
         """||W_j||^2 / A_jj for every single input [n]; infinite where it is gone already."""
-        scores = self.W.square().sum(0) / self.diagonal
+        scores = torch.linalg.vector_norm(self._columns, dim=1).square() / self.diagonal
         return scores.masked_fill(~self.alive, math.inf)
 
     def eliminate(self, columns: torch.Tensor) -> float:
         """Removes `columns` [s], compensates W, returns the exact error that this adds."""
-        block = self._inverse[:, columns] - self._L @ self._L[columns].T  # current A_:P, [n, s]
+        block = torch.addmm(self._inverse[:, columns], self._L, self._L[columns].T, alpha=-1)  # current A_:P, [n, s]
         factor = torch.linalg.cholesky(block[columns])
         new = torch.linalg.solve_triangular(factor, block.T, upper=False).T  # A_:P l^-T, [n, s]
-        W = torch.linalg.solve_triangular(factor, self.W[:, columns].T, upper=False).T  # W_P l^-T, [out, s]
-        self.W -= W @ new.T
-        self.W[:, columns] = 0.0
+        W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
+        self._columns.addmm_(new, W, alpha=-1)
+        self._columns[columns] = 0.0
         self.alive[columns] = False
         self.diagonal -= new.square().sum(1)
         self._append(new)
@@ -142,7 +148,7 @@ class Eliminator:
 
     def masked(self) -> torch.Tensor:
         """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
-        return self.W.masked_fill(~self.alive, 0.0)
+        return self.W.masked_fill(~self.alive, 0.0).contiguous()
 
     def _append(self, new: torch.Tensor) -> None:
         end = self._used + new.shape[1]
@@ -157,7 +163,7 @@ class Eliminator:
     def trial(self) -> Eliminator:
         """An independent copy, to look one move ahead; shares only what is never written."""
         other = object.__new__(Eliminator)
-        other.W, other.alive, other.error = self.W.clone(), self.alive.clone(), self.error
+        other._columns, other.alive, other.error = self._columns.clone(), self.alive.clone(), self.error
         other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
         other.diagonal = self.diagonal.clone()
         return other
@@ -356,9 +362,13 @@ def removal_errors(
     found = []
     for other, bias in itertools.zip_longest(changed, biases):
         D = other.double() - W
-        error = float(((D @ H) * D).sum())
+        error = 0.0
         if bias is not None:
             assert mean is not None
             error += float(bias @ (2 * D @ mean + bias))
+        moved, part = D.any(0), H
+        if not bool(moved.all()):  # after plain removal: only what went
+            D, part = D[:, moved], H[moved][:, moved]
+        error += float(((D @ part) * D).sum())
         found.append(max(error, 0.0) / total if total > 0 else 0.0)
     return found

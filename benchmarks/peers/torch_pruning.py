@@ -1,4 +1,4 @@
-"""Other pruners, put to the same task as ours: the same share of the block linear parameters, the residual left alone.
+"""torch-pruning (arXiv 2301.12900) through its public API, by its magnitude and Taylor importance.
 
 pip install --no-deps torch-pruning==1.6.1
 """
@@ -6,16 +6,14 @@ pip install --no-deps torch-pruning==1.6.1
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 
+from peers import TOLERANCE, block_linears, block_parameters
 from slimexport.errors import BadInputError
 
-TOLERANCE = 0.005  # of all block linear parameters
 EXAMPLE_TOKENS = 4  # for tracing: the graph does not depend on them
-ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 def torch_pruning(
@@ -95,17 +93,6 @@ def torch_pruning(
     return small
 
 
-def block_parameters(model: Any) -> int:
-    """Weights of the block linear layers: q, k, v, o, gate, up, down; biases are not counted."""
-    return sum(linear.weight.numel() for linear in _block_linears(model))
-
-
-def _block_linears(model: Any) -> Iterator[Any]:
-    for block in model.model.layers:
-        yield from (getattr(block.self_attn, name) for name in ATTENTION)
-        yield from (getattr(block.mlp, name) for name in FFN)
-
-
 def _library() -> Any:
     try:
         import torch_pruning
@@ -122,7 +109,7 @@ def _scorer(tp: Any, importance: str, ranking: str) -> Any:
 def _accumulate_gradients(model: Any, calibration_ids: torch.Tensor) -> None:
     """Fills `weight.grad` of the block linear layers: of a window's mean NLL, summed over the windows of [n, w]."""
     model.requires_grad_(False)
-    for linear in _block_linears(model):
+    for linear in block_linears(model):
         linear.weight.requires_grad_(True)
     for window in calibration_ids:
         ids = window[None].to(model.device)
