@@ -81,6 +81,8 @@ def wanted() -> Iterator[Row]:
             yield Row("peers", name, ratio, peer=settings)
     for allocation in ("incremental", "uniform"):
         for criterion in CRITERIA:
+            if (criterion, allocation) == ("slimgpt", "incremental"):
+                continue  # that is what --fast does
             for ratio in RATIOS:
                 options = {"criterion": criterion, "allocation": allocation, **PAPER}
                 yield Row("criteria", f"{criterion}, {allocation}", ratio, options=options)
@@ -177,9 +179,9 @@ class Bench:
         if row.peer:
             from peers import pruned
 
-            text = calibration.input_ids[:: len(calibration.input_ids) // 10]
-            model = pruned(model=self.loaded.model, tokenizer=self.loaded.tokenizer, calibration_ids=text,
-                           ratio=row.ratio, **row.peer)  # fmt: skip
+            model = pruned(
+                model=self.loaded.model, calibration_ids=calibration.input_ids, ratio=row.ratio, **row.peer
+            )  # fmt: skip
             seconds = {"all": time.monotonic() - started}
             return model, {"seconds": seconds, "dense_pass": dense_pass, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
@@ -322,6 +324,8 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _method(row: dict[str, Any]) -> str:
     name = f"slimgpt, {row['name']}" if row["group"] == "allocations" else row["name"]
+    if row["group"] == "fast":
+        name += " (slimgpt, incremental)"
     return f"{name}, default calibration" if row["group"] == "mix" else name
 
 

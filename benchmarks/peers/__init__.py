@@ -24,12 +24,13 @@ def block_linears(model: Any) -> Iterator[Any]:
         yield from (getattr(block.mlp, name) for name in FFN)
 
 
-def pruned(peer: str, model: Any, tokenizer: Any, calibration_ids: Any, ratio: float, **settings: Any) -> Any:
-    """The smaller copy that `peer` ("torch_pruning", "optipfair") makes of `model`."""
+def pruned(peer: str, model: Any, calibration_ids: Any, ratio: float, **settings: Any) -> Any:
+    """The smaller copy that `peer` ("torch_pruning", "optipfair") makes of `model`; it may read `calibration_ids`."""
     if peer == "torch_pruning":
         from peers.torch_pruning import torch_pruning
 
-        return torch_pruning(model, tokenizer, calibration_ids, ratio, **settings)
+        windows = calibration_ids[:: max(1, len(calibration_ids) // 10)]  # gradients: LLM-Pruner takes ten samples
+        return torch_pruning(model, windows, ratio, **settings)
     from peers.optipfair import optipfair
 
     return optipfair(model, calibration_ids, ratio, **settings)

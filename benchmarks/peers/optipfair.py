@@ -15,7 +15,7 @@ from slimexport.errors import BadInputError
 
 
 def optipfair(
-    model: Any, calibration_ids: torch.Tensor, ratio: float, *, method: str = "MAW", protected: tuple[int, int] = (0, 0)
+    model: Any, calibration_ids: torch.Tensor, ratio: float, *, method: str = "MAW", protected: tuple[int, int] = (2, 1)
 ) -> Any:
     """A smaller copy of `model` (Llama modules, float32), by OptiPFair's own `prune_model`.
 
@@ -23,6 +23,16 @@ def optipfair(
     `ratio` of the block linear parameters. `method` is MAW with the activations of `calibration_ids` int64 [n, w] (its
     data-driven mode), or L2, PON, VOW, which read no text; `protected` blocks at the beginning and at the end lose
     nothing. Nothing is compensated. Its other mode, removing whole blocks, is another structure than that of the table.
+
+    The settings were chosen on development text as our own were (SmolLM2-135M, 10 windows, perplexity over dense on
+    4,000 tokens; an indication, no result):
+
+                                     30 %    50 %
+        MAW, nothing protected       3.03      18
+        MAW, protected=(4, 2)        2.57      20
+        MAW, protected=(2, 1)        2.50     7.8
+        L2, protected=(4, 2)           41     477
+        L2, PON, VOW                > 900  > 20,000
 
     Raises BadInputError where the library is missing or the ratio cannot be met.
     """

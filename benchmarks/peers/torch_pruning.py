@@ -18,7 +18,6 @@ EXAMPLE_TOKENS = 4  # for tracing: the graph does not depend on them
 
 def torch_pruning(
     model: Any,
-    tokenizer: Any,
     calibration_ids: torch.Tensor,
     ratio: float,
     importance: Literal["magnitude", "taylor"],
@@ -49,9 +48,9 @@ def torch_pruning(
     - `heads_per_group`: 0 or 1 for SmolLM2.
 
     `calibration_ids` int64 [n, w] is what the gradients of `taylor` are summed over, a window at a time (three forward
-    passes each; LLM-Pruner takes ten short samples); `magnitude` reads no text. `tokenizer` is not needed: every peer
-    takes it. With local ranking and nothing protected all blocks end equal and the config describes them; otherwise the
-    model runs, but cannot be saved as a plain Llama.
+    passes each; LLM-Pruner takes ten short samples); `magnitude` reads no text. With local ranking and nothing
+    protected all blocks end equal and the config describes them; otherwise the model runs, but cannot be saved as a
+    plain Llama.
 
     What torch-pruning 1.6.1 can do here: trace the model with transformers' eager attention, leave the residual alone
     (`ignored_layers`), follow key/value heads through their repetition, and take the same number of query heads from
