@@ -48,7 +48,8 @@ class Family:
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
     ffn_output: str = "mlp.down_proj"
-    ffn_factor: str | None = "mlp.up_proj"  # what the gate multiplies; None: the FFN has no gate
+    ffn_factors: tuple[str, ...] = ("mlp.up_proj", "mlp.gate_proj")  # what makes the inputs of ffn_output, one by one
+    final_norm: str | None = "model.norm"  # logits grow in proportion to its weight; None: they do not
     decoder: str = "model"  # the submodule that holds embedding, blocks and final norm
     blocks: str = "model.layers"
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).

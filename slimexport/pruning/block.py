@@ -178,35 +178,73 @@ class Block:
             kept = dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept)
             self._shrink(name, kept, selection.W[:, columns], bias)
             self.kept = dataclasses.replace(self.kept, channels=selection.kept)
-        if self.targets is not None and self.family.ffn_factor is not None:
-            self._fit_factor(self.family.ffn_factor, attention, self.targets)
+        if self.targets is not None and self.family.ffn_factors:
+            assert attention is not None
+            self._fit_factors(attention, self.targets)
         return errors
 
-    def _fit_factor(self, name: str, attention: list[torch.Tensor] | None, targets: Targets) -> None:
-        """The up projection, fitted toward the dense stream on a part of the text, once all else is in place."""
-        assert attention is not None
-        up, down = self.work.get_submodule(name), self.work.get_submodule(self.family.ffn_output)
-        project = self.work.get_submodule(self.family.attention_output)
-        pieces = []
-        for batch in self._some_batches(factor.TOKENS):
-            with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
-                with factor.constant(up) as given:
-                    arguments = self._arguments(self.index, batch)
-                    gate = inputs_of(self.work, self.family.ffn_output, self.states[batch], arguments)
-                (x,) = given
-                found = self.states[batch] + project(attention[batch]) + down(gate * up(x))
-                missed = _missed(targets.after_ffn(batch), found)
-            pieces.append(factor.Piece(*(part.flatten(0, 1).float() for part in (x, gate, missed))))
-        with self.clock.on("selection"):
-            weight = self.home.get_parameter(f"{name}.weight")
-            U, D = (module.get_parameter("weight").float() for module in (up, down))
-            weight.data = factor.fit_factor(U, D, pieces).to(weight)
-            self.work = working_copy(self.home, self.settings)
+    def _fit_factors(self, attention: list[torch.Tensor], targets: Targets) -> None:
+        """The projections that make the inputs of down_proj, fitted toward the dense stream once all else is in place.
 
-    def _some_batches(self, tokens: int) -> range:
+        The fit takes for linear what is not: it counts where it lowers the error, and is shortened where it does not.
+        """
+        names = self.family.ffn_factors
+        down = self.work.get_submodule(self.family.ffn_output).get_parameter("weight").float()
+        pieces = []
+        batches = self._some_batches(factor.TOKENS)
+        for batch in batches:
+            with self.clock.on("forward"):
+                x, _, slopes, missed = self._lacking(batch, attention, targets)
+            pieces.append(
+                factor.Piece(
+                    x.flatten(0, 1).float(),
+                    tuple(slope.flatten(0, 1).float() for slope in slopes),
+                    missed.flatten(0, 1).float(),
+                )
+            )
+        with self.clock.on("selection"):
+            changes = factor.fit_factors(down, pieces)
+        checked = self._some_batches(factor.CHECKED_TOKENS, batches)
+        before = sum(float(pieces[batches.index(batch)].missed.square().sum()) for batch in checked)
+        weights = [self.home.get_parameter(f"{name}.weight") for name in names]
+        old = [weight.data for weight in weights]
+        for share in factor.SHARES:
+            for weight, data, change in zip(weights, old, changes, strict=True):
+                weight.data = (data.to(change) + share * change).to(data)
+            self.work = working_copy(self.home, self.settings)
+            with self.clock.on("forward"):
+                after = sum(
+                    float(self._lacking(batch, attention, targets)[3].float().square().sum()) for batch in checked
+                )
+            if after < before:
+                return
+        for weight, data in zip(weights, old, strict=True):
+            weight.data = data
+        self.work = working_copy(self.home, self.settings)
+        self.notes.append(f"no fit of {' and '.join(names)} lowered the error")
+
+    def _lacking(
+        self, batch: int, attention: list[torch.Tensor], targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """Of the block as it is now: what `factor.linearised` gives, and what its output lacks, [sequences, length,
+        ...]."""
+        projections = [self.work.get_submodule(name) for name in self.family.ffn_factors]
+        project, down = (
+            self.work.get_submodule(name) for name in (self.family.attention_output, self.family.ffn_output)
+        )
+        states, arguments = self.states[batch], self._arguments(self.index, batch)
+        with known_attention(self.work, self.architecture, attention, batch):
+            x, inputs, slopes = factor.linearised(
+                lambda: inputs_of(self.work, self.family.ffn_output, states, arguments), projections
+            )
+        found = states + project(attention[batch]) + down(inputs)
+        return x, inputs, slopes, _missed(targets.after_ffn(batch), found)
+
+    def _some_batches(self, tokens: int, among: range | None = None) -> range:
         """Evenly spread, of about so many tokens together."""
-        available = sum(math.prod(self.states[batch].shape[:2]) for batch in range(len(self.states)))
-        return range(0, len(self.states), max(1, round(available / tokens)))
+        among = range(len(self.states)) if among is None else among
+        available = sum(math.prod(self.states[batch].shape[:2]) for batch in among)
+        return among[:: max(1, round(available / tokens))]
 
     def _moments(self, size: int) -> Moments:
         return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)

@@ -78,7 +78,7 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
 
 def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
     """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs; and those of
-    fitting the gated FFN's factor. In the precision of the forward passes, and in float64."""
+    fitting what makes the FFN's inputs. In the precision of the forward passes, and in float64."""
     single = double = 0.0
     for dense in plan.dense:
         inputs = dense.query_heads * architecture.head_dim + dense.channels
@@ -86,14 +86,16 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
         single += (
             2 * tokens * (architecture.block_linear_parameters(dense) + 2 * architecture.hidden * inputs) + attention
         )
-    if architecture.family.ffn_factor is not None:
+    if parts := len(architecture.family.ffn_factors):
         fitted = min(tokens, factor.TOKENS)
         for kept in plan.blocks:
             matrix = kept.channels * architecture.hidden
-            # Gate, factor and output once, four products a step, and the two moments.
-            single += 2 * fitted * (matrix * (4 + 4 * factor.STEPS) + kept.channels**2 + architecture.hidden**2)
-            double += 2 * (kept.channels**3 + architecture.hidden**3)
-            double += 2 * factor.STEPS * matrix * (kept.channels + architecture.hidden)
+            # Forward and what is missing on all tokens; the steps and the moments on a part of them.
+            single += 2 * fitted * matrix * 2 * (parts + 1)
+            steps = matrix * factor.STEPS * 2 * (parts + 1)
+            single += 2 * fitted / factor.EVERY * (steps + parts * kept.channels**2 + architecture.hidden**2)
+            double += 2 * (parts * kept.channels**3 + architecture.hidden**3)
+            double += 2 * factor.STEPS * parts * matrix * (kept.channels + architecture.hidden)
     return single, double
 
 

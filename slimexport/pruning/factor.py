@@ -1,16 +1,20 @@
-"""The factor of a gated FFN, fitted by least squares: FFN(x) = D (s(x) * U x) is linear in the up projection U once the
-gate s(x) is taken as it is, so that U can repair what the re-fit of D left.
+"""What makes the inputs of down_proj, fitted once that is pruned: the up and the gate projection.
 
-The equations U has to meet couple all of its rows, and there are channels x hidden unknowns: conjugate gradients, with
-the Kronecker product of D^T D * mean(s s^T) and mean(x x^T) as preconditioner (the two factors that K-FAC, arXiv
-1503.05671, would use). A few steps are enough, and hold the solution near U as a ridge does.
+FFN(x) = D (s(G x) * U x) is linear in U, and in G it nearly is for a small change: a change V of either one moves the
+output by D (t * V x), where t is how the product answers to that projection: s(G x) for U, s'(G x) * U x for G. Both
+are fitted together by least squares toward what the re-fit of D left (Gauss-Newton for G, exact for U).
+
+The equations couple all rows of both, and there are 2 x channels x hidden unknowns: conjugate gradients, with the
+Kronecker product of D^T D * mean(t t^T) and mean(x x^T) as preconditioner (the two factors that K-FAC, arXiv
+1503.05671, would use). A few steps are enough, and hold the solution near the old weights as a ridge does. What is
+missing is taken from all tokens, or its noise would be fitted; what a step does to the output needs only some of them,
+as it decides little more than the length of the step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,83 +23,115 @@ from torch import nn
 from slimexport.pruning.forward import instead
 from slimexport.pruning.obs import damped_inverse
 
-STEPS = 3
+STEPS = 2
 RIDGE = 0.1  # as a share of the mean diagonal of the system
-TOKENS = 20_480  # of the calibration set: each gives `hidden` equations, so few are enough
+TOKENS = 65_536  # of the calibration set, at most
+EVERY = 4  # one piece of so many shows what a step does
+CHECKED_TOKENS = 8_192
+SHARES = (1.0, 0.5, 0.25)  # of the change that are tried, until one lowers the error
+
+Matrices = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens: inputs of U, the gate, and what the block's output lacks. Any float dtype, one device."""
+    """Some tokens: inputs of the projections, what their outputs are multiplied by, and what the block's output lacks.
+    Any float dtype, one device."""
 
     x: torch.Tensor  # [tokens, in]
-    gate: torch.Tensor  # [tokens, channels]
+    slopes: tuple[torch.Tensor, ...]  # [tokens, channels] for each projection
     missed: torch.Tensor  # [tokens, out]
 
 
-def fit_factor(
-    U: torch.Tensor, D: torch.Tensor, pieces: Sequence[Piece], ridge: float = RIDGE, steps: int = STEPS
-) -> torch.Tensor:
-    """U + V with V near argmin_V mean ||D (s * V x) - missed||^2 + l ||V||^2, `steps` conjugate gradients from V = 0.
+def fit_factors(
+    D: torch.Tensor, pieces: Sequence[Piece], ridge: float = RIDGE, steps: int = STEPS, every: int = EVERY
+) -> Matrices:
+    """V_k near argmin mean ||sum_k D (t_k * V_k x) - missed||^2 + sum_k l_k ||V_k||^2, by `steps` conjugate gradients
+    from zero: [channels, in] float64 for every projection.
 
-    Every step lowers that sum. With as many steps as unknowns V is the ridge solution.
+    With `every` 1 each step lowers that sum, and with as many as unknowns V is the ridge solution.
 
     Args:
-        U: [channels, in]; D: [out, channels].
-        ridge: l as a share of the mean diagonal of the system, taken as if gate and input were independent.
+        D: [out, channels].
+        ridge: l_k as a share of the mean diagonal of the system, taken as if t_k and x were independent.
+        every: one piece of so many gives the system, all of them its right-hand side.
     """
-    tokens = sum(len(piece.x) for piece in pieces)
-    of_x = _summed(p.x.T @ p.x for p in pieces) / tokens
-    of_gate = _summed(p.gate.T @ p.gate for p in pieces) / tokens * (D.T @ D).double()
-    scale_x, scale_gate = float(of_x.diagonal().mean()), float(of_gate.diagonal().mean())
-    held = ridge * scale_x * scale_gate
+    some, parts = pieces[::every], range(len(pieces[0].slopes))
+    gram = (D.T @ D).double()
+    (of_x,) = _mean(some, lambda p: [p.x.T @ p.x])
+    of_slopes = [m * gram for m in _mean(some, lambda p: [t.T @ t for t in p.slopes])]
+    held = [ridge * float(of_x.diagonal().mean()) * float(m.diagonal().mean()) for m in of_slopes]
 
-    def transposed(outputs: Iterator[torch.Tensor]) -> torch.Tensor:
-        return _summed((out @ D * p.gate).T @ p.x for p, out in zip(pieces, outputs, strict=True)) / tokens
+    def transposed(piece: Piece, out: torch.Tensor) -> Matrices:
+        back = out @ D
+        return [(back * t).T @ piece.x for t in piece.slopes]
 
-    def system(V: torch.Tensor) -> torch.Tensor:
-        return transposed((p.gate * (p.x @ V.to(p.x).T)) @ D.T for p in pieces) + held * V
+    def moved(piece: Piece, V: Matrices) -> torch.Tensor:
+        inner = [t * (piece.x @ v.to(piece.x).T) for t, v in zip(piece.slopes, V, strict=True)]
+        return torch.stack(inner).sum(0) @ D.T if len(inner) > 1 else inner[0] @ D.T
 
-    left = transposed(p.missed for p in pieces)  # the residual of the normal equations
-    V = torch.zeros_like(left)
-    if not held or not bool(left.any()):
-        return U + V.to(U)
-    inverse_x, inverse_gate = (damped_inverse(moment, ridge)[0] for moment in (of_x, of_gate))
-    direction, last = torch.zeros_like(V), math.inf
+    def system(V: Matrices) -> Matrices:
+        plain = _mean(some, lambda p: transposed(p, moved(p, V)))
+        return [plain[k] + held[k] * V[k] for k in parts]
+
+    left = _mean(pieces, lambda p: transposed(p, p.missed))  # the residual of the normal equations
+    V = [torch.zeros_like(part) for part in left]
+    if not any(held) or not any(bool(part.any()) for part in left):
+        return V
+    inverse_x, *inverse_slopes = (damped_inverse(moment, ridge)[0] for moment in (of_x, *of_slopes))
+    direction, last = V, math.inf
     for _ in range(steps):
-        better = inverse_gate @ left @ inverse_x
-        slope = float((left * better).sum())
+        better = [inverse_slopes[k] @ left[k] @ inverse_x for k in parts]
+        slope = _dot(left, better)
         if slope <= 0:
             break
-        direction = better + slope / last * direction
+        direction = [better[k] + slope / last * direction[k] for k in parts]
         bent = system(direction)
-        length = slope / float((direction * bent).sum())
-        V += length * direction
-        left -= length * bent
+        length = slope / _dot(direction, bent)
+        V = [V[k] + length * direction[k] for k in parts]
+        left = [left[k] - length * bent[k] for k in parts]
         last = slope
-    return U + V.to(U)
+    return V
 
 
-def _summed(products: Iterator[torch.Tensor]) -> torch.Tensor:
-    """In float64, one at a time: the widest are gigabytes."""
-    total = next(products).double()
-    for product in products:
-        total += product
-    return total
+def _dot(a: Matrices, b: Matrices) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
 
 
-@contextmanager
-def constant(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within it, `module` (the up projection) gives ones: what it multiplies then comes out of the product alone.
+def _mean(pieces: Sequence[Piece], products: Callable[[Piece], Iterable[torch.Tensor]]) -> Matrices:
+    """Of `products`, which are sums over a piece's tokens; in float64, a piece at a time: the widest are gigabytes."""
+    tokens = sum(len(piece.x) for piece in pieces)
+    total = [product.double() for product in products(pieces[0])]
+    for piece in pieces[1:]:
+        for kept, product in zip(total, products(piece), strict=True):
+            kept += product
+    return [kept.div_(tokens) for kept in total]
 
-    Yields a list that takes what `module` is given.
+
+def linearised(
+    run: Callable[[], torch.Tensor], projections: Sequence[nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(x, product, slopes): what `projections` are given while `run` calls them, what it returns, and the derivative of
+    that, element by element, by the output of each.
+
+    `run` gives the inputs of down_proj, of the same shape as the outputs of the projections and made of them element by
+    element.
     """
-    channels = module.get_parameter("weight").shape[0]
     given: list[torch.Tensor] = []
+    leaves: dict[nn.Module, torch.Tensor] = {}
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        given.append(x)
-        return x.new_ones(*x.shape[:-1], channels)
+    def leaf(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        original = module.forward
 
-    with instead({module: forward}):
-        yield given
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            given.append(x)
+            with torch.no_grad():
+                leaves[module] = original(x).detach()
+            return leaves[module].requires_grad_()
+
+        return forward
+
+    with torch.enable_grad(), instead({module: leaf(module) for module in projections}):
+        product = run()
+        slopes = torch.autograd.grad(product.sum(), [leaves[module] for module in projections])
+    return given[0], product.detach(), slopes

@@ -186,7 +186,7 @@ def slow_refit(model: Any, plan: Any, ids: torch.Tensor, ridge: float) -> list[t
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # with biases on both output matrices, and without
 def test_engine_equals_whole_models_run_side_by_side(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Block, "_fit_factor", lambda *_: None)  # the up projection has tests of its own
+    monkeypatch.setattr(Block, "_fit_factors", lambda *_: None)  # they have tests of their own
     dense = tiny_model(family)
     plan, text = planned(dense, 0.4), calibration()
     small = prune_model(loaded(copy.deepcopy(dense)), plan, text, config(refit=0.5, curvature_tokens=0))
