@@ -85,10 +85,12 @@ def test_shrunk_model_equals_the_masked_dense_model(family: str, layout: str, cr
         for name, axis in (("self_attn.o_proj.weight", "query"), ("mlp.down_proj.weight", "channels")):
             full[name] = torch.zeros_like(block.get_parameter(name))
             full[name][:, architecture.axis_index(axis, kept)] = thin.get_parameter(name)
-        # The up projection is fitted too; its rows that went do not matter.
-        full["mlp.up_proj.weight"] = torch.zeros_like(block.mlp.up_proj.weight)
-        full["mlp.up_proj.weight"][list(kept.channels)] = thin.mlp.up_proj.weight
+        # Up and gate projection are fitted too; their rows that went do not matter.
+        for name in ("mlp.up_proj.weight", "mlp.gate_proj.weight"):
+            full[name] = torch.zeros_like(block.get_parameter(name))
+            full[name][list(kept.channels)] = thin.get_parameter(name)
         mask_block(block, architecture, kept, full)
+    masked.model.norm.weight.data.copy_(small.model.model.norm.weight)
     # float64, so that nothing but the order of sums can differ
     torch.testing.assert_close(logits(small.model.double()), logits(masked.double()), rtol=1e-9, atol=1e-9)
     shapes = {n: tuple(p.shape) for n, p in small.model.state_dict().items()}
