@@ -222,6 +222,7 @@ class PrunedModel:
     trace: tuple[BlockTrace, ...]
     calibration: TextSource
     source: ModelSource
+    logit_scale: float = 1.0  # what the final norm was multiplied by
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class PruneRecord:
     checkpoint: ShrunkCheckpoint
     seconds_curvature: float = 0.0
     seconds_allocation: float = 0.0
+    logit_scale: float = 1.0  # what the weight of the final norm was multiplied by
 
 
 @dataclass(frozen=True)

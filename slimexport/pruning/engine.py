@@ -26,6 +26,16 @@ from slimexport.pruning.forward import Arguments, Settings, output, watch, worki
 from slimexport.pruning.hessian import solvable
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Sequences that nothing is fitted to, on their way through the dense blocks and through the shrunk ones: hidden
+    states before block 0; afterwards, those after the last block."""
+
+    dense: HiddenStates
+    shrunk: HiddenStates
+    arguments: Arguments
+
+
 @torch.no_grad()
 def prune_blocks(
     *,
@@ -39,6 +49,7 @@ def prune_blocks(
     settings: Settings,
     gradients: Sequence[Mapping[str, torch.Tensor]] = (),
     curvature: Sequence[BlockCurvature] = (),
+    held_out: HeldOut | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> tuple[BlockTrace, ...]:
     """Shrinks every block of `source` in place, in order, and hands each to `sink` as soon as it is finished.
@@ -47,6 +58,7 @@ def prune_blocks(
         states: hidden states before block 0, per batch; overwritten by those before the last block.
         gradients: of every block's weights, by name, where the criterion needs them.
         curvature: of every block's outputs, by the name of the matrix, where errors are to be weighted by it.
+        held_out: goes along, through the last block too.
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
@@ -55,6 +67,9 @@ def prune_blocks(
         home = source.load(index)
         clock = Stopwatch(settings.device)
         targets = None
+        if held_out is not None:
+            with clock.on("forward"):
+                _advance(held_out.dense, index, working_copy(home, settings), held_out.arguments)
         if dense is not None:
             with clock.on("forward"):
                 targets = _dense_pass(index, home, dense, arguments, architecture, settings, index >= finished)
@@ -70,11 +85,12 @@ def prune_blocks(
             with solvable(index):
                 trace = block.prune()
             del block, targets  # gigabytes on a large model, and the next block makes its own
-        if index + 1 < len(source):
+        with clock.on("forward"):
             work = working_copy(home, settings)
-            for batch in range(len(states)):
-                with clock.on("forward"):
-                    states[batch] = output(work(states[batch], **arguments(index, batch)))
+            if index + 1 < len(source):
+                _advance(states, index, work, arguments)
+            if held_out is not None:
+                _advance(held_out.shrunk, index, work, held_out.arguments)
         if index >= finished:
             trace = dataclasses.replace(
                 trace, seconds_forward=clock.seconds["forward"], peak_memory_bytes=_peak_memory(settings.device)
@@ -83,6 +99,11 @@ def prune_blocks(
         traces.append(trace)
         progress(index + 1, len(source), _describe(trace, index < finished))
     return tuple(traces)
+
+
+def _advance(states: HiddenStates, index: int, block: nn.Module, arguments: Arguments) -> None:
+    for batch in range(len(states)):
+        states[batch] = output(block(states[batch], **arguments(index, batch)))
 
 
 def _dense_pass(

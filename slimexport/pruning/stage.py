@@ -13,13 +13,13 @@ from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
-from slimexport.pruning import allocation
+from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
-from slimexport.pruning.blocks import BlockSink, ModelBlocks, NullSink
+from slimexport.pruning.blocks import BlockSink, MemoryStates, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
-from slimexport.pruning.engine import prune_blocks
+from slimexport.pruning.engine import HeldOut, prune_blocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.gradients import check_differentiable, collect_gradients
 from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH
@@ -29,6 +29,8 @@ from slimexport.pruning.shrink import apply_sizes
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
 
@@ -92,6 +94,7 @@ def prune_model(
             raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
     _full_float32_matmul()
     trace: tuple[BlockTrace, ...] = ()
+    scale = 1.0
     if plan.blocks != plan.dense:
         settings = settings_of(config, device, stored)
         criterion = criteria.get(plan.criterion)
@@ -102,7 +105,11 @@ def prune_model(
             )
         if curvature is None:
             curvature = curvature_of(loaded, calibration, config)
-        states, arguments = first_states(model, loaded.architecture, calibration.input_ids, settings)
+        ids, norm = calibration.input_ids, loaded.architecture.family.final_norm
+        aside = readout.held_out(*ids.shape) if settings.refit and norm else []
+        used = [i for i in range(len(ids)) if i not in aside]
+        states, arguments = first_states(model, loaded.architecture, ids[used], settings)
+        unseen = _unseen(model, loaded.architecture, ids[aside], settings) if aside else None
         trace = prune_blocks(
             source=ModelBlocks(model, loaded.architecture),
             sink=sink or NullSink(),
@@ -114,10 +121,26 @@ def prune_model(
             settings=settings,
             gradients=gradients,
             curvature=curvature,
+            held_out=unseen,
             progress=progress,
         )
+        if unseen and norm:
+            scale = _fitted_scale(model, loaded.architecture, unseen, device)
+            readout.scale_logits(model.get_submodule(norm), scale)
         apply_sizes(model.config, loaded.architecture, plan.blocks)
-    return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source)
+    return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source, scale)
+
+
+def _unseen(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor, settings: Settings) -> HeldOut:
+    states, arguments = first_states(model, architecture, ids, settings)
+    return HeldOut(MemoryStates(states), MemoryStates(states), arguments)
+
+
+@torch.no_grad()
+def _fitted_scale(model: PreTrainedModel, architecture: Architecture, unseen: HeldOut, device: torch.device) -> float:
+    logits = output_logits(model, architecture, device)
+    dense, shrunk = ([logits(stream[i]) for i in range(len(stream))] for stream in (unseen.dense, unseen.shrunk))
+    return readout.fit_scale(dense, shrunk)
 
 
 def measure_model(

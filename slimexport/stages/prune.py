@@ -282,7 +282,7 @@ def prune_stage(
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, loaded, config)
     weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
-    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighing, allocating))
+    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighing, allocating, pruned.logit_scale))
     directory.finish("prune", key, time.monotonic() - started)
     sink.discard()
     return checkpoint
