@@ -90,10 +90,9 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
         fitted = min(tokens, factor.TOKENS)
         for kept in plan.blocks:
             matrix = kept.channels * architecture.hidden
-            # Forward and what is missing on all tokens; the steps and the moments on a part of them.
-            single += 2 * fitted * matrix * 2 * (parts + 1)
-            steps = matrix * factor.STEPS * 2 * (parts + 1)
-            single += 2 * fitted / factor.EVERY * (steps + parts * kept.channels**2 + architecture.hidden**2)
+            # Forward, what is missing, and every step forwards and, but for the last, backwards; then the moments.
+            single += 2 * fitted * matrix * (parts + 1) * (1 + 2 * factor.STEPS)
+            single += 2 * fitted / factor.EVERY * (parts * kept.channels**2 + architecture.hidden**2)
             double += 2 * (parts * kept.channels**3 + architecture.hidden**3)
             double += 2 * factor.STEPS * parts * matrix * (kept.channels + architecture.hidden)
     return single, double

@@ -6,9 +6,8 @@ are fitted together by least squares toward what the re-fit of D left (Gauss-New
 
 The equations couple all rows of both, and there are 2 x channels x hidden unknowns: conjugate gradients, with the
 Kronecker product of D^T D * mean(t t^T) and mean(x x^T) as preconditioner (the two factors that K-FAC, arXiv
-1503.05671, would use). A few steps are enough, and hold the solution near the old weights as a ridge does. What is
-missing is taken from all tokens, or its noise would be fitted; what a step does to the output needs only some of them,
-as it decides little more than the length of the step.
+1503.05671, would use). There are not many more equations than unknowns, so that without a large ridge, or with less of
+the text, it is noise that is fitted (docs/pruning.md has figures).
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from torch import nn
 from slimexport.pruning.forward import instead
 from slimexport.pruning.obs import damped_inverse
 
-STEPS = 2
-RIDGE = 0.1  # as a share of the mean diagonal of the system
+STEPS = 3
+RIDGE = 1.0  # as a share of the mean diagonal of the system
+PRECONDITIONER = 0.1  # damping of its two factors
 TOKENS = 65_536  # of the calibration set, at most
-EVERY = 4  # one piece of so many shows what a step does
+EVERY = 4  # one piece of so many gives the preconditioner
 CHECKED_TOKENS = 8_192
 SHARES = (1.0, 0.5, 0.25)  # of the change that are tried, until one lowers the error
 
@@ -49,47 +49,50 @@ def fit_factors(
     """V_k near argmin mean ||sum_k D (t_k * V_k x) - missed||^2 + sum_k l_k ||V_k||^2, by `steps` conjugate gradients
     from zero: [channels, in] float64 for every projection.
 
-    With `every` 1 each step lowers that sum, and with as many as unknowns V is the ridge solution.
+    Each step lowers that sum, and with as many as unknowns V is the ridge solution.
 
     Args:
         D: [out, channels].
         ridge: l_k as a share of the mean diagonal of the system, taken as if t_k and x were independent.
-        every: one piece of so many gives the system, all of them its right-hand side.
+        every: one piece of so many gives the preconditioner and the size of the ridge.
     """
-    some, parts = pieces[::every], range(len(pieces[0].slopes))
+    parts = range(len(pieces[0].slopes))
     gram = (D.T @ D).double()
-    (of_x,) = _mean(some, lambda p: [p.x.T @ p.x])
-    of_slopes = [m * gram for m in _mean(some, lambda p: [t.T @ t for t in p.slopes])]
+    (of_x,) = _mean(pieces[::every], lambda p, _: [p.x.T @ p.x])
+    of_slopes = [m * gram for m in _mean(pieces[::every], lambda p, _: [t.T @ t for t in p.slopes])]
     held = [ridge * float(of_x.diagonal().mean()) * float(m.diagonal().mean()) for m in of_slopes]
-
-    def transposed(piece: Piece, out: torch.Tensor) -> Matrices:
-        back = out @ D
-        return [(back * t).T @ piece.x for t in piece.slopes]
 
     def moved(piece: Piece, V: Matrices) -> torch.Tensor:
         inner = [t * (piece.x @ v.to(piece.x).T) for t, v in zip(piece.slopes, V, strict=True)]
         return torch.stack(inner).sum(0) @ D.T if len(inner) > 1 else inner[0] @ D.T
 
-    def system(V: Matrices) -> Matrices:
-        plain = _mean(some, lambda p: transposed(p, moved(p, V)))
-        return [plain[k] + held[k] * V[k] for k in parts]
+    def transposed(outputs: Sequence[torch.Tensor]) -> Matrices:
+        def products(piece: Piece, index: int) -> Iterable[torch.Tensor]:
+            back = outputs[index] @ D
+            return ((back * t).T @ piece.x for t in piece.slopes)
 
-    left = _mean(pieces, lambda p: transposed(p, p.missed))  # the residual of the normal equations
+        return _mean(pieces, products)
+
+    left = transposed([piece.missed for piece in pieces])  # the residual of the normal equations
     V = [torch.zeros_like(part) for part in left]
     if not any(held) or not any(bool(part.any()) for part in left):
         return V
-    inverse_x, *inverse_slopes = (damped_inverse(moment, ridge)[0] for moment in (of_x, *of_slopes))
+    inverse_x, *inverse_slopes = (damped_inverse(moment, PRECONDITIONER)[0] for moment in (of_x, *of_slopes))
+    tokens = sum(len(piece.x) for piece in pieces)
     direction, last = V, math.inf
-    for _ in range(steps):
+    for step in range(steps):
         better = [inverse_slopes[k] @ left[k] @ inverse_x for k in parts]
         slope = _dot(left, better)
         if slope <= 0:
             break
         direction = [better[k] + slope / last * direction[k] for k in parts]
-        bent = system(direction)
-        length = slope / _dot(direction, bent)
+        outputs = [moved(piece, direction) for piece in pieces]
+        bent = sum(float(out.square().sum(dtype=torch.float64)) for out in outputs) / tokens
+        length = slope / (bent + sum(held[k] * float(direction[k].square().sum()) for k in parts))
         V = [V[k] + length * direction[k] for k in parts]
-        left = [left[k] - length * bent[k] for k in parts]
+        if step + 1 < steps:  # after the last nobody looks at what is left
+            back = transposed(outputs)
+            left = [left[k] - length * (back[k] + held[k] * direction[k]) for k in parts]
         last = slope
     return V
 
@@ -98,12 +101,12 @@ def _dot(a: Matrices, b: Matrices) -> float:
     return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
 
 
-def _mean(pieces: Sequence[Piece], products: Callable[[Piece], Iterable[torch.Tensor]]) -> Matrices:
+def _mean(pieces: Sequence[Piece], products: Callable[[Piece, int], Iterable[torch.Tensor]]) -> Matrices:
     """Of `products`, which are sums over a piece's tokens; in float64, a piece at a time: the widest are gigabytes."""
     tokens = sum(len(piece.x) for piece in pieces)
-    total = [product.double() for product in products(pieces[0])]
-    for piece in pieces[1:]:
-        for kept, product in zip(total, products(piece), strict=True):
+    total = [product.double() for product in products(pieces[0], 0)]
+    for index, piece in enumerate(pieces[1:], 1):
+        for kept, product in zip(total, products(piece, index), strict=True):
             kept += product
     return [kept.div_(tokens) for kept in total]
 
