@@ -42,6 +42,9 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
             memory += 4 * 4 * tokens * architecture.hidden  # the dense stream, and what it adds in one block
+            if parts := len(architecture.family.ffn_factors):
+                widest = max(kept.channels for kept in plan.blocks)
+                memory += 4 * min(tokens, factor.TOKENS) * (3 * architecture.hidden + parts * widest)
         known = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not known:
             more, more_double = _measuring_operations(architecture, tokens, config)
