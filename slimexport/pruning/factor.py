@@ -6,8 +6,8 @@ are fitted together by least squares toward what the re-fit of D left (Gauss-New
 
 The equations couple all rows of both, and there are 2 x channels x hidden unknowns: conjugate gradients, with the
 Kronecker product of D^T D * mean(t t^T) and mean(x x^T) as preconditioner (the two factors that K-FAC, arXiv
-1503.05671, would use). There are not many more equations than unknowns, so that without a large ridge, or with less of
-the text, it is noise that is fitted (docs/pruning.md has figures).
+1503.05671, would use). There are not many more equations than unknowns: of less text, noise would be fitted; a few
+steps hold the solution near the old weights, as a larger ridge would (docs/pruning.md has figures).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slimexport.pruning.forward import instead
 from slimexport.pruning.obs import damped_inverse
 
 STEPS = 3
-RIDGE = 1.0  # as a share of the mean diagonal of the system
+RIDGE = 0.1  # as a share of the mean diagonal of the system
 PRECONDITIONER = 0.1  # damping of its two factors
 TOKENS = 65_536  # of the calibration set, at most
 EVERY = 4  # one piece of so many gives the preconditioner
