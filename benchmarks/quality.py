@@ -179,9 +179,7 @@ class Bench:
         if row.peer:
             from peers import pruned
 
-            model = pruned(
-                model=self.loaded.model, calibration_ids=calibration.input_ids, ratio=row.ratio, **row.peer
-            )  # fmt: skip
+            model = pruned(model=self.loaded.model, calibration_ids=calibration.input_ids, ratio=row.ratio, **row.peer)
             seconds = {"all": time.monotonic() - started}
             return model, {"seconds": seconds, "dense_pass": dense_pass, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations

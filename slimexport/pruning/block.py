@@ -194,7 +194,7 @@ class Block:
         batches = self._some_batches(factor.TOKENS)
         for batch in batches:
             with self.clock.on("forward"):
-                x, _, slopes, missed = self._lacking(batch, attention, targets)
+                x, slopes, missed = self._lacking(batch, attention, targets)
             pieces.append(
                 factor.Piece(
                     x.flatten(0, 1).float(),
@@ -214,7 +214,7 @@ class Block:
             self.work = working_copy(self.home, self.settings)
             with self.clock.on("forward"):
                 after = sum(
-                    float(self._lacking(batch, attention, targets)[3].float().square().sum()) for batch in checked
+                    float(self._lacking(batch, attention, targets)[2].float().square().sum()) for batch in checked
                 )
             if after < before:
                 return
@@ -225,9 +225,9 @@ class Block:
 
     def _lacking(
         self, batch: int, attention: list[torch.Tensor], targets: Targets
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-        """Of the block as it is now: what `factor.linearised` gives, and what its output lacks, [sequences, length,
-        ...]."""
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """Of the block as it is now: inputs and slopes as in `factor.Piece`, and what its output lacks, each
+        [sequences, length, ...]."""
         projections = [self.work.get_submodule(name) for name in self.family.ffn_factors]
         project, down = (
             self.work.get_submodule(name) for name in (self.family.attention_output, self.family.ffn_output)
@@ -238,7 +238,7 @@ class Block:
                 lambda: inputs_of(self.work, self.family.ffn_output, states, arguments), projections
             )
         found = states + project(attention[batch]) + down(inputs)
-        return x, inputs, slopes, _missed(targets.after_ffn(batch), found)
+        return x, slopes, _missed(targets.after_ffn(batch), found)
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
         """Evenly spread, of about so many tokens together."""

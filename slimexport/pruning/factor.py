@@ -64,7 +64,7 @@ def fit_factors(
 
     def moved(piece: Piece, V: Matrices) -> torch.Tensor:
         inner = [t * (piece.x @ v.to(piece.x).T) for t, v in zip(piece.slopes, V, strict=True)]
-        return torch.stack(inner).sum(0) @ D.T if len(inner) > 1 else inner[0] @ D.T
+        return sum(inner[1:], inner[0]) @ D.T
 
     def transposed(outputs: Sequence[torch.Tensor]) -> Matrices:
         def products(piece: Piece, index: int) -> Iterable[torch.Tensor]:
