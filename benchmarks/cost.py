@@ -3,8 +3,9 @@
     python benchmarks/cost.py [--model smollm2-135m] [--tokens 16384] [--shapes small,wide,wider]
 
 Every line is measured in one process, the dense pass right before the pruning it is compared with. `selection` is
-choosing and compensating; `allocation` is what the sensitivities cost. The shapes are random Llamas of a few blocks:
-how the parts grow with width, blocks and tokens does not depend on what the weights say.
+choosing, compensating and the re-fit; `fit` that of the up and gate projections; `allocation` what the sensitivities
+cost. The shares are of all but allocation. The shapes are random Llamas of a few blocks: how the parts grow with width,
+blocks and tokens does not depend on what the weights say.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def measure(loaded: LoadedModel, tokens: int, mode: str, ratio: float) -> dict[s
         "forward": sum(t.seconds_forward for t in made.trace),
         "hessian": sum(t.seconds_hessian for t in made.trace),
         "selection": sum(t.seconds_selection for t in made.trace),
+        "fit": sum(t.seconds_fit for t in made.trace),
     }
     pruning = sum(seconds.values()) - seconds["allocation"]
     return {
@@ -102,17 +104,18 @@ def measure(loaded: LoadedModel, tokens: int, mode: str, ratio: float) -> dict[s
         "seconds": seconds,
         "dense_passes": (pruning + seconds["allocation"]) / dense,
         "selection_share": seconds["selection"] / pruning,
+        "fit_share": seconds["fit"] / pruning,
     }
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    parts = ("curvature", "allocation", "forward", "hessian", "selection")
-    head = ["model", "tokens", "mode", "dense pass, s", *(f"{p}, s" for p in parts), "dense passes", "selection"]
+    parts = ("curvature", "allocation", "forward", "hessian", "selection", "fit")
+    head = ["model", "tokens", "mode", "dense pass, s", *(f"{p}, s" for p in parts), "dense passes", "selection", "fit"]
     body = [
         [
             row["model"], f"{row['tokens']:,}", row["mode"], f"{row['dense_forward']:.1f}",
             *(f"{row['seconds'][p]:.1f}" if p in row["seconds"] else "–" for p in parts), f"{row['dense_passes']:.1f}",
-            f"{row['selection_share']:.0%}",
+            f"{row['selection_share']:.0%}", f"{row['fit_share']:.0%}" if "fit_share" in row else "–",
         ]
         for row in rows
     ]  # fmt: skip

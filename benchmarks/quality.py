@@ -217,6 +217,7 @@ class Bench:
             "forward": sum(t.seconds_forward for t in made.trace),
             "hessian": sum(t.seconds_hessian for t in made.trace),
             "selection": sum(t.seconds_selection for t in made.trace),
+            "fit": sum(t.seconds_fit for t in made.trace),
             "all": time.monotonic() - started,
         }
         return made.model, {

@@ -210,6 +210,11 @@ class BlockTrace:
     damping: float
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()
+    seconds_fit: float = 0.0  # of what makes the FFN's channels
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_forward + self.seconds_hessian + self.seconds_selection + self.seconds_fit
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ class Stopwatch:
     """Seconds by what they were spent on; waits for the device, so that CUDA time lands where it belongs."""
 
     device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0, "selection": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("forward", "hessian", "selection", "fit"), 0.0)
+    )
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -107,6 +109,7 @@ class Block:
             damping=self.damping,
             peak_memory_bytes=0,  # the caller's too
             notes=tuple(self.notes),
+            seconds_fit=self.clock.seconds["fit"],
         )
 
     def _prune_heads(self) -> tuple[list[torch.Tensor] | None, tuple[float, float]]:
@@ -151,17 +154,14 @@ class Block:
             return 0.0, 0.0
         name = self.family.ffn_output
         moments = self._moments(self.dense.channels)
-        project = self.work.get_submodule(self.family.attention_output)
-        down = self.work.get_submodule(name)
         for batch in range(len(self.states)):
-            with self.clock.on("forward"), known_attention(self.work, self.architecture, attention, batch):
-                inputs = inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch))
+            with self.clock.on("forward"):
+                inputs = self._inputs_of_down(batch, attention)
             with self.clock.on("hessian"):
                 missed = None
                 if self.targets is not None:
                     assert attention is not None
-                    found = self.states[batch] + project(attention[batch]) + down(inputs)
-                    missed = _missed(self.targets.after_ffn(batch), found)
+                    missed = self._lacking(batch, attention, self.targets, inputs)
                 moments.add(inputs, missed)
         with self.clock.on("selection"):
             H = moments.H()
@@ -194,15 +194,19 @@ class Block:
         batches = self._some_batches(factor.TOKENS)
         for batch in batches:
             with self.clock.on("forward"):
-                x, slopes, missed = self._lacking(batch, attention, targets)
+                x, inputs, slopes = factor.linearised(
+                    lambda: self._inputs_of_down(batch, attention),  # noqa: B023
+                    [self.work.get_submodule(name) for name in names],
+                )
+                missed = self._lacking(batch, attention, targets, inputs)
             pieces.append(
                 factor.Piece(
                     x.flatten(0, 1).float(),
                     tuple(slope.flatten(0, 1).float() for slope in slopes),
-                    missed.flatten(0, 1).float(),
+                    missed.flatten(0, 1),
                 )
             )
-        with self.clock.on("selection"):
+        with self.clock.on("fit"):
             changes = factor.fit_factors(down, pieces)
         checked = self._some_batches(factor.CHECKED_TOKENS, batches)
         before = sum(float(pieces[batches.index(batch)].missed.square().sum()) for batch in checked)
@@ -214,7 +218,10 @@ class Block:
             self.work = working_copy(self.home, self.settings)
             with self.clock.on("forward"):
                 after = sum(
-                    float(self._lacking(batch, attention, targets)[2].float().square().sum()) for batch in checked
+                    float(
+                        self._lacking(batch, attention, targets, self._inputs_of_down(batch, attention)).square().sum()
+                    )
+                    for batch in checked
                 )
             if after < before:
                 return
@@ -223,22 +230,21 @@ class Block:
         self.work = working_copy(self.home, self.settings)
         self.notes.append(f"no fit of {' and '.join(names)} lowered the error")
 
+    def _inputs_of_down(self, batch: int, attention: list[torch.Tensor] | None) -> torch.Tensor:
+        """[sequences, length, channels] of the block as it is now; `attention`: the known inputs of its o_proj."""
+        with known_attention(self.work, self.architecture, attention, batch):
+            return inputs_of(self.work, self.family.ffn_output, self.states[batch], self._arguments(self.index, batch))
+
     def _lacking(
-        self, batch: int, attention: list[torch.Tensor], targets: Targets
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-        """Of the block as it is now: inputs and slopes as in `factor.Piece`, and what its output lacks, each
-        [sequences, length, ...]."""
-        projections = [self.work.get_submodule(name) for name in self.family.ffn_factors]
+        self, batch: int, attention: list[torch.Tensor], targets: Targets, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """What the block's output lacks as the block is now, [sequences, length, hidden] float32; `inputs` of
+        down_proj."""
         project, down = (
             self.work.get_submodule(name) for name in (self.family.attention_output, self.family.ffn_output)
         )
-        states, arguments = self.states[batch], self._arguments(self.index, batch)
-        with known_attention(self.work, self.architecture, attention, batch):
-            x, inputs, slopes = factor.linearised(
-                lambda: inputs_of(self.work, self.family.ffn_output, states, arguments), projections
-            )
-        found = states + project(attention[batch]) + down(inputs)
-        return x, slopes, _missed(targets.after_ffn(batch), found)
+        found = self.states[batch] + project(attention[batch]) + down(inputs)
+        return _missed(targets.after_ffn(batch), found).float()
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
         """Evenly spread, of about so many tokens together."""

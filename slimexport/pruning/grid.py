@@ -13,9 +13,7 @@ Heads = tuple[int, int]  # KV groups, query heads per group
 
 PROBED_SHARES = (0.84, 0.67, 0.34)  # of the attention's and of the FFN's parameters: the sizes whose KL is measured
 POSITIONS = 4  # every fourth position is scored: neighbours say nearly the same, and the vocabulary is dear
-PROBE_LENGTH = (
-    256  # tokens of a calibration sequence that are compared: many short pieces say more than a few long ones
-)
+PROBE_LENGTH = 256  # tokens of a calibration sequence that are compared: many short pieces say more than few long ones
 COST_SEQUENCES = 32  # of the calibration set, for the H of the cost curves: their shape needs no more
 SEARCHED_HEADS = 9  # structures per block, at most
 SEARCHED_CHANNELS = 12  # channel counts per block, at most
@@ -72,3 +70,9 @@ def evenly(items: Sequence[Size], count: int) -> list[Size]:
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def centred(available: int, count: int) -> list[int]:
+    """At most `count` indices below `available`: the middles of as many equal parts."""
+    count = min(count, available)
+    return [i * available // count + available // (2 * count) for i in range(count)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from slimexport.pruning.grid import evenly
+from slimexport.pruning.grid import centred
 
 ONE_IN = 32  # sequences of the calibration set that are held out
 MOST_TOKENS = 4_096
@@ -27,7 +27,7 @@ def held_out(sequences: int, length: int) -> list[int]:
     if sequences < FEWEST:
         return []
     count = max(1, min(sequences // ONE_IN, MOST_TOKENS // length))
-    return evenly(range(sequences), count + 2)[1:-1]
+    return centred(sequences, count)
 
 
 def fit_scale(dense: Sequence[torch.Tensor], shrunk: Sequence[torch.Tensor]) -> float:

@@ -22,7 +22,7 @@ from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.gradients import check_differentiable, collect_gradients
-from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH
+from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH, centred
 from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
@@ -210,7 +210,7 @@ def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunCo
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     for name, parameter in model.named_parameters():
         check_differentiable(name, parameter, wanted=False)
-    chosen = _evenly(len(ids), max(1, config.resolved_curvature_tokens // min(ids.shape[1], PROBE_LENGTH)))
+    chosen = centred(len(ids), max(1, config.resolved_curvature_tokens // min(ids.shape[1], PROBE_LENGTH)))
     with torch.inference_mode(False):
         states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
         return measure_curvature(
@@ -267,7 +267,7 @@ def search_settings(
 
 def _probed(ids: torch.Tensor, config: RunConfig) -> list[int]:
     """The calibration sequences whose output is compared with the dense model's."""
-    return _evenly(len(ids), max(1, config.probe_tokens // min(ids.shape[1], PROBE_LENGTH)))
+    return centred(len(ids), max(1, config.probe_tokens // min(ids.shape[1], PROBE_LENGTH)))
 
 
 def _pieces(ids: torch.Tensor, chosen: list[int]) -> torch.Tensor:
@@ -295,12 +295,6 @@ def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict
         "slimexport": __version__,
     }
     return known if text is None else {**known, "text": text}
-
-
-def _evenly(available: int, count: int) -> list[int]:
-    """At most `count` indices below `available`, evenly spread."""
-    count = min(count, available)
-    return [i * available // count + available // (2 * count) for i in range(count)]
 
 
 def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype) -> Settings:

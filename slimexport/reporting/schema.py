@@ -50,6 +50,7 @@ class PruningSummary:
     peak_memory_bytes: int
     seconds_curvature: float = 0.0
     seconds_allocation: float = 0.0
+    seconds_fit: float = 0.0
 
     @classmethod
     def from_trace(
@@ -62,7 +63,7 @@ class PruningSummary:
                 attention_error=t.attention_error,
                 ffn_error_before=t.ffn_error_before,
                 ffn_error=t.ffn_error,
-                seconds=t.seconds_forward + t.seconds_hessian + t.seconds_selection,
+                seconds=t.seconds,
                 notes=t.notes,
             )
             for t in trace
@@ -75,6 +76,7 @@ class PruningSummary:
             peak_memory_bytes=max((t.peak_memory_bytes for t in trace), default=0),
             seconds_curvature=seconds_curvature,
             seconds_allocation=seconds_allocation,
+            seconds_fit=sum(t.seconds_fit for t in trace),
         )
 
 

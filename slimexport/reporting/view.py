@@ -178,6 +178,7 @@ def timings(report: Report) -> str:
             "forward": p.seconds_forward,
             "Hessian": p.seconds_hessian,
             "selection": p.seconds_selection,
+            "fit": p.seconds_fit,
         }
         named = ", ".join(f"{name} {seconds(value)}" for name, value in split.items() if value)
         parts.append(f"of pruning: {named}")
