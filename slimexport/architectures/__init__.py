@@ -1,10 +1,11 @@
-"""Model families that can be pruned: one short file each, found by the registry."""
+"""Model families that can be pruned: one short file each in `families/`, found by the registry."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slimexport.architectures.base import Architecture, Family
+from slimexport.architectures.base import Architecture
+from slimexport.architectures.family import Family
 from slimexport.errors import BadInputError
 from slimexport.registry import Registry
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 registry: Registry[Family] = Registry(
-    "architecture", package="slimexport.architectures", group="slimexport.architectures"
+    "architecture", package="slimexport.architectures.families", group="slimexport.architectures"
 )
 
 

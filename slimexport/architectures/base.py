@@ -14,74 +14,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.family import Family, Kept
+from slimexport.architectures.weights import (
+    CHANNELS,
+    HEAD_DIM,
+    KEY_VALUE,
+    KV_GROUPS,
+    POSITIONS,
+    QUERY,
+    QUERY_HEADS,
+    RESIDUAL,
+    VOCAB,
+    Axis,
+    Fused,
+    Weight,
+)
 from slimexport.artifacts import BlockSizes, Estimates
 from slimexport.errors import BadInputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
-
-RESIDUAL = "residual"
-QUERY = "query"  # query heads x head_dim
-KEY_VALUE = "key_value"  # KV groups x head_dim
-CHANNELS = "channels"
-HEAD_DIM = "head_dim"  # norms over a head: the same for every head, never sliced
-VOCAB = "vocab"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor. `when` names the config field that must be true for it to exist ("!x": must be false)."""
-
-    name: str
-    axes: tuple[str, ...]
-    when: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """What all models of one `model_type` share. Names of block weights and modules are relative to the block."""
-
-    model_type: str
-    block_weights: tuple[Weight, ...]
-    model_weights: tuple[Weight, ...]
-    attention: str = "self_attn"
-    attention_output: str = "self_attn.o_proj"
-    ffn_output: str = "mlp.down_proj"
-    ffn_factors: tuple[str, ...] = ("mlp.up_proj", "mlp.gate_proj")  # what makes the inputs of ffn_output, one by one
-    final_norm: str | None = "model.norm"  # logits grow in proportion to its weight; None: they do not
-    decoder: str = "model"  # the submodule that holds embedding, blocks and final norm
-    blocks: str = "model.layers"
-    # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
-    heads_divide_hidden: bool = False
-    query_heads_field: str = "num_attention_heads"
-    kv_groups_field: str = "num_key_value_heads"
-    channels_field: str = "intermediate_size"
-
-    def config_fields(self, sizes: BlockSizes) -> dict[str, int]:
-        """Config fields that say `sizes`, for a block or for the whole model."""
-        return {
-            self.query_heads_field: sizes.query_heads,
-            self.kv_groups_field: sizes.kv_groups,
-            self.channels_field: sizes.channels,
-        }
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Indices that stay in one block, ascending, in the dense numbering of that block."""
-
-    kv_groups: tuple[int, ...]
-    query_heads: tuple[int, ...]
-    channels: tuple[int, ...]
-
-    @classmethod
-    def all(cls, sizes: BlockSizes) -> Kept:
-        return cls(tuple(range(sizes.kv_groups)), tuple(range(sizes.query_heads)), tuple(range(sizes.channels)))
-
-    @property
-    def sizes(self) -> BlockSizes:
-        return BlockSizes(len(self.kv_groups), len(self.query_heads) // len(self.kv_groups), len(self.channels))
 
 
 @dataclass(frozen=True)
@@ -94,24 +47,38 @@ class Architecture:
     vocab: int
     tied: bool
     blocks: tuple[BlockSizes, ...]
-    flags: frozenset[str]  # config fields named by `Weight.when` that are true
+    flags: frozenset[str]  # what `Weight.when` may name and is true
+    positions: int = 0  # that have a learned embedding
+    residual_multiplier: float = 1.0  # of what the output matrices add to the residual
 
     # ------------------------------------------------------------------------------------------------ construction
 
     @classmethod
     def from_config(cls, family: Family, config: PreTrainedConfig) -> Architecture:
-        """Reads the sizes; raises BadInputError where they contradict each other."""
-        blocks = tuple(_block_sizes(family, c) for c in config.per_layer_config)
-        names = {w.when.lstrip("!") for w in family.block_weights + family.model_weights if w.when}
-        heads = blocks[0].query_heads
+        """Reads the sizes; raises BadInputError where they contradict each other, or the family refuses them."""
+        if why := family.refusal and family.refusal(config):
+            raise BadInputError(f"This {family.model_type} model cannot be pruned: {why}.")
+        try:
+            blocks = tuple(family.sizes_of(c) for c in config.per_layer_config)
+        except ValueError as error:
+            raise BadInputError(f"{error}.") from error
+        fields = {w.when.lstrip("!") for w in family.block_weights + family.model_weights if w.when}
+        flags = {name for name in fields if getattr(config, name, False)}
+        if family.flags is not None:
+            flags |= set(family.flags(config))
+        # Per block there is one head_dim and, where none is written down, the head count of the dense model.
+        explicit = getattr(config, family.head_dim_field, None) if family.head_dim_field else None
+        multiplier = getattr(config, family.residual_multiplier_field) if family.residual_multiplier_field else 1.0
         return cls(
             family=family,
             hidden=config.hidden_size,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=explicit or config.hidden_size // _dense_heads(family, config),
             vocab=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
             blocks=blocks,
-            flags=frozenset(name for name in names if getattr(config, name, False)),
+            flags=frozenset(flags),
+            positions=family.positions(config) if family.positions else 0,
+            residual_multiplier=multiplier,
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -130,16 +97,25 @@ class Architecture:
         """Weights that a block of this model has."""
         return (w for w in self.family.block_weights if self._exists(w))
 
-    def axis_size(self, axis: str, sizes: BlockSizes | None = None) -> int:
-        fixed = {RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab}
+    def axis_size(self, axis: Axis, sizes: BlockSizes | None = None) -> int:
+        if isinstance(axis, Fused):
+            return sum(self.axis_size(part, sizes) for part in axis.parts)
+        fixed = {RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab, POSITIONS: self.positions}
         if axis in fixed:
             return fixed[axis]
         assert sizes is not None, f"axis {axis} belongs to a block"
+        return self.named_sizes(sizes)[axis]
+
+    def named_sizes(self, sizes: BlockSizes) -> dict[str, int]:
+        """Everything that a block's axes and its modules' attributes can be as long as."""
         return {
             QUERY: sizes.query_heads * self.head_dim,
             KEY_VALUE: sizes.kv_groups * self.head_dim,
             CHANNELS: sizes.channels,
-        }[axis]
+            QUERY_HEADS: sizes.query_heads,
+            KV_GROUPS: sizes.kv_groups,
+            "heads_per_group": sizes.heads_per_group,
+        }
 
     def block_shapes(self, sizes: BlockSizes) -> dict[str, tuple[int, ...]]:
         return {w.name: tuple(self.axis_size(a, sizes) for a in w.axes) for w in self.block_weights()}
@@ -156,35 +132,47 @@ class Architecture:
 
     def plain_config_can_say(self, sizes: BlockSizes) -> bool:
         """Whether a config without per-block sizes accepts this head count."""
+        if self.family.head_dim_field is None and sizes.query_heads * self.head_dim != self.hidden:
+            return False
+        if self.family.kv_groups_field is None and sizes.kv_groups not in (1, sizes.query_heads):
+            return False
         return not self.family.heads_divide_hidden or self.hidden % sizes.query_heads == 0
+
+    def legal_heads(self, dense: BlockSizes) -> list[tuple[int, int]]:
+        """(KV groups, query heads per group) that a block of sizes `dense` may be left with."""
+        if not self.family.heads_prunable:
+            return [(dense.kv_groups, dense.heads_per_group)]
+        return [(g, h) for g in range(1, dense.kv_groups + 1) for h in range(1, dense.heads_per_group + 1)]
 
     # ---------------------------------------------------------------------------------------------------- counting
 
     def block_linear_parameters(self, sizes: BlockSizes) -> int:
         """Entries of the block's matrices (q, k, v, o, gate, up, down): what `ratio` is a share of."""
-        return sum(math.prod(s) for s in self.block_shapes(sizes).values() if len(s) == 2)
+        return self._entries(sizes)
 
     def attention_parameters(self, sizes: BlockSizes) -> int:
         """The part of `block_linear_parameters` that runs along heads."""
-        names = {w.name for w in self.block_weights() if {QUERY, KEY_VALUE} & set(w.axes)}
-        return sum(math.prod(s) for n, s in self.block_shapes(sizes).items() if n in names and len(s) == 2)
+        return self._entries(sizes, QUERY, KEY_VALUE)
 
     def channel_parameters(self) -> int:
         """Matrix entries that one channel of one block costs."""
-        one = BlockSizes(1, 1, 1)
+        return self._entries(BlockSizes(1, 1, 1), CHANNELS)
+
+    def _entries(self, sizes: BlockSizes, *along: str) -> int:
         return sum(
-            math.prod(s) for w, s in zip(self.block_weights(), self.block_shapes(one).values(), strict=True)
-            if CHANNELS in w.axes and len(s) == 2
-        )  # fmt: skip
+            math.prod(self.axis_size(axis, sizes) for axis in weight.axes)
+            for weight in self.block_weights()
+            if weight.is_matrix and (not along or weight.runs_along(*along))
+        )
 
     def estimates(self, bytes_per_parameter: int) -> Estimates:
         """Sizes, streamed bytes and FLOPs of this architecture, from the table alone."""
         total = sum(math.prod(s) for s in self.shapes().values())
         linear = sum(self.block_linear_parameters(s) for s in self.blocks)
         embedding = self.vocab * self.hidden
-        # A decoded token reads every weight once, except the embedding table, of which it reads one row; a tied
+        # A decoded token reads every weight once, except the embedding tables, of which it reads one row; a tied
         # table is read as lm_head. FLOPs: two per multiply-add.
-        streamed = total - (0 if self.tied else embedding)
+        streamed = total - (0 if self.tied else embedding) - self.positions * self.hidden
         kv = sum(2 * s.kv_groups * self.head_dim for s in self.blocks)
         return Estimates(
             parameters=total,
@@ -197,14 +185,36 @@ class Architecture:
 
     # ----------------------------------------------------------------------------------------------------- slicing
 
-    def axis_index(self, axis: str, kept: Kept) -> list[int] | None:
+    def axis_index(self, axis: Axis, kept: Kept) -> list[int] | None:
         """Positions along `axis` that stay; None for an axis that is never sliced."""
+        if isinstance(axis, Fused):
+            return sorted(position for _, positions in self.fused_index(axis, kept) for position in positions)
         if axis == CHANNELS:
             return list(kept.channels)
+        if axis in (QUERY_HEADS, KV_GROUPS):
+            return list(kept.query_heads if axis == QUERY_HEADS else kept.kv_groups)
         if axis in (QUERY, KEY_VALUE):
             heads = kept.query_heads if axis == QUERY else kept.kv_groups
             return [h * self.head_dim + d for h in heads for d in range(self.head_dim)]
         return None
+
+    def fused_index(self, axis: Fused, kept: Kept) -> list[tuple[str, list[int]]]:
+        """(part, the positions of what is kept of it) for every part of a fused axis, ascending in each."""
+        found = []
+        start = 0
+        for part in axis.parts:
+            size = self.axis_size(part, kept.of)
+            index = self.axis_index(part, kept)
+            index = list(range(size)) if index is None else index
+            if axis.by_group:
+                # A group's share of each part stands together: `size` of them in steps of the whole group's width.
+                share, width = size // kept.of.kv_groups, self.axis_size(axis, kept.of) // kept.of.kv_groups
+                found.append((part, [i // share * width + start + i % share for i in index]))
+                start += share
+            else:
+                found.append((part, [start + i for i in index]))
+                start += size
+        return found
 
     def slice_weight(self, weight: Weight, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
         """`tensor` [axis sizes of the dense block] with only the kept positions, contiguous."""
@@ -227,50 +237,7 @@ class Architecture:
                 )
 
 
-def _block_sizes(family: Family, config: Any) -> BlockSizes:
-    heads = getattr(config, family.query_heads_field)
-    groups = getattr(config, family.kv_groups_field, None) or heads
-    if heads % groups:
-        raise BadInputError(
-            f"{family.query_heads_field} {heads} is not a multiple of {family.kv_groups_field} {groups}."
-        )
-    return BlockSizes(groups, heads // groups, getattr(config, family.channels_field))
-
-
-# Tables that several families share --------------------------------------------------------------------------------
-
-
-def gated_decoder_block(
-    *, qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None, qk_norm: bool = False
-) -> tuple[Weight, ...]:
-    """The block of Llama and its relatives: RMSNorm, separate q/k/v/o, gate/up/down.
-
-    Each bias argument is None (never), "always", or the config field that decides.
-    """
-
-    def bias(name: str, axis: str, when: str | None) -> tuple[Weight, ...]:
-        return () if when is None else (Weight(name, (axis,), None if when == "always" else when),)
-
-    weights: tuple[Weight, ...] = (Weight("input_layernorm.weight", (RESIDUAL,)),)
-    for name, axis in (("q", QUERY), ("k", KEY_VALUE), ("v", KEY_VALUE)):
-        weights += (Weight(f"self_attn.{name}_proj.weight", (axis, RESIDUAL)),)
-        weights += bias(f"self_attn.{name}_proj.bias", axis, qkv_bias)
-    weights += (Weight("self_attn.o_proj.weight", (RESIDUAL, QUERY)), *bias("self_attn.o_proj.bias", RESIDUAL, o_bias))
-    if qk_norm:
-        weights += (Weight("self_attn.q_norm.weight", (HEAD_DIM,)), Weight("self_attn.k_norm.weight", (HEAD_DIM,)))
-    weights += (Weight("post_attention_layernorm.weight", (RESIDUAL,)),)
-    for name in ("gate", "up"):
-        weights += (Weight(f"mlp.{name}_proj.weight", (CHANNELS, RESIDUAL)),)
-        weights += bias(f"mlp.{name}_proj.bias", CHANNELS, mlp_bias)
-    return (
-        *weights,
-        Weight("mlp.down_proj.weight", (RESIDUAL, CHANNELS)),
-        *bias("mlp.down_proj.bias", RESIDUAL, mlp_bias),
-    )
-
-
-DECODER_MODEL_WEIGHTS = (
-    Weight("model.embed_tokens.weight", (VOCAB, RESIDUAL)),
-    Weight("model.norm.weight", (RESIDUAL,)),
-    Weight("lm_head.weight", (VOCAB, RESIDUAL), "!tie_word_embeddings"),
-)
+def _dense_heads(family: Family, config: Any) -> int:
+    """Query heads where all of them are as wide as hidden size over heads: those of the config outside of its blocks,
+    which a checkpoint with sizes per block keeps as they were."""
+    return int(config.to_dict()[family.query_heads_field])

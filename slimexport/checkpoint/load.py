@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.weights import (
+    CHANNELS,
+    KEY_VALUE,
+    KV_GROUPS,
+    QUERY,
+    QUERY_HEADS,
+    Axis,
+    Fused,
+)
 from slimexport.checkpoint.modeling_slimexport import PerBlockSizes
 from slimexport.errors import BadInputError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
 
 
 def load(
@@ -42,7 +53,7 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(path))
         if config.is_heterogeneous:
-            model, info = _per_block_class(config).from_pretrained(str(path), config=config, **options)
+            model, info = _per_block_class(config, str(path)).from_pretrained(str(path), config=config, **options)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
     except Exception as error:
@@ -53,11 +64,38 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _per_block_class(config: Any) -> Any:
+def _per_block_class(config: Any, where: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from slimexport.architectures import registry
+    from slimexport.architectures import architecture_of
 
     base = AutoModelForCausalLM._model_mapping[type(config)]
-    family = registry.get(config.model_type)
-    return type(f"{base.__name__}PerBlock", (PerBlockSizes, base), {"blocks_path": family.blocks})
+    table = per_block_table(architecture_of(config, where))
+    return type(base.__name__, (PerBlockSizes, base), {"table": table})
+
+
+def per_block_table(architecture: Architecture) -> dict[str, Any]:
+    """`architecture` in the words of `PerBlockSizes.table`."""
+    family = architecture.family
+    # Neither the number of groups nor of heads to a group can be read off a config without a field for it.
+    one_group = family.kv_groups_field is None and all(block.kv_groups == 1 for block in architecture.blocks)
+    return {
+        "blocks": family.blocks,
+        "head_dim": architecture.head_dim,
+        "heads": family.query_heads_field,
+        "groups": 1 if one_group else family.kv_groups_field,
+        "channels": family.channels_field,
+        "weights": {
+            weight.name: [_along(axis) for axis in weight.axes]
+            for weight in architecture.block_weights()
+            if weight.runs_along(QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS)
+        },
+        "attributes": dict(family.attributes),
+        "reads_config": list(family.reads_config),
+    }
+
+
+def _along(axis: Axis) -> str | list[str] | None:
+    if isinstance(axis, Fused):
+        return list(axis.parts)
+    return axis if axis in (QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS) else None

@@ -1,37 +1,126 @@
-"""Llama-like models whose blocks have different numbers of heads and channels.
+"""Decoder models whose blocks have different numbers of heads and channels.
 
 transformers (>= 5.15) reads such sizes into `config.per_layer_config`, but its models still build every block from the
-global config. `PerBlockSizes` in front of a stock class builds each block from its own. slimexport itself uses this
-file, and a copy lies in every per_layer checkpoint, where
+global config. `PerBlockSizes` in front of a stock class gives the tensors of each block the sizes of that block.
+slimexport itself uses this file, and a copy lies in every per_layer checkpoint, where
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` finds it. It needs torch and transformers.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+import transformers  # noqa: F401 - for the class that a checkpoint adds below
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class PerBlockSizes:
-    """Mixin: `class X(PerBlockSizes, LlamaForCausalLM)`. `blocks_path` is where the list of blocks lives."""
+    """Mixin, as in `class LlamaForCausalLM(PerBlockSizes, transformers.LlamaForCausalLM)`. `table` says of the family:
 
-    blocks_path = "model.layers"
+    blocks: where the list of blocks lives.
+    head_dim: of all heads.
+    heads, groups, channels: the fields of a block's config; groups may be a number, or None for one to every head.
+    weights: name -> what each dimension runs along: a size's name, a list of them one after the other, or None for what
+        no block changes.
+    attributes: attributes of modules -> the name of the size they hold.
+    reads_config: modules that look sizes up in their config.
+    """
+
+    table: dict[str, Any]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: tensors of this class have the names of the stock class's, in memory and on disk, and transformers
+        turns the one into the other by the name of the class."""
+        return False
 
     def __init__(self, config: Any):
-        # The stock constructor reads global sizes: give it a config that has nothing else (from_pretrained builds on
-        # the meta device, so the blocks that are replaced below never take memory).
+        # The stock constructor reads global sizes, those of the dense model: it is given a config that has nothing else
+        # (from_pretrained builds on the meta device, so what is replaced below never takes memory).
         plain = copy.deepcopy(config)
         plain.per_layer_config = None
         super().__init__(plain)
-        path, _, name = self.blocks_path.rpartition(".")
-        parent = self.get_submodule(path)
-        block = type(getattr(parent, name)[0])
         # The attention implementation was settled by the stock constructor, on its own copy.
         config._attn_implementation_internal = plain._attn_implementation_internal
-        built = nn.ModuleList(block(config.per_layer_config[i], i) for i in range(config.num_hidden_layers))
-        setattr(parent, name, built)
         for module in self.modules():
             if hasattr(module, "config"):
                 # One config object for all, so that set_attn_implementation() reaches every block.
                 module.config = config
+        for block, own in zip(self.get_submodule(self.table["blocks"]), config.per_layer_config, strict=True):
+            sizes = named_sizes(self.table, own)
+            for name, axes in self.table["weights"].items():
+                resize(block, name, axes, sizes)
+            set_sizes(block, self.table["attributes"], sizes)
+            fields = {
+                f: getattr(own, f) for f in map(self.table.get, ("heads", "groups", "channels")) if type(f) is str
+            }
+            for name in self.table["reads_config"]:
+                block.get_submodule(name).config = BlockConfig.over(config, fields)
         self.post_init()
+
+
+def named_sizes(table: dict[str, Any], own: Any) -> dict[str, int]:
+    """What a block's dimensions and its modules' attributes can be as long as."""
+    heads, groups = getattr(own, table["heads"]), table["groups"]
+    if groups is None:
+        groups = heads
+    elif isinstance(groups, str):
+        groups = getattr(own, groups)
+    return {
+        "query": heads * table["head_dim"],
+        "key_value": groups * table["head_dim"],
+        "channels": getattr(own, table["channels"]),
+        "query_heads": heads,
+        "kv_groups": groups,
+        "heads_per_group": heads // groups,
+    }
+
+
+def resize(block: nn.Module, name: str, axes: list[Any], sizes: dict[str, int]) -> None:
+    """Gives weight `name` the shape that `sizes` ask for; what it holds is lost where that is another one."""
+    path, _, leaf = name.rpartition(".")
+    module = block.get_submodule(path)
+    old = getattr(module, leaf, None)
+    if old is None:
+        return
+    shape = [
+        length if axis is None else sum(sizes[part] for part in ([axis] if isinstance(axis, str) else axis))
+        for axis, length in zip(axes, old.shape, strict=True)
+    ]
+    if shape == list(old.shape):
+        return
+    setattr(module, leaf, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        module.out_features, module.in_features = shape
+    elif isinstance(module, Conv1D) and leaf == "weight":
+        module.nx, module.nf = shape
+
+
+def set_sizes(block: nn.Module, attributes: Mapping[str, str], sizes: dict[str, int]) -> None:
+    """Corrects what the modules of `block` remember of their sizes."""
+    for name, size in attributes.items():
+        path, _, leaf = name.rpartition(".")
+        module = block.get_submodule(path)
+        if hasattr(module, leaf):
+            setattr(module, leaf, sizes[size])
+
+
+class BlockConfig:
+    """The model's config, but for the sizes of one block: for modules that look them up while they run."""
+
+    def __init__(self, config: Any, fields: dict[str, int]):
+        self.__dict__.update(_config=config, _fields=fields)
+
+    @classmethod
+    def over(cls, config: Any, fields: dict[str, int]) -> "BlockConfig":
+        return cls(config._config if isinstance(config, cls) else config, fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        fields = self.__dict__.get("_fields", {})
+        return fields[name] if name in fields else getattr(self.__dict__["_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_config"], name, value)

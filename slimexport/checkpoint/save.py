@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pprint
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,12 @@ from slimexport.artifacts import (
     write_text,
 )
 from slimexport.checkpoint import modeling_slimexport
+from slimexport.checkpoint.load import per_block_table
 from slimexport.errors import NotReproducedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-REMOTE_CLASS = "SlimExportForCausalLM"
 PROBE_TOKENS = 64
 
 
@@ -48,8 +49,8 @@ def save_checkpoint(
     data.pop("auto_map", None)  # of the checkpoint that this one was made from
     if "per_layer_config" in data:
         base = type(model).__name__
-        data["auto_map"] = {"AutoModelForCausalLM": f"{modeling_slimexport.__name__.rpartition('.')[2]}.{REMOTE_CLASS}"}
-        write_text(directory / "modeling_slimexport.py", _modelling_file(base, architecture.family.blocks))
+        data["auto_map"] = {"AutoModelForCausalLM": f"{modeling_slimexport.__name__.rpartition('.')[2]}.{base}"}
+        write_text(directory / "modeling_slimexport.py", _modelling_file(base, per_block_table(architecture)))
     write_json(path, data)
     write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
                                                "allocation": plan.allocation, "layout": plan.layout})  # fmt: skip
@@ -68,10 +69,10 @@ def _add_old_rope_fields(data: dict[str, Any]) -> None:
             data.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
 
 
-def _modelling_file(base: str, blocks: str) -> str:
+def _modelling_file(base: str, table: dict[str, Any]) -> str:
     source = Path(modeling_slimexport.__file__).read_text(encoding="utf-8")
-    source = source.replace("from torch import nn\n", f"from torch import nn\nfrom transformers import {base}\n")
-    return source + f"\n\nclass {REMOTE_CLASS}(PerBlockSizes, {base}):\n    blocks_path = {blocks!r}\n"
+    literal = pprint.pformat(table, indent=4, width=100, sort_dicts=False).replace("\n", "\n    ")
+    return source + f"\n\nclass {base}(PerBlockSizes, transformers.{base}):\n    table = {literal}\n"
 
 
 def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> float:

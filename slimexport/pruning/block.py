@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from slimexport.architectures.base import CHANNELS, KEY_VALUE, QUERY, Architecture, Kept
+from slimexport.architectures.base import Architecture
+from slimexport.architectures.family import Kept
+from slimexport.architectures.weights import CHANNELS, KEY_VALUE, QUERY, Fused, Weight
 from slimexport.artifacts import BlockSizes, BlockTrace
 from slimexport.pruning import factor
 from slimexport.pruning.blocks import HiddenStates
@@ -20,6 +22,7 @@ from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
+from slimexport.pruning.matrices import matrix, set_matrix
 from slimexport.pruning.obs import Selection, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
 
@@ -49,17 +52,18 @@ class Stopwatch:
 
 @dataclass
 class Targets:
-    """What the dense stream adds in this block, per batch, and what it was before."""
+    """What the two output matrices give in the dense stream of this block, per batch, and what it was before."""
 
     before: list[torch.Tensor]
     attention: list[torch.Tensor]
     ffn: list[torch.Tensor]
+    multiplier: float = 1.0  # of what is added
 
     def after_attention(self, batch: int) -> torch.Tensor:
-        return self.before[batch] + self.attention[batch]
+        return self.before[batch] + self.multiplier * self.attention[batch]
 
     def after_ffn(self, batch: int) -> torch.Tensor:
-        return self.after_attention(batch) + self.ffn[batch]
+        return self.after_attention(batch) + self.multiplier * self.ffn[batch]
 
 
 class Block:
@@ -127,8 +131,7 @@ class Block:
             with self.clock.on("hessian"):
                 missed = None
                 if self.targets is not None:
-                    found = self.states[batch] + project(inputs[batch])
-                    missed = _missed(self.targets.after_attention(batch), found)
+                    missed = self._lacking_attention(batch, self.targets, project(inputs[batch]))
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             H = moments.H()
@@ -139,7 +142,7 @@ class Block:
                 selection, used = self.criterion.heads(self._site(name, W, H, moments, QUERY))
                 self.damping = max(self.damping, used)
             groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
-            self.kept = Kept(groups, selection.kept, self.kept.channels)
+            self.kept = dataclasses.replace(self.kept, kv_groups=groups, query_heads=selection.kept)
             columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
             bias = self._bias(name, selection)
             errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
@@ -189,7 +192,7 @@ class Block:
         The fit takes for linear what is not: it counts where it lowers the error, and is shortened where it does not.
         """
         names = self.family.ffn_factors
-        down = self.work.get_submodule(self.family.ffn_output).get_parameter("weight").float()
+        down = matrix(self.work.get_submodule(self.family.ffn_output)).float()
         pieces = []
         batches = self._some_batches(factor.TOKENS)
         for batch in batches:
@@ -201,20 +204,21 @@ class Block:
                 missed = self._lacking(batch, attention, targets, inputs)
             pieces.append(
                 factor.Piece(
-                    x.flatten(0, 1).float(),
-                    tuple(slope.flatten(0, 1).float() for slope in slopes),
-                    missed.flatten(0, 1),
+                    x.flatten(0, -2).float(),
+                    tuple(slope.flatten(0, -2).float() for slope in slopes),
+                    missed.flatten(0, -2),
                 )
             )
         with self.clock.on("fit"):
             changes = factor.fit_factors(down, pieces)
         checked = self._some_batches(factor.CHECKED_TOKENS, batches)
         before = sum(float(pieces[batches.index(batch)].missed.square().sum()) for batch in checked)
-        weights = [self.home.get_parameter(f"{name}.weight") for name in names]
-        old = [weight.data for weight in weights]
+        projections = [self.home.get_submodule(name) for name in names]
+        old = [matrix(projection) for projection in projections]
+        changes = _joined(changes, [len(W) for W in old])
         for share in factor.SHARES:
-            for weight, data, change in zip(weights, old, changes, strict=True):
-                weight.data = (data.to(change) + share * change).to(data)
+            for projection, W, change in zip(projections, old, changes, strict=True):
+                set_matrix(projection, (W.to(change) + share * change).to(W))
             self.work = working_copy(self.home, self.settings)
             with self.clock.on("forward"):
                 after = sum(
@@ -225,26 +229,36 @@ class Block:
                 )
             if after < before:
                 return
-        for weight, data in zip(weights, old, strict=True):
-            weight.data = data
+        for projection, W in zip(projections, old, strict=True):
+            set_matrix(projection, W)
         self.work = working_copy(self.home, self.settings)
         self.notes.append(f"no fit of {' and '.join(names)} lowered the error")
 
     def _inputs_of_down(self, batch: int, attention: list[torch.Tensor] | None) -> torch.Tensor:
         """[sequences, length, channels] of the block as it is now; `attention`: the known inputs of its o_proj."""
         with known_attention(self.work, self.architecture, attention, batch):
-            return inputs_of(self.work, self.family.ffn_output, self.states[batch], self._arguments(self.index, batch))
+            found = inputs_of(self.work, self.family.ffn_output, self.states[batch], self._arguments(self.index, batch))
+        return found.unflatten(0, self.states[batch].shape[:2]) if found.dim() == 2 else found  # OPT flattens them
 
     def _lacking(
         self, batch: int, attention: list[torch.Tensor], targets: Targets, inputs: torch.Tensor
     ) -> torch.Tensor:
-        """What the block's output lacks as the block is now, [sequences, length, hidden] float32; `inputs` of
-        down_proj."""
-        project, down = (
-            self.work.get_submodule(name) for name in (self.family.attention_output, self.family.ffn_output)
-        )
-        found = self.states[batch] + project(attention[batch]) + down(inputs)
-        return _missed(targets.after_ffn(batch), found).float()
+        """What the output of down_proj lacks as the block is now, [sequences, length, hidden] float32; `inputs`: its
+        own."""
+        down = self.work.get_submodule(self.family.ffn_output)(inputs)
+        if self.family.outputs_normed:
+            return _missed(targets.ffn[batch], down).float()
+        project = self.work.get_submodule(self.family.attention_output)
+        found = self.states[batch] + targets.multiplier * project(attention[batch]) + targets.multiplier * down
+        return _missed(targets.after_ffn(batch), found).float() / targets.multiplier
+
+    def _lacking_attention(self, batch: int, targets: Targets, given: torch.Tensor) -> torch.Tensor:
+        """What `given`, the output of o_proj, lacks to bring the residual to that of the dense stream, or, where a norm
+        stands between the two, to be what it is there. [sequences, length, hidden]"""
+        if self.family.outputs_normed:
+            return _missed(targets.attention[batch], given)
+        found = self.states[batch] + targets.multiplier * given
+        return _missed(targets.after_attention(batch), found) / targets.multiplier
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
         """Evenly spread, of about so many tokens together."""
@@ -257,7 +271,7 @@ class Block:
 
     def _fitted(self, name: str, H: torch.Tensor, moments: Moments) -> torch.Tensor:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
-        W = self.home.get_parameter(f"{name}.weight").to(self.settings.device, torch.float64)
+        W = matrix(self.home.get_submodule(name)).to(self.settings.device, torch.float64)
         check_finite(H, self.index, self.settings.dtype)
         return W if self.targets is None else refit(W, H, moments.C(), self.settings.refit)
 
@@ -266,23 +280,41 @@ class Block:
         # float64 copies of the largest matrices: only for who looks at them
         wanted = getattr(self.criterion, "needs_gradients", False)
         minded = self.curvature.get(name) if getattr(self.criterion, "weighs_errors", False) else None
-        sources = {
-            w.name: self.home.get_parameter(w.name).to(self.settings.device, torch.float64)
-            for w in self.architecture.block_weights()
-            if wanted and w.name != weight and w.axes[0] in _SOURCES[axis]
-        }
-        gradients = {
-            key: value.to(self.settings.device, torch.float64)
-            for key, value in self.gradients.items()
-            if key == weight or key in sources
-        }
         settings = self.settings
+        sources: dict[str, torch.Tensor] = {}
+        gradients: dict[str, torch.Tensor] = {}
+        if wanted:
+            gradient = self.gradients[weight].to(settings.device, torch.float64)
+            gradients[weight] = gradient.T if _is_transposed(self.architecture, weight) else gradient
+            for source in self.architecture.block_weights():
+                if source.name == weight:
+                    continue
+                found = self.home.get_parameter(source.name).data, self.gradients[source.name]
+                for key, rows, of_rows in self._rows_along(source, axis, *found):
+                    sources[key] = rows.to(settings.device, torch.float64)
+                    gradients[key] = of_rows.to(settings.device, torch.float64)
         return Site(
             W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
             group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
+
+    def _rows_along(
+        self, weight: Weight, axis: str, *tensors: torch.Tensor
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(name, rows of the first tensor, of the second) of what `weight` has along the axes that make the inputs of
+        an output matrix: each part of a fused one apart, rows first however it is stored."""
+        for dim, along in enumerate(weight.axes):
+            if isinstance(along, Fused):
+                indices = self.architecture.fused_index(along, Kept.all(self.kept.sizes))
+                for number, (part, index) in enumerate(indices):
+                    if part in _SOURCES[axis]:
+                        first, second = (t.movedim(dim, 0)[index] for t in tensors)
+                        yield f"{weight.name}[{number}]", first, second
+            elif along in _SOURCES[axis]:
+                first, second = (t.movedim(dim, 0) for t in tensors)
+                yield weight.name, first, second
 
     def _bias(self, name: str, selection: Selection) -> torch.Tensor | None:
         """The part of the output that the criterion puts into the bias, where there is one and it may."""
@@ -295,7 +327,7 @@ class Block:
 
     def _shrink(self, name: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`W` [out, kept] becomes the matrix; `bias` [out] is added to its bias."""
-        tensors = {f"{name}.weight": W}
+        tensors = {f"{name}.weight": W.T if _is_transposed(self.architecture, f"{name}.weight") else W}
         if bias is not None:
             old = self.home.get_parameter(f"{name}.bias").to(self.settings.device, torch.float64)
             tensors[f"{name}.bias"] = old + bias
@@ -304,6 +336,21 @@ class Block:
 
 
 _SOURCES = {QUERY: (QUERY, KEY_VALUE), CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
+
+
+def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+    """The changes of what a fused projection holds, one below the other, so that each has its projection's rows."""
+    left, joined = list(changes), []
+    for rows in lengths:
+        parts = [left.pop(0)]
+        while sum(map(len, parts)) < rows:
+            parts.append(left.pop(0))
+        joined.append(torch.cat(parts))
+    return joined
+
+
+def _is_transposed(architecture: Architecture, name: str) -> bool:
+    return next(weight.transposed for weight in architecture.block_weights() if weight.name == name)
 
 
 def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

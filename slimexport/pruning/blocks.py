@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from slimexport.architectures.base import Architecture, Kept
-from slimexport.artifacts import BlockTrace, check_identity, from_dict, read_json, to_dict, write_json
+from slimexport.architectures.base import Architecture
+from slimexport.architectures.family import Kept
+from slimexport.artifacts import BlockSizes, BlockTrace, check_identity, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
 from slimexport.pruning.shrink import shrink_block
 
@@ -101,7 +102,7 @@ class DirectorySink:
         if hashlib.sha256(tensors.read_bytes()).hexdigest() != digest:
             raise BadInputError(f"{tensors} does not match its hash; start over with --force.")
         trace = from_dict(BlockTrace, data, str(meta))
-        shrink_block(block, self._architecture, kept_of(trace), load_file(tensors))
+        shrink_block(block, self._architecture, kept_of(trace, self._architecture.blocks[index]), load_file(tensors))
         return trace
 
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
@@ -135,5 +136,5 @@ class NullSink:
         pass
 
 
-def kept_of(trace: BlockTrace) -> Kept:
-    return Kept(tuple(trace.kv_groups), tuple(trace.query_heads), tuple(trace.channels))
+def kept_of(trace: BlockTrace, dense: BlockSizes) -> Kept:
+    return Kept(tuple(trace.kv_groups), tuple(trace.query_heads), tuple(trace.channels), dense)

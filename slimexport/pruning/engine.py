@@ -117,13 +117,13 @@ def _dense_pass(
 ) -> Targets | None:
     """Moves the dense stream through the block while it is still dense."""
     family, work = architecture.family, working_copy(home, settings)
-    targets = Targets(list(dense), [], [])
+    targets = Targets(list(dense), [], [], architecture.residual_multiplier)
     for batch in range(len(dense)):
         seen = watch(work, (family.attention_output, family.ffn_output), dense[batch], arguments(index, batch))
         dense[batch] = seen.output
         if wanted:
             targets.attention.append(seen.outputs[family.attention_output])
-            targets.ffn.append(seen.outputs[family.ffn_output])
+            targets.ffn.append(seen.outputs[family.ffn_output].view_as(seen.output))  # OPT flattens it
     return targets if wanted else None
 
 

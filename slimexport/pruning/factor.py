@@ -117,8 +117,8 @@ def linearised(
     """(x, product, slopes): what `projections` are given while `run` calls them, what it returns, and the derivative of
     that, element by element, by the output of each.
 
-    `run` gives the inputs of down_proj, of the same shape as the outputs of the projections and made of them element by
-    element.
+    `run` gives the inputs of down_proj, made of the outputs of the projections element by element. A projection may
+    hold several, one after the other, as Phi-3's gate and up: each has slopes of its own.
     """
     given: list[torch.Tensor] = []
     leaves: dict[nn.Module, torch.Tensor] = {}
@@ -137,4 +137,6 @@ def linearised(
     with torch.enable_grad(), instead({module: leaf(module) for module in projections}):
         product = run()
         slopes = torch.autograd.grad(product.sum(), [leaves[module] for module in projections])
-    return given[0], product.detach(), slopes
+    # A projection that holds several (gate and up in one) makes as many inputs, side by side.
+    width = product.shape[-1]
+    return given[0], product.detach(), tuple(part for slope in slopes for part in slope.split(width, -1))

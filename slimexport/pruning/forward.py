@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class Settings:
     biases: bool = True  # whether what a criterion compensates by a bias is kept
 
 
-_NO_CACHE: dict[str, Any] = {"cache": None, "past_key_values": None, "past_key_value": None, "use_cache": False}
+_NO_CACHE: dict[str, Any] = {
+    "cache": None, "layer_past": None, "past_key_values": None, "past_key_value": None, "use_cache": False
+}  # fmt: skip
 
 
 class _Reached(Exception):
@@ -69,14 +72,19 @@ def first_states(
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []
 
-    def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., Any]:
+        signature = inspect.signature(blocks[index].forward)
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 states.append(hidden_states.to(settings.device))
+            given = dict(signature.bind(hidden_states, *args, **kwargs).arguments)
+            given.pop(next(iter(given)))  # the hidden states
+            given |= given.pop("kwargs", {})
             # Whatever this version of transformers calls its cache: there is none.
-            off = {name: value for name, value in _NO_CACHE.items() if name in kwargs}
-            seen[index] = {**_to_device(kwargs, settings.device), **off}
-            return hidden_states
+            off = {name: value for name, value in _NO_CACHE.items() if name in given}
+            seen[index] = {**_to_device(given, settings.device), **off}
+            return (hidden_states, None) if architecture.family.returns_tuple else hidden_states
 
         return forward
 
@@ -134,9 +142,10 @@ def watch(block: nn.Module, names: Sequence[str], states: torch.Tensor, argument
     given: dict[str, torch.Tensor] = {}
     gave: dict[str, torch.Tensor] = {}
 
-    def noted(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], result: Any) -> None:
-            given[name], gave[name] = args[0], output(result)
+    def noted(name: str) -> Callable[..., torch.Tensor]:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+            given[name], gave[name] = args[0], result
+            return result.clone()  # Falcon adds to it in place
 
         return hook
 

@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from slimexport.artifacts import BlockSizes
-
 Size = TypeVar("Size")
 Heads = tuple[int, int]  # KV groups, query heads per group
 
@@ -25,10 +23,6 @@ class Grid:
 
     heads: tuple[Heads, ...]
     channels: tuple[int, ...]
-
-
-def legal_heads(dense: BlockSizes) -> list[Heads]:
-    return [(g, h) for g in range(1, dense.kv_groups + 1) for h in range(1, dense.heads_per_group + 1)]
 
 
 def legal_channels(dense: int, round_to: int) -> list[int]:

@@ -15,7 +15,6 @@ from slimexport.artifacts import BlockSizes, CostTable, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.pruning import allocation as allocations
 from slimexport.pruning.allocation import TOLERANCE
-from slimexport.pruning.grid import legal_heads
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -54,7 +53,7 @@ def make_plan(
         blocks = dense
     else:
         if ratio is not None:
-            _check_possible(architecture, ratio, [_smallest(b, round_to) for b in dense])
+            _check_possible(architecture, ratio, [_smallest(architecture, b, round_to) for b in dense])
         wish = spread(request)
         if isinstance(wish[0], BlockSizes):
             blocks = tuple(b for b in wish if isinstance(b, BlockSizes))
@@ -115,13 +114,14 @@ def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:
     return 1 - sum(architecture.block_linear_parameters(b) for b in blocks) / dense
 
 
-def head_structures(dense: BlockSizes) -> list[BlockSizes]:
+def head_structures(architecture: Architecture, dense: BlockSizes) -> list[BlockSizes]:
     """Every legal (KV groups, heads per group) of a block, with its dense channels."""
-    return [replace(dense, kv_groups=g, heads_per_group=h) for g, h in legal_heads(dense)]
+    return [replace(dense, kv_groups=g, heads_per_group=h) for g, h in architecture.legal_heads(dense)]
 
 
-def _smallest(dense: BlockSizes, round_to: int) -> BlockSizes:
-    return BlockSizes(1, 1, min(round_to, dense.channels))
+def _smallest(architecture: Architecture, dense: BlockSizes, round_to: int) -> BlockSizes:
+    groups, per_group = min(architecture.legal_heads(dense))
+    return BlockSizes(groups, per_group, min(round_to, dense.channels))
 
 
 def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence[BlockSizes]) -> None:
@@ -137,7 +137,7 @@ def _clip(architecture: Architecture, wanted: Sequence[float], ratio: float, rou
     """Wanted ratios clipped to what each block can lose; what that cuts off is handed to the others in equal parts."""
     linear = [architecture.block_linear_parameters(b) for b in architecture.blocks]
     most = [
-        1 - architecture.block_linear_parameters(_smallest(b, round_to)) / p
+        1 - architecture.block_linear_parameters(_smallest(architecture, b, round_to)) / p
         for b, p in zip(architecture.blocks, linear, strict=True)
     ]
     shift_low, shift_high = -1.0, 1.0
@@ -191,7 +191,7 @@ def _uniform_blocks(
 ) -> tuple[BlockSizes, ...]:
     """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio."""
     dense = architecture.blocks[0]
-    legal = [s for s in head_structures(dense) if architecture.plain_config_can_say(s)]
+    legal = [s for s in head_structures(architecture, dense) if architecture.plain_config_can_say(s)]
     smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
     _check_possible(architecture, ratio, [smallest] * len(architecture.blocks))
     target = (1 - ratio) * architecture.block_linear_parameters(dense)
@@ -211,7 +211,7 @@ def _uniform_blocks(
 def _nearest_heads(architecture: Architecture, dense: BlockSizes, wanted: float) -> BlockSizes:
     """The legal heads whose parameters are nearest to `wanted`; of equals the one with more query heads."""
     return min(
-        head_structures(dense),
+        head_structures(architecture, dense),
         key=lambda s: (abs(architecture.attention_parameters(s) - wanted), -s.query_heads),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from slimexport.architectures.base import Architecture
 from slimexport.pruning.forward import instead
 from slimexport.pruning.grid import POSITIONS
+from slimexport.pruning.matrices import matrix, set_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,15 +41,14 @@ def replaced(module: nn.Module, cut: Cut | None) -> Iterator[None]:
     if cut is None:
         yield
         return
-    parameter: Any = module.weight
-    old = parameter.data
+    old = matrix(module)
     new = torch.zeros_like(old)
     new[:, cut.columns.to(old.device)] = cut.W.to(old.device, old.dtype)
-    parameter.data = new
+    set_matrix(module, new)
     try:
         yield
     finally:
-        parameter.data = old
+        set_matrix(module, old)
 
 
 class Candidates:
@@ -96,9 +96,10 @@ def output_logits(
 
     def logits(states: torch.Tensor) -> torch.Tensor:
         keep = torch.arange(POSITIONS - 1, states.shape[1], POSITIONS)
-        with _passed_by(blocks), _in_float32(model, blocks):
-            home = next(model.parameters()).device
-            out = model(inputs_embeds=states.to(home, torch.float32), use_cache=False, logits_to_keep=keep)
+        home = next(model.parameters()).device
+        states = states.to(home, torch.float32)
+        with _after_the_last(blocks, states, architecture), _in_float32(model, blocks):
+            out = model(inputs_embeds=states, use_cache=False, logits_to_keep=keep)
         return out.logits.to(device).float()
 
     return logits
@@ -115,10 +116,11 @@ def output_scores(
     def scores(states: torch.Tensor) -> torch.Tensor:
         home = next(model.parameters()).device
         gradients = []
-        with _passed_by(blocks), _in_float32(model, blocks), torch.enable_grad():
+        with _in_float32(model, blocks), torch.enable_grad():
             for sequence in states.split(1):  # logits of a whole batch would be gigabytes
                 leaf = sequence.detach().to(home, torch.float32).requires_grad_()
-                logits = model(inputs_embeds=leaf, use_cache=False).logits[0].float()
+                with _after_the_last(blocks, leaf, architecture):
+                    logits = model(inputs_embeds=leaf.detach(), use_cache=False).logits[0].float()
                 # Drawn on the CPU, so that every device draws by the same numbers.
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 nll = nn.functional.cross_entropy(logits, drawn.to(home), reduction="sum")
@@ -145,5 +147,10 @@ def _in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[Non
             parameter.data = data
 
 
-def _passed_by(blocks: list[nn.Module]) -> AbstractContextManager[None]:
-    return instead(dict.fromkeys(blocks, lambda hidden_states, **_: hidden_states))
+def _after_the_last(
+    blocks: list[nn.Module], states: torch.Tensor, architecture: Architecture
+) -> AbstractContextManager[None]:
+    """Within it, every block of the model gives `states`, whatever it is given: what the model does to its embeddings
+    (a factor, positions) does not count."""
+    result = (states, None) if architecture.family.returns_tuple else states
+    return instead(dict.fromkeys(blocks, lambda *_, **__: result))

@@ -56,7 +56,9 @@ def fit_scale(dense: Sequence[torch.Tensor], shrunk: Sequence[torch.Tensor]) -> 
     return scale
 
 
-def scale_logits(norm: nn.Module, scale: float) -> None:
-    """Multiplies what comes out of the final norm, and with it the logits."""
-    for parameter in norm.parameters():
-        parameter.data = (parameter.data.float() * scale).to(parameter.dtype)
+def scale_logits(norm: nn.Module, scale: float, offset: float = 0.0) -> None:
+    """Multiplies what comes out of the final norm, and with it the logits; `offset` is what the norm adds to its
+    weight."""
+    for name, parameter in norm.named_parameters():
+        more = offset if name == "weight" else 0.0
+        parameter.data = ((parameter.data.float() + more) * scale - more).to(parameter.dtype)

@@ -27,6 +27,7 @@ from slimexport.pruning.curvature import BlockCurvature, Weighting, unweighted, 
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
+from slimexport.pruning.matrices import matrix
 from slimexport.pruning.obs import Eliminator, damped_inverse, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
 
@@ -96,7 +97,7 @@ def measure_costs(
         of_heads, of_channels = heads.H(), channels.H()
         for H in (of_heads, of_channels):
             check_finite(H, index, settings.dtype)
-        W, V = (work.get_parameter(f"{name}.weight").double() for name in names)
+        W, V = (matrix(work.get_submodule(name)).double() for name in names)
         minded = curvature[index] if curvature else {}
         searched = keep is not None
         with solvable(index):
@@ -180,7 +181,9 @@ def head_curve(
     inverse, dead, _ = damped_inverse(H, damping)
     W = weighted(W.masked_fill(dead, 0.0), weighting)
     whole = (dense.kv_groups, dense.heads_per_group)
-    sizes = grid.legal_heads(dense)
+    sizes = architecture.legal_heads(dense)
+    if sizes == [whole]:
+        return Curve({whole: 0.0}, [], [whole], {})
     share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
     share = {size: parameters / share[whole] for size, parameters in share.items()}
     steps = torch.arange(architecture.head_dim, device=W.device)

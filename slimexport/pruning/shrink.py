@@ -4,13 +4,17 @@ writes the sizes into the config."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from slimexport.architectures.base import Architecture, Kept, Weight
+from slimexport.architectures.base import Architecture
+from slimexport.architectures.family import Kept
+from slimexport.architectures.weights import Weight
 from slimexport.artifacts import BlockSizes
+from slimexport.checkpoint.modeling_slimexport import BlockConfig, set_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,9 +38,11 @@ def shrink_block(
         else:
             new = given.to(device=parameter.device, dtype=parameter.dtype)
         _replace(block, weight, new)
-    attention = block.get_submodule(architecture.family.attention)
-    if hasattr(attention, "num_key_value_groups"):
-        attention.num_key_value_groups = kept.sizes.heads_per_group  # type: ignore[assignment]
+    family = architecture.family
+    set_sizes(block, family.attributes, architecture.named_sizes(kept.sizes))
+    for name in family.reads_config:
+        module: Any = block.get_submodule(name)
+        module.config = BlockConfig.over(module.config, family.config_fields(kept.sizes))
 
 
 def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
@@ -48,6 +54,8 @@ def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = new.shape
+    elif isinstance(module, Conv1D) and leaf == "weight":
+        module.nx, module.nf = new.shape
 
 
 def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:
@@ -57,7 +65,8 @@ def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tu
     `per_layer_config` fails on tensor shapes instead of computing something else.
     """
     family = architecture.family
-    config.head_dim = architecture.head_dim  # never to be recomputed from hidden_size / heads
+    if family.head_dim_field:
+        setattr(config, family.head_dim_field, architecture.head_dim)  # never to be recomputed from the head count
     config.per_layer_config = None
     config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # of an earlier pruning
     if len(set(blocks)) == 1 and architecture.plain_config_can_say(blocks[0]):

@@ -105,7 +105,7 @@ def prune_model(
             )
         if curvature is None:
             curvature = curvature_of(loaded, calibration, config)
-        ids, norm = calibration.input_ids, loaded.architecture.family.final_norm
+        ids, norm = calibration.input_ids, _scalable_norm(loaded)
         aside = readout.held_out(*ids.shape) if settings.refit and norm else []
         used = [i for i in range(len(ids)) if i not in aside]
         states, arguments = first_states(model, loaded.architecture, ids[used], settings)
@@ -126,9 +126,17 @@ def prune_model(
         )
         if unseen and norm:
             scale = _fitted_scale(model, loaded.architecture, unseen, device)
-            readout.scale_logits(model.get_submodule(norm), scale)
+            offset = loaded.architecture.family.final_norm_offset
+            readout.scale_logits(model.get_submodule(norm), scale, offset)
         apply_sizes(model.config, loaded.architecture, plan.blocks)
     return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source, scale)
+
+
+def _scalable_norm(loaded: LoadedModel) -> str | None:
+    """The final norm, where the logits grow with its weight."""
+    family = loaded.architecture.family
+    capped = family.softcap_field and getattr(loaded.model.config, family.softcap_field, None)
+    return None if capped else family.final_norm
 
 
 def _unseen(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor, settings: Settings) -> HeldOut:

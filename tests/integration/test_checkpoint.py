@@ -13,7 +13,7 @@ from models import FAMILIES, tiny_model, tiny_tokenizer
 
 import slimexport
 from slimexport.architectures import architecture_of
-from slimexport.architectures.base import Kept
+from slimexport.architectures.family import Kept
 from slimexport.artifacts import BlockSizes
 from slimexport.checkpoint.save import check_round_trip, save_checkpoint
 from slimexport.errors import BadInputError, NotReproducedError
@@ -28,9 +28,9 @@ def shrunk(family: str, blocks: tuple[BlockSizes, ...], **changes: Any) -> Any:
     """A tiny model cut to `blocks` by keeping the first of everything."""
     model = tiny_model(family, **changes)
     architecture = architecture_of(model.config, "tiny")
-    for block, b in zip(model.model.layers, blocks, strict=True):
+    for block, b, dense in zip(model.model.layers, blocks, architecture.blocks, strict=True):
         heads = tuple(g * 2 + h for g in range(b.kv_groups) for h in range(b.heads_per_group))
-        shrink_block(block, architecture, Kept(tuple(range(b.kv_groups)), heads, tuple(range(b.channels))))
+        shrink_block(block, architecture, Kept(tuple(range(b.kv_groups)), heads, tuple(range(b.channels)), dense))
     apply_sizes(model.config, architecture, blocks)
     return model
 
@@ -93,8 +93,8 @@ def test_a_pruned_checkpoint_is_a_legal_input(layout: str, tmp_path: Path) -> No
 def test_a_per_layer_checkpoint_that_becomes_uniform_is_plain_again(tmp_path: Path) -> None:
     model, _ = slimexport.load(saved(shrunk("llama", DIFFERENT), tmp_path / "first"))
     architecture = architecture_of(model.config, "tiny")
-    one = Kept((0,), (0,), tuple(range(32)))
-    for block in model.model.layers:
+    for block, dense in zip(model.model.layers, architecture.blocks, strict=True):
+        one = Kept((0,), (0,), tuple(range(32)), dense)
         shrink_block(block, architecture, one)
     apply_sizes(model.config, architecture, (one.sizes,) * 3)
     data = json.loads((saved(model, tmp_path / "second") / "config.json").read_text())

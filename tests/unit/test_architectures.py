@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, tiny_config, tiny_model
 
 from slimexport.architectures import architecture_of
-from slimexport.architectures.base import Kept
+from slimexport.architectures.family import Kept
 from slimexport.artifacts import BlockSizes
 from slimexport.errors import BadInputError
 
@@ -57,7 +57,7 @@ def test_decode_reads_the_embedding_only_as_lm_head() -> None:
 def test_slicing_takes_whole_heads_and_channels() -> None:
     model = tiny_model("qwen3")
     architecture = architecture_of(model.config, "tiny")
-    kept = Kept(kv_groups=(0, 2), query_heads=(1, 4), channels=(3, 5, 70))
+    kept = Kept(kv_groups=(0, 2), query_heads=(1, 4), channels=(3, 5, 70), of=architecture.blocks[0])
     state = model.model.layers[0].state_dict()
     sliced = {w.name: architecture.slice_weight(w, state[w.name], kept) for w in architecture.block_weights()}
     assert {n: tuple(t.shape) for n, t in sliced.items()} == architecture.block_shapes(BlockSizes(2, 1, 3))
@@ -71,10 +71,10 @@ def test_slicing_takes_whole_heads_and_channels() -> None:
 
 
 def test_unsupported_family_names_itself_and_the_supported_ones() -> None:
-    from transformers import BertConfig, GPT2Config, T5Config
+    from transformers import BertConfig, BloomConfig, T5Config
 
-    with pytest.raises(BadInputError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
-        architecture_of(GPT2Config(), "model X")
+    with pytest.raises(BadInputError, match=r"'bloom'.*llama, ministral.*qwen2, qwen3"):
+        architecture_of(BloomConfig(), "model X")
     bert = BertConfig()
     bert.architectures = ["BertModel"]
     with pytest.raises(BadInputError, match=r"BertModel.*no decoder-only"):

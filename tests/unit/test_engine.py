@@ -13,7 +13,7 @@ import torch
 from models import FAMILIES, VOCAB, tiny_model
 
 from slimexport.architectures import architecture_of
-from slimexport.architectures.base import Kept
+from slimexport.architectures.family import Kept
 from slimexport.artifacts import BlockTrace, CalibrationSet, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
@@ -79,7 +79,7 @@ def test_shrunk_model_equals_the_masked_dense_model(family: str, layout: str, cr
     architecture = architecture_of(dense.config, "tiny")
     masked = copy.deepcopy(dense)
     for block, thin, trace in zip(masked.model.layers, small.model.model.layers, small.trace, strict=True):
-        kept = kept_of(trace)
+        kept = kept_of(trace, plan.dense[trace.block])
         assert kept.sizes == plan.blocks[trace.block]
         full = {}
         for name, axis in (("self_attn.o_proj.weight", "query"), ("mlp.down_proj.weight", "channels")):
@@ -135,7 +135,7 @@ def test_engine_equals_the_direct_algorithm(family: str, weighted: int) -> None:
     expected = slow_engine(copy.deepcopy(dense), plan, text.input_ids, curvature)
     architecture = architecture_of(dense.config, "tiny")
     for trace, block, (heads, channels) in zip(small.trace, small.model.model.layers, expected, strict=True):
-        kept = kept_of(trace)
+        kept = kept_of(trace, plan.dense[trace.block])
         columns = architecture.axis_index("query", kept)
         torch.testing.assert_close(block.self_attn.o_proj.weight.double(), heads[:, columns], rtol=1e-3, atol=1e-4)
         down = block.mlp.down_proj.weight.double()
@@ -174,7 +174,7 @@ def test_stored_precision_is_kept_while_forward_runs_in_float32(dtype: torch.dty
     small = prune_model(loaded(dense), plan, text, config(save_dtype=save))
     assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
     # Block 0 sees the same inputs whatever the others are rounded to: same choice, same weights but for rounding.
-    assert kept_of(small.trace[0]) == kept_of(reference.trace[0])
+    assert kept_of(small.trace[0], plan.dense[0]) == kept_of(reference.trace[0], plan.dense[0])
     ours, theirs = (m.model.model.layers[0].mlp.down_proj.weight.float() for m in (small, reference))
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
@@ -212,7 +212,9 @@ def test_resume_after_a_kill_gives_the_same_bits(tmp_path: Path) -> None:
 
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[n], b[n]) for n in a)
-    assert [kept_of(t) for t in whole.trace] == [kept_of(t) for t in resumed.trace]
+    assert [kept_of(t, plan.dense[t.block]) for t in whole.trace] == [
+        kept_of(t, plan.dense[t.block]) for t in resumed.trace
+    ]
 
 
 def test_resume_with_something_else_is_refused(tmp_path: Path) -> None:

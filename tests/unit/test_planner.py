@@ -115,7 +115,7 @@ def test_a_pruned_model_can_be_planned_again() -> None:
 
 
 def test_structures_are_all_of_them() -> None:
-    found = {(s.kv_groups, s.heads_per_group) for s in head_structures(BlockSizes(3, 2, 7))}
+    found = {(s.kv_groups, s.heads_per_group) for s in head_structures(architecture(), BlockSizes(3, 2, 7))}
     assert found == {(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)}
 
 

@@ -196,7 +196,7 @@ def test_engine_equals_whole_models_run_side_by_side(family: str, monkeypatch: p
     expected = slow_refit(copy.deepcopy(dense), plan, used, 0.5)
     architecture = architecture_of(dense.config, "tiny")
     for trace, block, (heads, channels) in zip(small.trace, small.model.model.layers, expected, strict=True):
-        kept = kept_of(trace)
+        kept = kept_of(trace, plan.dense[trace.block])
         columns = architecture.axis_index("query", kept)
         torch.testing.assert_close(block.self_attn.o_proj.weight.double(), heads[:, columns], rtol=1e-3, atol=2e-4)
         down = block.mlp.down_proj.weight.double()

@@ -108,7 +108,7 @@ def test_what_is_kept_of_a_block() -> None:
 
 ARCH = architecture(5, BlockSizes(3, 2, 192))
 TABLE = cost_table(ARCH)
-GRIDS = (Grid(tuple(grid.legal_heads(ARCH.blocks[0])), tuple(range(192, 0, -32))),) * 5
+GRIDS = (Grid(tuple(ARCH.legal_heads(ARCH.blocks[0])), tuple(range(192, 0, -32))),) * 5
 
 
 class Landscape:

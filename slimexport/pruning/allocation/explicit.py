@@ -30,6 +30,11 @@ def explicit(request: Request) -> tuple[BlockSizes, ...]:
             value, most = getattr(block, name), getattr(dense, name)
             if not 1 <= value <= most:
                 raise BadInputError(f"{request.table}: block {i}: {name} {value} is not between 1 and {most}.")
+        if (block.kv_groups, block.heads_per_group) not in request.architecture.legal_heads(dense):
+            raise BadInputError(
+                f"{request.table}: block {i}: the heads of a {request.architecture.family.model_type} model are not "
+                "pruned: leave kv_groups and heads_per_group as they are in the dense model."
+            )
         if block.channels % request.round_to and block.channels != dense.channels:
             raise BadInputError(
                 f"{request.table}: block {i}: channels {block.channels} is no multiple of {request.round_to} "

@@ -1,7 +1,8 @@
 """Mistral 7B and its successors; sliding window or not."""
 
 from slimexport.architectures import registry
-from slimexport.architectures.base import DECODER_MODEL_WEIGHTS, Family, gated_decoder_block
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
 
 registry.register("mistral")(
     Family(

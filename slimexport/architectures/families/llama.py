@@ -1,7 +1,8 @@
 """Llama 1 to 3.x, SmolLM 1 and 2, and the many models that say model_type llama."""
 
 from slimexport.architectures import registry
-from slimexport.architectures.base import DECODER_MODEL_WEIGHTS, Family, gated_decoder_block
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
 
 registry.register("llama")(
     Family(

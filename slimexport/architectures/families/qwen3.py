@@ -1,7 +1,8 @@
-"""Qwen 3 (dense): norms over the heads of q and k."""
+"""Qwen 3: q and k are normed per head."""
 
 from slimexport.architectures import registry
-from slimexport.architectures.base import DECODER_MODEL_WEIGHTS, Family, gated_decoder_block
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
 
 registry.register("qwen3")(
     Family(

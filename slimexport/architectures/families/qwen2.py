@@ -1,7 +1,8 @@
 """Qwen 2 and 2.5: biases on q, k and v only."""
 
 from slimexport.architectures import registry
-from slimexport.architectures.base import DECODER_MODEL_WEIGHTS, Family, gated_decoder_block
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
 
 registry.register("qwen2")(
     Family(

@@ -1,0 +1,1 @@
+"""One short file for each family, found by the registry."""

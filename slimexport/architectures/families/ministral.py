@@ -1,0 +1,13 @@
+"""Ministral 8B: blocks with and without sliding window."""
+
+from slimexport.architectures import registry
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
+
+registry.register("ministral")(
+    Family(
+        model_type="ministral",
+        block_weights=gated_decoder_block(qkv_bias=None, o_bias=None, mlp_bias=None),
+        model_weights=DECODER_MODEL_WEIGHTS,
+    )
+)

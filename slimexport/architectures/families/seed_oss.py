@@ -1,0 +1,13 @@
+"""Seed-OSS."""
+
+from slimexport.architectures import registry
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
+
+registry.register("seed_oss")(
+    Family(
+        model_type="seed_oss",
+        block_weights=gated_decoder_block(qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias"),
+        model_weights=DECODER_MODEL_WEIGHTS,
+    )
+)

@@ -1,0 +1,89 @@
+"""A family: what all models of one `model_type` share, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimexport.architectures.weights import Weight
+from slimexport.artifacts import BlockSizes
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of block weights and modules are relative to the block."""
+
+    model_type: str
+    block_weights: tuple[Weight, ...]
+    model_weights: tuple[Weight, ...]
+
+    # Modules
+    attention: str = "self_attn"
+    attention_output: str = "self_attn.o_proj"
+    ffn_output: str = "mlp.down_proj"
+    ffn_factors: tuple[str, ...] = ("mlp.up_proj", "mlp.gate_proj")  # what makes the inputs of ffn_output, one by one
+    final_norm: str | None = "model.norm"  # logits grow in proportion to its weight; None: they do not
+    final_norm_offset: float = 0.0  # what it adds to its weight (Gemma: 1)
+    softcap_field: str | None = None  # config field of a soft cap on the logits
+    decoder: str = "model"  # the submodule that holds embedding, blocks and final norm
+    blocks: str = "model.layers"
+    attributes: Mapping[str, str] = field(default_factory=lambda: {"self_attn.num_key_value_groups": "heads_per_group"})
+    """Attributes of modules that hold sizes: query_heads, kv_groups, heads_per_group, query, key_value or channels."""
+    reads_config: tuple[str, ...] = ()  # modules that look sizes up in their config while they run
+    returns_tuple: bool = False  # a block gives (hidden states, ...)
+
+    # Fields of the config
+    query_heads_field: str = "num_attention_heads"
+    kv_groups_field: str | None = "num_key_value_heads"
+    channels_field: str = "intermediate_size"
+    head_dim_field: str | None = "head_dim"  # None: it is always hidden size / query heads
+    positions: Callable[[Any], int] | None = None  # config -> rows of the table of learned positions
+    kv_groups: Callable[[Any], int] | None = None  # config -> groups, where kv_groups_field does not say it alone
+    flags: Callable[[Any], Iterable[str]] | None = None  # config -> names for `Weight.when` that are no fields
+    refusal: Callable[[Any], str | None] | None = None  # config -> why a model like this cannot be pruned
+
+    # How the block adds up
+    outputs_normed: bool = False  # a norm stands between the output matrices and the residual
+    residual_multiplier_field: str | None = None  # what their outputs are multiplied by
+    heads_prunable: bool = True  # False: a norm over all heads together, which would change with their number
+    # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
+    heads_divide_hidden: bool = False
+
+    def config_fields(self, sizes: BlockSizes) -> dict[str, int]:
+        """Config fields that say `sizes`, for a block or for the whole model."""
+        fields = {self.query_heads_field: sizes.query_heads, self.channels_field: sizes.channels}
+        if self.kv_groups_field is not None:
+            fields[self.kv_groups_field] = sizes.kv_groups
+        return fields
+
+    def sizes_of(self, config: Any) -> BlockSizes:
+        """What the config of a block says. Raises ValueError where query heads are no multiple of KV groups."""
+        heads = getattr(config, self.query_heads_field)
+        if self.kv_groups is not None:
+            groups = self.kv_groups(config)
+        else:
+            groups = (self.kv_groups_field and getattr(config, self.kv_groups_field, None)) or heads
+        if heads % groups:
+            raise ValueError(f"{self.query_heads_field} {heads} is not a multiple of {self.kv_groups_field} {groups}")
+        channels = getattr(config, self.channels_field)
+        return BlockSizes(groups, heads // groups, channels or 4 * config.hidden_size)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Indices that stay in one block, ascending, in the numbering of a block of sizes `of`."""
+
+    kv_groups: tuple[int, ...]
+    query_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+    of: BlockSizes
+
+    @classmethod
+    def all(cls, sizes: BlockSizes) -> Kept:
+        groups, heads, channels = (tuple(range(n)) for n in (sizes.kv_groups, sizes.query_heads, sizes.channels))
+        return cls(groups, heads, channels, sizes)
+
+    @property
+    def sizes(self) -> BlockSizes:
+        return BlockSizes(len(self.kv_groups), len(self.query_heads) // len(self.kv_groups), len(self.channels))

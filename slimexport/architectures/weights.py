@@ -1,0 +1,142 @@
+"""The axes that weights run along, and the tables of blocks that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+RESIDUAL = "residual"
+QUERY = "query"  # query heads x head_dim
+KEY_VALUE = "key_value"  # KV groups x head_dim
+CHANNELS = "channels"
+QUERY_HEADS = "query_heads"  # one entry for each query head
+KV_GROUPS = "kv_groups"  # one entry for each KV group
+HEAD_DIM = "head_dim"  # norms over a head: the same for every head, never sliced
+VOCAB = "vocab"
+POSITIONS = "positions"  # learned position embeddings
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several axes in one dimension: all of the first, then all of the second (Phi-3: q, k, v); or, `by_group`, what a
+    KV group has of each, then what the next group has (GPT-NeoX, Falcon 40B)."""
+
+    parts: tuple[str, ...]
+    by_group: bool = False
+
+
+Axis = str | Fused
+
+
+def parts_of(axis: Axis) -> tuple[str, ...]:
+    return axis.parts if isinstance(axis, Fused) else (axis,)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor, its dimensions in the order in which they are stored ([out, in] for Linear, [in, out] for Conv1D).
+
+    `when` names the config field that must be true for it to exist ("!x": must be false).
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    when: str | None = None
+
+    def runs_along(self, *axes: str) -> bool:
+        return any(part in axes for axis in self.axes for part in parts_of(axis))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies the residual or makes it: what `ratio` is a share of."""
+        return len(self.axes) > 1 and RESIDUAL in self.axes
+
+    @property
+    def transposed(self) -> bool:
+        """Of an output matrix: whether it is stored as [in, out]."""
+        return self.axes[-1] == RESIDUAL
+
+
+# Blocks ------------------------------------------------------------------------------------------------------------
+
+
+def linear(name: str, out: Axis, into: Axis, bias: str | None = None, *, transposed: bool = False) -> Iterator[Weight]:
+    """A linear layer. `bias` is None (never), "always", or the config field that decides. Conv1D is `transposed`."""
+    yield Weight(f"{name}.weight", (into, out) if transposed else (out, into))
+    if bias is not None:
+        yield Weight(f"{name}.bias", (out,), None if bias == "always" else bias)
+
+
+def norm(name: str, *, bias: str | None = None) -> Iterator[Weight]:
+    """A norm over the residual; `bias` as in `linear`."""
+    yield Weight(f"{name}.weight", (RESIDUAL,))
+    if bias is not None:
+        yield Weight(f"{name}.bias", (RESIDUAL,), None if bias == "always" else bias)
+
+
+def norms(*names: str, bias: str | None = None) -> tuple[Weight, ...]:
+    return tuple(weight for name in names for weight in norm(name, bias=bias))
+
+
+def attention_weights(
+    prefix: str = "self_attn",
+    *,
+    qkv_bias: str | None = None,
+    o_bias: str | None = None,
+    output: str = "o_proj",
+    head_norms: tuple[str, ...] = (),
+) -> tuple[Weight, ...]:
+    """Separate q, k, v and output projections; `head_norms` are RMSNorms over a head."""
+    made = [
+        *linear(f"{prefix}.q_proj", QUERY, RESIDUAL, qkv_bias),
+        *linear(f"{prefix}.k_proj", KEY_VALUE, RESIDUAL, qkv_bias),
+        *linear(f"{prefix}.v_proj", KEY_VALUE, RESIDUAL, qkv_bias),
+        *linear(f"{prefix}.{output}", RESIDUAL, QUERY, o_bias),
+    ]
+    return (*made, *(Weight(f"{prefix}.{name}.weight", (HEAD_DIM,)) for name in head_norms))
+
+
+def gated_ffn(prefix: str = "mlp", *, bias: str | None = None) -> tuple[Weight, ...]:
+    """gate, up and down."""
+    return (
+        *linear(f"{prefix}.gate_proj", CHANNELS, RESIDUAL, bias),
+        *linear(f"{prefix}.up_proj", CHANNELS, RESIDUAL, bias),
+        *linear(f"{prefix}.down_proj", RESIDUAL, CHANNELS, bias),
+    )
+
+
+def plain_ffn(into: str, out: str, *, bias: str | None = None, transposed: bool = False) -> tuple[Weight, ...]:
+    """Two matrices and an activation between them."""
+    return (
+        *linear(into, CHANNELS, RESIDUAL, bias, transposed=transposed),
+        *linear(out, RESIDUAL, CHANNELS, bias, transposed=transposed),
+    )
+
+
+def gated_decoder_block(
+    *, qkv_bias: str | None, o_bias: str | None, mlp_bias: str | None, qk_norm: bool = False
+) -> tuple[Weight, ...]:
+    """The block of Llama and its relatives: RMSNorm, separate q/k/v/o, gate/up/down. Biases as in `linear`."""
+    return (
+        *norms("input_layernorm", "post_attention_layernorm"),
+        *attention_weights(qkv_bias=qkv_bias, o_bias=o_bias, head_norms=("q_norm", "k_norm") if qk_norm else ()),
+        *gated_ffn(bias=mlp_bias),
+    )
+
+
+# What is outside of the blocks -------------------------------------------------------------------------------------
+
+
+def model_weights(
+    embedding: str = "model.embed_tokens", *norms_of_model: Weight, head_bias: str | None = None
+) -> tuple[Weight, ...]:
+    """Embedding, what stands between it and the head, and the head where it is not the embedding."""
+    head = linear("lm_head", VOCAB, RESIDUAL, head_bias)
+    return (
+        Weight(f"{embedding}.weight", (VOCAB, RESIDUAL)),
+        *norms_of_model,
+        *(replace(w, when="!tie_word_embeddings") if w.name == "lm_head.weight" else w for w in head),
+    )
+
+
+DECODER_MODEL_WEIGHTS = model_weights("model.embed_tokens", *norm("model.norm"))
