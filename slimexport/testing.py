@@ -38,6 +38,7 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 120, "max_position_embeddings": 256,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+_HALF_TURNED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 12, "tie_word_embeddings": False},
@@ -64,13 +65,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
-    "phi": {"partial_rotary_factor": 0.5, "tie_word_embeddings": False},
+    "phi": {"hidden_size": 192, "head_dim": 32, "rope_parameters": _HALF_TURNED, "tie_word_embeddings": False},
     "phi3": {"tie_word_embeddings": False},
     "starcoder2": {"use_bias": True},
     "arcee": {"attention_bias": True, "mlp_bias": True},
     "nemotron": {"attention_bias": True, "mlp_bias": True},
-    "stablelm": {"use_qkv_bias": True, "hidden_size": 96},
-    "gpt_neox": {"hidden_size": 96, "tie_word_embeddings": False},
+    "stablelm": {"use_qkv_bias": True, "hidden_size": 192, "rope_parameters": _HALF_TURNED},
+    "gpt_neox": {"hidden_size": 192, "rope_parameters": _HALF_TURNED, "tie_word_embeddings": False},
     "opt": {"hidden_size": 96, "ffn_dim": 80, "word_embed_proj_dim": 96},
     "gpt2": {"hidden_size": 96, "n_inner": 80},
     "gpt_bigcode": {"hidden_size": 96, "n_inner": 80, "multi_query": True},
@@ -96,7 +97,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     known = {**kind().to_dict(), **getattr(kind, "attribute_map", {})}
     sizes = {name: value for name, value in _SIZES.items() if name in known or name in ("head_dim",)}
-    if "head_dim" not in known and _EXTRAS.get(model_type, {}).get("hidden_size") == 96:
+    if "head_dim" not in known and "hidden_size" in _EXTRAS.get(model_type, {}):
         del sizes["head_dim"]
     return kind(**{**sizes, **_EXTRAS.get(model_type, {}), **changes})
 

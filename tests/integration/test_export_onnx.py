@@ -33,7 +33,7 @@ from slimexport.errors import BadInputError
 from slimexport.loading import load_model
 from slimexport.targets import registry
 from slimexport.targets.base import ExportOptions, load_artifact
-from slimexport.targets.builders.sizes import block_sizes
+from slimexport.targets.builders.sizes import architecture
 
 LAYOUTS = ("uniform", "per_layer")
 
@@ -145,7 +145,7 @@ def test_heterogeneous_config(tmp_path: Path) -> None:
             "num_key_value_heads": sizes.kv_groups,
             "intermediate_size": sizes.channels,
         }
-        for block, sizes in enumerate(block_sizes(model))
+        for block, sizes in enumerate(architecture(model).blocks)
     }
     with pytest.raises(RuntimeError):
         _ = model.config.num_attention_heads
@@ -233,7 +233,6 @@ def test_other_precisions_and_providers(options: dict[str, str], attention: str,
     ("family", "settings", "reason"),
     [
         ("llama", {"rope_parameters": {"rope_type": "dynamic", **ROPE}}, "rope type 'dynamic'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding window"),
         ("mistral", {"sliding_window": 8, "head_dim": 24}, "sliding window"),
     ],
     ids=str,
@@ -316,8 +315,7 @@ def test_transformers_builder_families(family: str, settings: dict[str, Any], tm
 
 @pytest.mark.slow
 def test_auto_falls_back_to_tracing(tmp_path: Path) -> None:
-    settings = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
-    model = tiny("qwen2", **settings)
+    model = tiny("mistral", sliding_window=8, head_dim=24)
     artifact = export(model, tmp_path)
     assert artifact.builder == "transformers"
     assert "mobius builder was not used" in artifact.notes[0]

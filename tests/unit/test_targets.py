@@ -18,7 +18,7 @@ from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.targets import onnx as onnx_target
 from slimexport.targets import registry
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions, load_artifact
-from slimexport.targets.builders.sizes import block_sizes, head_dim, plain_config
+from slimexport.targets.builders.sizes import architecture, plain_config
 from slimexport.targets.files import write_config, write_tokenizer
 from slimexport.targets.genai_config import genai_config
 
@@ -185,7 +185,7 @@ def test_sizes_come_from_the_weights() -> None:
     for linear in (mlp.gate_proj, mlp.up_proj):
         linear.weight = torch.nn.Parameter(linear.weight.data[:9])
     mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.data[:, :9])
-    assert block_sizes(made) == (BlockSizes(2, 2, 24), BlockSizes(2, 2, 9))
+    assert architecture(made).blocks == (BlockSizes(2, 2, 24), BlockSizes(2, 2, 9))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_weights_that_do_not_fit_together(name: str, rows: int) -> None:
     linear = made.model.layers[1].get_submodule(name)
     linear.weight = torch.nn.Parameter(linear.weight.data[:rows])
     with pytest.raises(BuilderUnsupportedError, match="block 1 do not fit together"):
-        block_sizes(made)
+        architecture(made)
 
 
 def test_unequal_query_heads_per_group_are_refused() -> None:
@@ -206,25 +206,24 @@ def test_unequal_query_heads_per_group_are_refused() -> None:
     attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight.data[:48])
     attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.data[:, :48])
     with pytest.raises(BuilderUnsupportedError, match="block 0"):
-        block_sizes(made)
+        architecture(made)
 
 
-def test_other_structures_are_refused() -> None:
-    other: Any = SimpleNamespace(model=SimpleNamespace(layers=[torch.nn.Identity()]), config=model().config)
-    with pytest.raises(BuilderUnsupportedError, match=r"no linear layer self_attn\.q_proj"):
-        block_sizes(other)
-    other.model.layers = []
-    with pytest.raises(BuilderUnsupportedError, match="no list of decoder layers"):
-        block_sizes(other)
+def test_other_families_are_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    other = BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(BuilderUnsupportedError, match="family 'bloom'"):
+        architecture(other)
 
 
 def test_head_dim_without_an_explicit_one() -> None:
-    assert head_dim(model(head_dim=None)) == 10
+    assert architecture(model(head_dim=None)).head_dim == 10
 
 
 def test_plain_config_of_a_heterogeneous_one() -> None:
     made = model()
-    made.config.per_layer_config = {1: {"num_attention_heads": 3, "intermediate_size": 8}}
+    made.config.per_layer_config = {1: {"num_attention_heads": 2, "intermediate_size": 8}}
     plain = plain_config(made)
     assert not plain.is_heterogeneous
     assert (plain.num_attention_heads, plain.head_dim, plain.hidden_size) == (1, 16, 40)

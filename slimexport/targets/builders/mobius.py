@@ -7,22 +7,33 @@ graph's KV inputs and outputs get each block's own head count; weights come from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.weights import KEY_VALUE
 from slimexport.artifacts import BlockSizes
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
-from slimexport.targets.builders.sizes import block_sizes, decoder_blocks, head_dim, linear, plain_config
+from slimexport.targets.builders.sizes import architecture, plain_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from slimexport.architectures.base import Architecture
+
 # Families whose graphs were compared with torch, both layouts; mobius is silently wrong on some of the others.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "arcee", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gpt_neox", "granite", "helium", "llama", "ministral",
+    "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
+    "starcoder2",
+)  # fmt: skip
 # Positions turn as in torch for every length; "dynamic" and "longrope" depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+_INTERLEAVED = ("cohere2", "ernie4_5", "helium")  # neighbours turn together, not halves of the head
+_TURNED_IN_WINDOWS = ("cohere2", "exaone4")  # blocks without a window have no positions
+_SCALED_EMBEDDINGS = ("gemma", "gemma2")  # by the root of the width, which mobius rounds
 
 _GQA_HEAD_DIM = 16  # GroupQueryAttention needs a multiple of this (a rotary half of 8)
 
@@ -38,9 +49,10 @@ class MobiusBuilder:
         family = model.config.model_type
         if family not in FAMILIES:
             raise BuilderUnsupportedError(f"model type {family!r} is not among those checked: {', '.join(FAMILIES)}.")
-        sizes = block_sizes(model)
+        known = architecture(model)
+        sizes = known.blocks
         try:
-            package, notes = _build(model, sizes, options)
+            package, notes = _build(model, known, options)
         except (BuilderUnsupportedError, MemoryError):
             raise
         except Exception as error:  # 0.x: any exception of its own means that this model is not for it
@@ -56,26 +68,35 @@ class MobiusBuilder:
             outputs=tuple(value.name for value in graph.outputs),
             kv_heads=tuple(block.kv_groups for block in sizes),
             query_heads=max(block.query_heads for block in sizes),
-            head_dim=head_dim(model),
+            head_dim=known.head_dim,
             left_padding=fused == 0,  # GroupQueryAttention takes the last positions from the mask's sum
             shared_kv=fused == len(sizes),
             notes=notes,
         )
 
 
-def _build(model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
+def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
     """The mobius ModelPackage of `model`, weights applied, and notes."""
     import mobius
 
     module_class = mobius.registry.get(model.config.model_type)
-    config = _architecture(model, sizes, options, module_class)
+    config = _config(model, known, options, module_class)
     module = module_class(config)
-    layers = [type(module.model.layers[0])(_block_config(config, block)) for block in sizes]
-    module.model.layers = type(module.model.layers)(layers)
+    if known.family.model_type in _SCALED_EMBEDDINGS:
+        module.model.embed_tokens.embed_scale = known.hidden**0.5
+    parent, name = _place_of_layers(module, len(known.blocks))
+    whole = {sizes: module_class(_block_config(config, sizes)) for sizes in set(known.blocks)}
+    # Of a whole model of each block's sizes its own layer, whatever the constructors of layers are given.
+    own = [_layers(whole[sizes], len(known.blocks))[index] for index, sizes in enumerate(known.blocks)]
+    setattr(parent, name, type(getattr(parent, name))(own))
     provider, notes = _execution_provider(config, options)
-    package = mobius.build_from_module(module, config, task=_per_block_task(sizes), execution_provider=provider)
+    task = _per_block_task(known)
+    package = mobius.build_from_module(module, config, task=task, execution_provider=provider)
     graph = package["model"].graph
-    weights = _weights(model, tied=config.tie_word_embeddings)
+    weights = _weights(model, module, known, config)
+    _correct_attention(graph, known.family.model_type, _windows(model.config, len(known.blocks)))
+    if config.tie_word_embeddings:
+        _tie_head(graph, weights)
     if unknown := sorted(set(weights) - set(graph.initializers)):
         raise BuilderUnsupportedError(f"its graph has no place for the weight {unknown[0]}.")
     package.apply_weights(weights)
@@ -85,44 +106,72 @@ def _build(model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportO
     return package, notes
 
 
-def _architecture(
-    model: PreTrainedModel, sizes: Sequence[BlockSizes], options: ExportOptions, module_class: Any
-) -> Any:
+def _place_of_layers(module: Any, count: int) -> tuple[Any, str]:
+    """Where a mobius module keeps the list of its `count` decoder layers."""
+    from onnxscript import nn
+
+    for path, found in module.named_modules():
+        if isinstance(found, nn.ModuleList) and len(found) == count:
+            above, _, name = path.rpartition(".")
+            return functools.reduce(getattr, filter(None, above.split(".")), module), name
+    raise BuilderUnsupportedError(f"mobius' {type(module).__name__} has no list of {count} layers.")
+
+
+def _layers(module: Any, count: int) -> Any:
+    return getattr(*_place_of_layers(module, count))
+
+
+def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions, module_class: Any) -> Any:
     """The mobius config: from the HF config, corrected by what the weights show."""
     import onnx_ir
     from mobius._config_resolver import _config_from_hf
 
     hf_config = plain_config(model)
     config = _config_from_hf(hf_config, module_class=module_class)
-    if config.rope_type not in ROPE_TYPES:
+    if config.rope_type not in (*ROPE_TYPES, None):
         raise BuilderUnsupportedError(f"rope type {config.rope_type!r} is not among {', '.join(ROPE_TYPES)}.")
-    block = decoder_blocks(model)[0]
+    biases = [weight for weight in known.block_weights() if weight.name.endswith(".bias")]
+    names = {weight.name for weight in biases}
     config = dataclasses.replace(
         config,
         dtype=onnx_ir.DataType[_DTYPES[options.precision]],
+        head_dim=known.head_dim,
         # Biases as the weights have them: mobius does not read Llama's `mlp_bias`, for one.
-        attn_qkv_bias=linear(block, "self_attn.q_proj").bias is not None,
-        attn_o_bias=linear(block, "self_attn.o_proj").bias is not None,
-        mlp_bias=linear(block, "mlp.gate_proj").bias is not None,
+        attn_qkv_bias=any(weight.runs_along(KEY_VALUE) for weight in biases),
+        attn_o_bias=f"{known.family.attention_output}.bias" in names,
+        mlp_bias=f"{known.family.ffn_output}.bias" in names,
         tie_word_embeddings=_is_tied(model),
         quantization=None,
-        sliding_window=_window(hf_config),
+        sliding_window=None,  # see _correct_attention
     )
-    return _block_config(config, max(sizes, key=lambda block: block.channels))  # one that passes mobius' validation
+    return _block_config(config, max(known.blocks, key=lambda block: block.channels))  # passes mobius' validation
 
 
-def _window(config: Any) -> int | None:
-    """The sliding window, where it is shorter than the longest sequence.
-
-    Refuses windows that differ per block: mobius would silently attend to everything instead.
-    """
+def _windows(config: Any, blocks: int) -> list[int | None]:
+    """The sliding window of every block, None where it attends to everything or no sequence is longer."""
     window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
-    if not window or window >= config.max_position_embeddings or types == {"full_attention"}:
-        return None
-    if len(types) > 1:
-        raise BuilderUnsupportedError("blocks with and without sliding window in one model.")
-    return int(window)
+    if not window or window >= config.max_position_embeddings:
+        return [None] * blocks
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * blocks
+    return [int(window) if kind == "sliding_attention" else None for kind in types]
+
+
+def _correct_attention(graph: Any, family: str, windows: list[int | None]) -> None:
+    """What mobius does alike in all blocks, or in all families, and GroupQueryAttention can do for each."""
+    import onnx_ir as ir
+
+    nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    changes = bool(any(windows)) or family in _INTERLEAVED
+    if changes and len(nodes) != len(windows):
+        raise BuilderUnsupportedError("neither sliding windows nor interleaved positions without GroupQueryAttention.")
+    for node, window in zip(nodes, windows, strict=False):
+        values = {"local_window_size": window or -1} if any(windows) else {}
+        if family in _INTERLEAVED:
+            values["rotary_interleaved"] = 1
+        if family in _TURNED_IN_WINDOWS and any(windows) and window is None:
+            values["do_rotary"] = 0
+        for name, value in values.items():
+            node.attributes[name] = ir.AttrInt64(name, value)
 
 
 def _block_config(config: Any, block: BlockSizes) -> Any:
@@ -144,8 +193,6 @@ def _execution_provider(config: Any, options: ExportOptions) -> tuple[str, tuple
     if fused and config.head_dim % _GQA_HEAD_DIM:
         provider, fused = "default", False
         notes = (f"head_dim {config.head_dim} is no multiple of {_GQA_HEAD_DIM}: without GroupQueryAttention.",)
-    if not fused and config.sliding_window:
-        raise BuilderUnsupportedError("no sliding window without GroupQueryAttention.")
     return provider, notes
 
 
@@ -154,19 +201,47 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
-def _weights(model: PreTrainedModel, *, tied: bool) -> dict[str, torch.Tensor]:
-    """Name -> CPU tensor; the tied head is left out, the graph has it once."""
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    if tied:
-        weights.pop("lm_head.weight", None)
-    return weights
+def _weights(model: PreTrainedModel, module: Any, known: Architecture, config: Any) -> dict[str, torch.Tensor]:
+    """mobius' name -> CPU tensor."""
+    stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    weights: dict[str, torch.Tensor] = {}
+    for index, sizes in enumerate(known.blocks):
+        prefix = f"{known.family.blocks}.{index}."
+        own = {name: stored.pop(name) for name in list(stored) if name.startswith(prefix)}
+        untied = dataclasses.replace(_block_config(config, sizes), tie_word_embeddings=False)
+        weights |= _preprocessed(module, untied, own)
+    return weights | _preprocessed(module, config, stored)
 
 
-def _per_block_task(sizes: Sequence[BlockSizes]) -> Any:
+def _tie_head(graph: Any, weights: dict[str, torch.Tensor]) -> None:
+    """One tensor for embedding and head: some of mobius' models have two even where they are tied."""
+    import onnx_ir as ir
+
+    head = weights.pop("lm_head.weight", None)
+    if head is None or "lm_head.weight" not in graph.initializers:
+        return
+    same = next(name for name, tensor in weights.items() if tensor.data_ptr() == head.data_ptr())
+    ir.convenience.replace_all_uses_with(graph.initializers["lm_head.weight"], graph.initializers[same])
+    del graph.initializers["lm_head.weight"]
+
+
+def _preprocessed(module: Any, config: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` under mobius' own names: it looks sizes up in the module's config."""
+    kept, module.config = module.config, config
+    try:
+        made: dict[str, torch.Tensor] = module.preprocess_weights(weights)
+    finally:
+        module.config = kept
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def _per_block_task(known: Architecture) -> Any:
     """A mobius task that wires the graph's inputs and outputs, with each block's own KV heads."""
     import onnx_ir as ir
     from mobius import ModelPackage, ModelTask
     from mobius.tasks._base import _make_graph, _make_model
+
+    sizes = known.blocks
 
     class PerBlockCausalLM(ModelTask):
         def build(self, module: Any, config: Any) -> Any:
@@ -179,7 +254,7 @@ def _per_block_task(sizes: Sequence[BlockSizes]) -> Any:
             positions = builder.input("position_ids", dtype=integer, shape=[batch, tokens])
             cache = []
             for index, block in enumerate(sizes):
-                shape = [batch, block.kv_groups, past, config.head_dim]
+                shape = [batch, block.kv_groups, past, known.head_dim]
                 names = (f"past_key_values.{index}.key", f"past_key_values.{index}.value")
                 cache.append(tuple(builder.input(name, dtype=config.dtype, shape=shape) for name in names))
             logits, present = module(
@@ -189,7 +264,7 @@ def _per_block_task(sizes: Sequence[BlockSizes]) -> Any:
             for index, (block, pair) in enumerate(zip(sizes, present, strict=True)):
                 for value, part in zip(pair, ("key", "value"), strict=True):
                     # Stated, not inferred: shape inference derives a wrong head_dim from packed QKV.
-                    value.shape = ir.Shape([batch, block.kv_groups, total, config.head_dim])
+                    value.shape = ir.Shape([batch, block.kv_groups, total, known.head_dim])
                     value.type = ir.TensorType(config.dtype)
                     builder.add_output(value, f"present.{index}.{part}")
             return ModelPackage({"model": _make_model(graph)}, config=config)

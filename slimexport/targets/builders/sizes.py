@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures import architecture_of
+from slimexport.architectures.weights import CHANNELS, KEY_VALUE, QUERY, Fused, parts_of
 from slimexport.artifacts import BlockSizes
+from slimexport.errors import BadInputError
 from slimexport.targets.base import BuilderUnsupportedError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from slimexport.architectures.base import Architecture
 
 # Not part of the architecture, or about how sizes differ per block.
 _NOT_IN_A_PLAIN_CONFIG = (
@@ -33,65 +39,52 @@ def raw(config: PretrainedConfig, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of a llama-like model. Raises BuilderUnsupportedError for other structures."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not layers:
-        raise BuilderUnsupportedError(f"{type(model).__name__} has no list of decoder layers at model.layers.")
-    return list(layers)
+def architecture(model: PreTrainedModel) -> Architecture:
+    """The table of the model's weights, with the sizes that they have.
 
-
-def linear(block: nn.Module, name: str) -> nn.Linear:
-    """Raises BuilderUnsupportedError where the block has no linear layer of that name."""
-    from torch import nn
-
-    try:
-        found = block.get_submodule(name)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.Linear):
-        raise BuilderUnsupportedError(f"its decoder layers have no linear layer {name}.")
-    return found
-
-
-def head_dim(model: PreTrainedModel) -> int:
-    """From the config where it is explicit, else hidden_size / num_attention_heads of the (then plain) config."""
-    explicit = raw(model.config, "head_dim")
-    if explicit:
-        return int(explicit)
-    return int(model.config.hidden_size) // int(model.config.num_attention_heads)
-
-
-def block_sizes(model: PreTrainedModel) -> tuple[BlockSizes, ...]:
-    """Sizes of every block, from the shapes of its weights.
-
-    Raises BuilderUnsupportedError where they do not fit together (a KV group with unequal query heads, say).
+    Raises BuilderUnsupportedError for a family without one, and where sizes do not fit together (a KV group with
+    unequal query heads, say).
     """
-    dim = head_dim(model)
-    return tuple(_sizes(block, index, dim) for index, block in enumerate(decoder_blocks(model)))
+    try:
+        said = architecture_of(model.config, type(model).__name__)
+    except BadInputError as error:
+        raise BuilderUnsupportedError(str(error)) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return said.with_blocks(tuple(_sizes(said, shapes, index) for index in range(len(said.blocks))))
 
 
-def _sizes(block: nn.Module, index: int, dim: int) -> BlockSizes:
-    names = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")]
-    names += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    shapes = {name.split(".")[1]: tuple(linear(block, name).weight.shape) for name in names}
-    query, key, value, output, gate, up, down = shapes.values()
-    heads, groups, channels = query[0] // dim, key[0] // dim, gate[0]
-    fits = query[0] == heads * dim == output[1] and key[0] == groups * dim == value[0] and channels == up[0] == down[1]
-    if not fits or groups == 0 or heads % groups:
-        raise BuilderUnsupportedError(
-            f"the weights of block {index} do not fit together with head_dim {dim}: "
-            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        )
-    return BlockSizes(kv_groups=groups, heads_per_group=heads // groups, channels=channels)
+def _sizes(said: Architecture, shapes: Mapping[str, tuple[int, ...]], index: int) -> BlockSizes:
+    prefix = f"{said.family.blocks}.{index}."
+    own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    lengths: dict[str, int] = {}
+    for fused in (False, True):  # what stands alone first: it says what the rest of a fused axis is
+        for weight in said.block_weights():
+            for axis, length in zip(weight.axes, own.get(weight.name, ()), strict=False):
+                unknown = [part for part in parts_of(axis) if part not in lengths]
+                if isinstance(axis, Fused) == fused and unknown:
+                    known = sum(lengths.get(part, 0) for part in parts_of(axis))
+                    lengths[unknown[0]] = (length - known) // len(unknown)
+    heads, groups = (lengths.get(axis, 0) // said.head_dim for axis in (QUERY, KEY_VALUE))
+    if groups and heads % groups == 0:
+        sizes = BlockSizes(groups, heads // groups, lengths.get(CHANNELS, 0))
+        if said.block_shapes(sizes).items() <= own.items():
+            return sizes
+    matrices = [weight.name for weight in said.block_weights() if weight.is_matrix]
+    raise BuilderUnsupportedError(
+        f"the weights of block {index} do not fit together with head_dim {said.head_dim}: "
+        + ", ".join(f"{name.removesuffix('.weight')} {own.get(name)}" for name in matrices)
+    )
 
 
 def plain_config(model: PreTrainedModel) -> PretrainedConfig:
     """A config of the same class for *one* head and one KV head, everything else as in `model.config`.
 
     One head is legal in every family (some ask that the head count divides hidden_size); the real counts belong to
-    the blocks and are put in there.
+    the blocks and are put in there. Families that compute head_dim from the head count keep theirs.
     """
     values = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_A_PLAIN_CONFIG}
-    values |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": head_dim(model)}
+    known = architecture(model)
+    if known.family.head_dim_field is not None:
+        fields = known.family.config_fields(dataclasses.replace(known.blocks[0], kv_groups=1, heads_per_group=1))
+        values |= {**fields, known.family.head_dim_field: known.head_dim}
     return type(model.config)(**values)

@@ -170,10 +170,10 @@ def _forget_origin(program: Any) -> None:
 
 def _query_heads(model: PreTrainedModel, shapes: list[tuple[int, int]]) -> int:
     """The largest count of query heads, where the blocks show it; else the KV heads' (it is informative only)."""
-    from slimexport.targets.builders.sizes import block_sizes
+    from slimexport.targets.builders.sizes import architecture
 
     try:
-        return max(block.query_heads for block in block_sizes(model))
+        return max(block.query_heads for block in architecture(model).blocks)
     except BuilderUnsupportedError:
         return max(heads for heads, _ in shapes)
 
