@@ -24,7 +24,7 @@ from slimexport.loading import LoadedModel
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
 
@@ -38,7 +38,10 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 120, "max_position_embeddings": 256,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-_HALF_TURNED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_HALF_TURNED: dict[str, Any] = {  # half of a head, in pieces of 16, is what ONNX Runtime's attention can turn
+    "hidden_size": 192, "intermediate_size": 176,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
 _EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 12, "tie_word_embeddings": False},
@@ -65,13 +68,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
-    "phi": {"hidden_size": 192, "head_dim": 32, "rope_parameters": _HALF_TURNED, "tie_word_embeddings": False},
+    "phi": {**_HALF_TURNED, "head_dim": 32, "tie_word_embeddings": False},
     "phi3": {"tie_word_embeddings": False},
     "starcoder2": {"use_bias": True},
     "arcee": {"attention_bias": True, "mlp_bias": True},
     "nemotron": {"attention_bias": True, "mlp_bias": True},
-    "stablelm": {"use_qkv_bias": True, "hidden_size": 192, "rope_parameters": _HALF_TURNED},
-    "gpt_neox": {"hidden_size": 192, "rope_parameters": _HALF_TURNED, "tie_word_embeddings": False},
+    "stablelm": {"use_qkv_bias": True, **_HALF_TURNED},
+    "gpt_neox": {**_HALF_TURNED, "tie_word_embeddings": False},
     "opt": {"hidden_size": 96, "ffn_dim": 80, "word_embed_proj_dim": 96},
     "gpt2": {"hidden_size": 96, "n_inner": 80},
     "gpt_bigcode": {"hidden_size": 96, "n_inner": 80, "multi_query": True},
@@ -114,6 +117,20 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> Any:
         is_norm = (parameter.dim() == 1 and not name.endswith("bias")) or ("norm" in name and name.endswith("weight"))
         parameter.data = 1 + noise if is_norm else noise
     return model.eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Word-level: three special tokens and 'w0', 'w1', ... to the end of the vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCAB - 3)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )  # fmt: skip
 
 
 # Checks ------------------------------------------------------------------------------------------------------------
@@ -193,12 +210,45 @@ def check_pruned_again(config: PreTrainedConfig, place: Path) -> None:
         assert torch.equal(_logits(again, ids), _logits(smaller, ids))
 
 
+def check_exported(config: PreTrainedConfig, place: Path) -> None:
+    """The pruned model's graph gives torch's logits in prefill, decode and chunk, its greedy tokens, and the same for
+    two sequences of which one is padded on the right; in either layout."""
+    import numpy as np
+    import torch
+
+    from slimexport.runtime import OnnxDecoder
+    from slimexport.targets import registry
+    from slimexport.targets.base import ExportOptions
+    from slimexport.targets.builders import mobius
+    from slimexport.verification.numerics import check_export
+
+    for layout in LAYOUTS if mobius.knows(config) else LAYOUTS[:1]:
+        small = _pruned(tiny_model(config), layout)[2]
+        directory = place / layout
+        directory.mkdir()
+
+        def check(artifact: Any, model: Any = small) -> None:
+            check_export(OnnxDecoder(Path(artifact.path), threads=1), model, steps=16)
+
+        artifact = registry.get("onnx").export(small, tiny_tokenizer(), directory, ExportOptions(), check)
+        assert mobius.knows(config) == (artifact.builder == "mobius"), artifact.notes
+        ids = _ids(2, 20, seed=9)
+        mask = torch.ones_like(ids)
+        ids[1, 13:] = mask[1, 13:] = 0
+        found, _ = OnnxDecoder(directory, threads=1).forward(ids.numpy(), attention_mask=mask.numpy())
+        with torch.no_grad():
+            expected = small(ids, attention_mask=mask, use_cache=False).logits
+        real = mask.bool().numpy()
+        np.testing.assert_allclose(found[real], expected.numpy()[real], rtol=1e-3, atol=5e-3)
+
+
 Check = Callable[["PreTrainedConfig", Path], None]
 CHECKS: dict[str, Check] = {
     "table": check_table,
     "shrunk equals masked": check_shrunk_equals_masked,
     "reloaded": check_reloaded,
     "pruned again": check_pruned_again,
+    "exported": check_exported,
 }
 
 
@@ -290,11 +340,7 @@ def _mask(masked: Any, small: Any, architecture: Architecture, trace: tuple[Any,
 def _saved(model: Any, plan: PruningPlan, directory: Path) -> Path:
     from slimexport.checkpoint.save import save_checkpoint
 
-    class NoTokenizer:
-        def save_pretrained(self, directory: str) -> None:
-            pass
-
     directory.mkdir(parents=True)
     architecture = architecture_of(model.config, "tiny")
-    save_checkpoint(model, NoTokenizer(), architecture, plan, directory, card="")
+    save_checkpoint(model, tiny_tokenizer(), architecture, plan, directory, card="")
     return directory

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from slimexport.testing import VOCAB, tiny_tokenizer
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-VOCAB = 211
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -39,20 +40,6 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
         noise = torch.randn_like(parameter) * scale
         parameter.data = (1 + noise if "norm" in name else noise).to(dtype)  # not the rotary buffers
     return model.eval().requires_grad_(False)
-
-
-def tiny_tokenizer() -> Any:
-    """Byte-free word-level tokenizer: 'w0' ... 'w207' and three special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(VOCAB - 3)}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
-        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
-    )  # fmt: skip
 
 
 def tiny_directory(path: Path, family: str = "llama", **changes: Any) -> Path:

@@ -18,7 +18,7 @@ from slimexport.targets.builders.sizes import architecture, plain_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from slimexport.architectures.base import Architecture
 
@@ -46,9 +46,10 @@ class MobiusBuilder:
     name = "mobius"
 
     def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
-        family = model.config.model_type
-        if family not in FAMILIES:
-            raise BuilderUnsupportedError(f"model type {family!r} is not among those checked: {', '.join(FAMILIES)}.")
+        if not knows(model.config):
+            raise BuilderUnsupportedError(
+                f"{model.config.model_type!r} (of this kind) is not among those checked: {', '.join(FAMILIES)}."
+            )
         known = architecture(model)
         sizes = known.blocks
         try:
@@ -73,6 +74,12 @@ class MobiusBuilder:
             shared_kv=fused == len(sizes),
             notes=notes,
         )
+
+
+def knows(config: PreTrainedConfig) -> bool:
+    """Whether graphs of models like this one were found right."""
+    serial = config.model_type == "gpt_neox" and not config.use_parallel_residual
+    return config.model_type in FAMILIES and not serial
 
 
 def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
