@@ -199,7 +199,7 @@ class BlockTrace:
     block: int
     query_heads: tuple[int, ...]  # indices kept, in the dense numbering
     kv_groups: tuple[int, ...]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # with experts numbered through: those of the first, then those of the second
     attention_error_before: float
     attention_error: float
     ffn_error_before: float

@@ -14,10 +14,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures import architecture_of
+from slimexport.architectures.weights import EXPERTS
 from slimexport.artifacts import BlockSizes, CalibrationSet, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.loading import LoadedModel
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
+    from slimexport.architectures.family import Kept
+    from slimexport.architectures.weights import Weight
 
 VOCAB = 211
 BLOCKS = 3
@@ -80,6 +84,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"hidden_size": 96, "n_inner": 80, "multi_query": True},
     "falcon": {"hidden_size": 96, "ffn_hidden_size": 80, "num_kv_heads": 3, "new_decoder_architecture": True,
                "alibi": False, "bias": True},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "residual_multiplier": 0.5},
+    "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": {"hidden_size": 96, "num_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+                  "shared_expert_intermediate_size": 56},
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # models of a family that differ in kind
     "gpt_bigcode, one group a head": ("gpt_bigcode", {"multi_query": False}),
@@ -162,6 +173,8 @@ def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:
         _mask(masked, small, architecture, trace)
         ids = _ids(2, 24, seed=9)
         # In float64, so that nothing but the order of sums can differ.
+        for model in (small, masked, dense) if architecture.family.experts else ():
+            model.set_experts_implementation("eager")  # the default knows no float64
         ours, theirs = (_logits(m.double(), ids) for m in (copy.deepcopy(small), masked))
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
         assert not torch.allclose(ours, _logits(dense.double(), ids), atol=1e-3), "pruning changed nothing"
@@ -311,30 +324,40 @@ def _heads_go(architecture: Architecture, layout: str) -> bool:
 def _mask(masked: Any, small: Any, architecture: Architecture, trace: tuple[Any, ...]) -> None:
     """Puts every tensor of `small` into the dense `masked`, at the places that were kept; the output matrices are zero
     elsewhere, so that nothing sees the heads and channels that went."""
-    import torch
 
     from slimexport.pruning.blocks import kept_of
 
     family = architecture.family
     blocks, thin = (m.get_submodule(family.blocks) for m in (masked, small))
-    outputs = (f"{family.attention_output}.weight", f"{family.ffn_output}.weight")
+    outputs = (family.attention_weight, family.ffn_weight)
     for block, own, of in zip(blocks, thin, trace, strict=True):
-        kept = kept_of(of, architecture.blocks[of.block])
+        kept = kept_of(of, architecture.blocks[of.block], architecture.experts)
         assert len(kept.query_heads) * architecture.head_dim in own.get_parameter(outputs[0]).shape
         for weight in architecture.block_weights():
             full, part = block.get_parameter(weight.name).data, own.get_parameter(weight.name).data
             if weight.name in outputs:
                 full.zero_()
-            where = [
-                torch.arange(length) if index is None else torch.tensor(index)
-                for length, index in zip(
-                    full.shape, (architecture.axis_index(a, kept) for a in weight.axes), strict=True
-                )
-            ]
-            full[torch.meshgrid(*where, indexing="ij")] = part
+            _put(architecture, weight, kept, full, part)
     for weight in family.model_weights:
         if weight.name in dict(small.named_parameters()):
             masked.get_parameter(weight.name).data.copy_(small.get_parameter(weight.name).data)
+
+
+def _put(architecture: Architecture, weight: Weight, kept: Kept, full: torch.Tensor, part: torch.Tensor) -> None:
+    """Puts `part`, a weight of a shrunk block, into `full`, the same of the dense one, at the places that were kept."""
+    import torch
+
+    if weight.axes[0] == EXPERTS:
+        one = replace(weight, axes=weight.axes[1:])
+        for expert in range(architecture.experts):
+            _put(architecture, one, kept.of_expert(expert), full[expert], part[expert])
+        return
+    indices = [architecture.axis_index(axis, kept) for axis in weight.axes]
+    where = [
+        torch.arange(length) if index is None else torch.tensor(index)
+        for length, index in zip(full.shape, indices, strict=True)
+    ]
+    full[torch.meshgrid(*where, indexing="ij")] = part
 
 
 def _saved(model: Any, plan: PruningPlan, directory: Path) -> Path:

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 from slimexport.architectures.family import Family, Kept
 from slimexport.architectures.weights import (
     CHANNELS,
+    EXPERTS,
     HEAD_DIM,
     KEY_VALUE,
     KV_GROUPS,
+    ONE,
     POSITIONS,
     QUERY,
     QUERY_HEADS,
     RESIDUAL,
+    SHARED,
     VOCAB,
     Axis,
     Fused,
@@ -50,6 +53,9 @@ class Architecture:
     flags: frozenset[str]  # what `Weight.when` may name and is true
     positions: int = 0  # that have a learned embedding
     residual_multiplier: float = 1.0  # of what the output matrices add to the residual
+    experts: int = 1
+    active_experts: int = 1  # that see a token
+    shared_channels: int = 0  # of an expert that sees every token and is left dense
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -79,6 +85,9 @@ class Architecture:
             flags=frozenset(flags),
             positions=family.positions(config) if family.positions else 0,
             residual_multiplier=multiplier,
+            experts=getattr(config, family.experts_field) if family.experts else 1,
+            active_experts=config.num_experts_per_tok if family.experts else 1,
+            shared_channels=getattr(config, family.shared_channels_field) if family.shared_channels_field else 0,
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -100,7 +109,10 @@ class Architecture:
     def axis_size(self, axis: Axis, sizes: BlockSizes | None = None) -> int:
         if isinstance(axis, Fused):
             return sum(self.axis_size(part, sizes) for part in axis.parts)
-        fixed = {RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab, POSITIONS: self.positions}
+        fixed = {
+            RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab, POSITIONS: self.positions,
+            EXPERTS: self.experts, SHARED: self.shared_channels, ONE: 1,
+        }  # fmt: skip
         if axis in fixed:
             return fixed[axis]
         assert sizes is not None, f"axis {axis} belongs to a block"
@@ -169,17 +181,20 @@ class Architecture:
         """Sizes, streamed bytes and FLOPs of this architecture, from the table alone."""
         total = sum(math.prod(s) for s in self.shapes().values())
         linear = sum(self.block_linear_parameters(s) for s in self.blocks)
+        # Of experts a token reads and multiplies those it is sent to.
+        idle = sum(s.channels for s in self.blocks) * self.channel_parameters()
+        idle -= idle * self.active_experts // self.experts
         embedding = self.vocab * self.hidden
         # A decoded token reads every weight once, except the embedding tables, of which it reads one row; a tied
         # table is read as lm_head. FLOPs: two per multiply-add.
-        streamed = total - (0 if self.tied else embedding) - self.positions * self.hidden
+        streamed = total - idle - (0 if self.tied else embedding) - self.positions * self.hidden
         kv = sum(2 * s.kv_groups * self.head_dim for s in self.blocks)
         return Estimates(
             parameters=total,
             block_parameters=linear,
             bytes=total * bytes_per_parameter,
             decode_bytes_per_token=streamed * bytes_per_parameter,
-            prefill_flops_per_token=2 * (linear + embedding),
+            prefill_flops_per_token=2 * (linear - idle + embedding),
             kv_cache_bytes_per_token=kv * bytes_per_parameter,
         )
 
@@ -220,6 +235,9 @@ class Architecture:
         """`tensor` [axis sizes of the dense block] with only the kept positions, contiguous."""
         import torch
 
+        if weight.axes[0] == EXPERTS and kept.experts > 1:
+            one = dataclasses.replace(weight, axes=weight.axes[1:])
+            return torch.stack([self.slice_weight(one, part, kept.of_expert(e)) for e, part in enumerate(tensor)])
         for dim, axis in enumerate(weight.axes):
             index = self.axis_index(axis, kept)
             if index is not None and len(index) != tensor.shape[dim]:

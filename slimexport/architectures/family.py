@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slimexport.architectures.weights import Weight
@@ -22,6 +22,7 @@ class Family:
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
     ffn_output: str = "mlp.down_proj"
+    experts: bool = False  # ffn_output is a module of experts; its weight is called down_proj
     ffn_factors: tuple[str, ...] = ("mlp.up_proj", "mlp.gate_proj")  # what makes the inputs of ffn_output, one by one
     final_norm: str | None = "model.norm"  # logits grow in proportion to its weight; None: they do not
     final_norm_offset: float = 0.0  # what it adds to its weight (Gemma: 1)
@@ -37,6 +38,8 @@ class Family:
     query_heads_field: str = "num_attention_heads"
     kv_groups_field: str | None = "num_key_value_heads"
     channels_field: str = "intermediate_size"
+    experts_field: str = "num_experts"
+    shared_channels_field: str | None = None
     head_dim_field: str | None = "head_dim"  # None: it is always hidden size / query heads
     positions: Callable[[Any], int] | None = None  # config -> rows of the table of learned positions
     kv_groups: Callable[[Any], int] | None = None  # config -> groups, where kv_groups_field does not say it alone
@@ -49,6 +52,14 @@ class Family:
     heads_prunable: bool = True  # False: a norm over all heads together, which would change with their number
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
     heads_divide_hidden: bool = False
+
+    @property
+    def attention_weight(self) -> str:
+        return f"{self.attention_output}.weight"
+
+    @property
+    def ffn_weight(self) -> str:
+        return f"{self.ffn_output}.down_proj" if self.experts else f"{self.ffn_output}.weight"
 
     def config_fields(self, sizes: BlockSizes) -> dict[str, int]:
         """Config fields that say `sizes`, for a block or for the whole model."""
@@ -72,18 +83,28 @@ class Family:
 
 @dataclass(frozen=True)
 class Kept:
-    """Indices that stay in one block, ascending, in the numbering of a block of sizes `of`."""
+    """Indices that stay in one block, ascending, in the numbering of a block of sizes `of`. With experts, channels are
+    numbered through: those of the first, then those of the second, as many stay in each."""
 
     kv_groups: tuple[int, ...]
     query_heads: tuple[int, ...]
     channels: tuple[int, ...]
     of: BlockSizes
+    experts: int = 1
 
     @classmethod
-    def all(cls, sizes: BlockSizes) -> Kept:
-        groups, heads, channels = (tuple(range(n)) for n in (sizes.kv_groups, sizes.query_heads, sizes.channels))
-        return cls(groups, heads, channels, sizes)
+    def all(cls, sizes: BlockSizes, experts: int = 1) -> Kept:
+        counts = (sizes.kv_groups, sizes.query_heads, sizes.channels * experts)
+        groups, heads, channels = (tuple(range(count)) for count in counts)
+        return cls(groups, heads, channels, sizes, experts)
 
     @property
     def sizes(self) -> BlockSizes:
-        return BlockSizes(len(self.kv_groups), len(self.query_heads) // len(self.kv_groups), len(self.channels))
+        channels = len(self.channels) // self.experts
+        return BlockSizes(len(self.kv_groups), len(self.query_heads) // len(self.kv_groups), channels)
+
+    def of_expert(self, expert: int) -> Kept:
+        """With the channels of this one, numbered from 0."""
+        own = range(expert * self.of.channels, (expert + 1) * self.of.channels)
+        channels = tuple(channel - own.start for channel in self.channels if channel in own)
+        return replace(self, channels=channels, experts=1)

@@ -14,6 +14,9 @@ KV_GROUPS = "kv_groups"  # one entry for each KV group
 HEAD_DIM = "head_dim"  # norms over a head: the same for every head, never sliced
 VOCAB = "vocab"
 POSITIONS = "positions"  # learned position embeddings
+EXPERTS = "experts"  # one slice for each expert, of which each keeps channels of its own
+ONE = "one"
+SHARED = "shared_channels"  # of an expert that sees every token; never sliced
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies the residual or makes it: what `ratio` is a share of."""
-        return len(self.axes) > 1 and RESIDUAL in self.axes
+        """Whether it stands between the residual and heads or channels: what `ratio` is a share of."""
+        return RESIDUAL in self.axes and self.runs_along(QUERY, KEY_VALUE, CHANNELS)
 
     @property
     def transposed(self) -> bool:
@@ -110,6 +113,15 @@ def plain_ffn(into: str, out: str, *, bias: str | None = None, transposed: bool 
     return (
         *linear(into, CHANNELS, RESIDUAL, bias, transposed=transposed),
         *linear(out, RESIDUAL, CHANNELS, bias, transposed=transposed),
+    )
+
+
+def expert_ffn(prefix: str, router: str) -> tuple[Weight, ...]:
+    """The experts' matrices, each kind in one tensor, and the router."""
+    return (
+        Weight(f"{router}.weight", (EXPERTS, RESIDUAL)),
+        Weight(f"{prefix}.gate_up_proj", (EXPERTS, Fused((CHANNELS, CHANNELS)), RESIDUAL)),
+        Weight(f"{prefix}.down_proj", (EXPERTS, RESIDUAL, CHANNELS)),
     )
 
 

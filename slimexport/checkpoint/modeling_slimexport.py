@@ -41,8 +41,10 @@ class PerBlockSizes:
         plain = copy.deepcopy(config)
         plain.per_layer_config = None
         super().__init__(plain)
-        # The attention implementation was settled by the stock constructor, on its own copy.
-        config._attn_implementation_internal = plain._attn_implementation_internal
+        # How attention and experts are computed was settled by the stock constructor, on its own copy.
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if hasattr(plain, name):
+                setattr(config, name, getattr(plain, name))
         for module in self.modules():
             if hasattr(module, "config"):
                 # One config object for all, so that set_attn_implementation() reaches every block.

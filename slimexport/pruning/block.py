@@ -14,13 +14,15 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
-from slimexport.architectures.weights import CHANNELS, KEY_VALUE, QUERY, Fused, Weight
+from slimexport.architectures.weights import CHANNELS, EXPERTS, KEY_VALUE, QUERY, Fused, Weight
 from slimexport.artifacts import BlockSizes, BlockTrace
 from slimexport.pruning import factor
 from slimexport.pruning.blocks import HiddenStates
 from slimexport.pruning.criteria import Criterion, Site
+from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, Weighting
-from slimexport.pruning.forward import Arguments, Settings, inputs_of, known_attention, working_copy
+from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
+from slimexport.pruning.forward import Arguments, Settings, given_to, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
 from slimexport.pruning.obs import Selection, refit, removal_errors
@@ -66,6 +68,19 @@ class Targets:
         return self.after_attention(batch) + self.multiplier * self.ffn[batch]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What stays of an expert's channels; errors of plain removal and after compensation, and the output's own size,
+    all summed over its tokens. Of one expert alone only the ratios matter."""
+
+    kept: tuple[int, ...]
+    W: torch.Tensor  # [out, kept]
+    bias: torch.Tensor | None
+    before: float
+    after: float
+    power: float
+
+
 class Block:
     """One block while it is pruned."""
 
@@ -90,7 +105,7 @@ class Block:
         self.family, self.dense = architecture.family, architecture.blocks[index]
         self.targets, self.gradients, self.curvature = targets, gradients, curvature
         self._arguments = arguments
-        self.kept = Kept.all(self.dense)
+        self.kept = Kept.all(self.dense, architecture.experts)
         self.work = working_copy(home, settings)
         self.damping = 0.0
         self.notes: list[str] = []
@@ -122,7 +137,8 @@ class Block:
         if whole and self.targets is None:
             return None, (0.0, 0.0)
         name = self.family.attention_output
-        moments = self._moments(self.dense.query_heads * self.architecture.head_dim)
+        targets = None if self.targets is None else self.architecture.hidden
+        moments = Moments(self.dense.query_heads * self.architecture.head_dim, self.settings.device, targets)
         inputs: list[torch.Tensor] = []
         project = self.work.get_submodule(name)
         for batch in range(len(self.states)):
@@ -135,56 +151,79 @@ class Block:
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             H = moments.H()
-            W = self._fitted(name, H, moments)
+            W = self._fitted(name, H, moments, 0, self.targets)
             if whole:
                 selection = Selection(self.kept.query_heads, W, 0.0)
             else:
-                selection, used = self.criterion.heads(self._site(name, W, H, moments, QUERY))
+                selection, used = self.criterion.heads(self._site(self.family.attention_weight, W, H, moments, QUERY))
                 self.damping = max(self.damping, used)
             groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
             self.kept = dataclasses.replace(self.kept, kv_groups=groups, query_heads=selection.kept)
             columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
             bias = self._bias(name, selection)
             errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
-            self._shrink(name, self.kept, selection.W[:, columns], bias)
+            self._shrink(self.family.attention_weight, self.kept, selection.W[:, columns], bias)
             for batch, found in enumerate(inputs):
                 inputs[batch] = found[..., columns]
         return inputs, errors
 
     def _prune_channels(self, attention: list[torch.Tensor] | None) -> tuple[float, float]:
+        experts = self.family.experts
         whole = self.keep.channels == self.dense.channels
-        if whole and self.targets is None:
+        # Experts are not fitted: what one of them should add is not known apart from what the others do.
+        targets = None if experts else self.targets
+        if whole and targets is None:
             return 0.0, 0.0
         name = self.family.ffn_output
-        moments = self._moments(self.dense.channels)
+        moments = [
+            Moments(self.dense.channels, self.settings.device, None if targets is None else self.architecture.hidden)
+            for _ in range(self.architecture.experts)
+        ]
         for batch in range(len(self.states)):
             with self.clock.on("forward"):
-                inputs = self._inputs_of_down(batch, attention)
+                given = self._given_to_down(batch, attention)
             with self.clock.on("hessian"):
                 missed = None
-                if self.targets is not None:
+                if targets is not None:
                     assert attention is not None
-                    missed = self._lacking(batch, attention, self.targets, inputs)
-                moments.add(inputs, missed)
+                    missed = self._lacking(batch, attention, targets, given[0])
+                add_ffn_inputs(moments, self.work.get_submodule(name), given, missed)
         with self.clock.on("selection"):
-            H = moments.H()
-            W = self._fitted(name, H, moments)
-            if whole:
-                selection = Selection(self.kept.channels, W, 0.0)
-            else:
-                selection, used = self.criterion.channels(self._site(name, W, H, moments, CHANNELS))
-                self.damping = max(self.damping, used)
-            columns = torch.tensor(selection.kept, device=self.settings.device)
-            bias = self._bias(name, selection)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
+            chosen = [self._choose_channels(name, expert, of, targets, whole) for expert, of in enumerate(moments)]
+            W = torch.stack([c.W for c in chosen]) if experts else chosen[0].W
+            numbered = (c + e * self.dense.channels for e, own in enumerate(chosen) for c in own.kept)
+            channels = tuple(numbered)
             # Attention was sliced already: its indices are the new ones.
-            kept = dataclasses.replace(Kept.all(self.kept.sizes), channels=selection.kept)
-            self._shrink(name, kept, selection.W[:, columns], bias)
-            self.kept = dataclasses.replace(self.kept, channels=selection.kept)
-        if self.targets is not None and self.family.ffn_factors:
+            all_of_it = Kept.all(self.kept.sizes, self.architecture.experts)
+            self._shrink(self.family.ffn_weight, dataclasses.replace(all_of_it, channels=channels), W, chosen[0].bias)
+            self.kept = dataclasses.replace(self.kept, channels=channels)
+        if targets is not None and self.family.ffn_factors:
             assert attention is not None
-            self._fit_factors(attention, self.targets)
-        return errors
+            self._fit_factors(attention, targets)
+        before, after = (sum(getattr(c, part) for c in chosen) for part in ("before", "after"))
+        power = sum(c.power for c in chosen)
+        return (before / power, after / power) if power else (0.0, 0.0)
+
+    def _choose_channels(
+        self, name: str, expert: int, moments: Moments, targets: Targets | None, whole: bool
+    ) -> Chosen:
+        """What stays of one expert's channels, or of all where there are no experts."""
+        H = moments.H()
+        W = self._fitted(name, H, moments, expert, targets)
+        if whole:
+            return Chosen(self.kept.channels, W, None, 0.0, 0.0, 0.0)
+        criterion = self.criterion
+        if self.family.experts and moments.tokens < self.dense.channels:
+            self.notes.append(f"expert {expert} saw {moments.tokens} tokens, it has {self.dense.channels} channels")
+            if not moments.tokens:
+                criterion = criteria.get("magnitude")  # there is nothing to compensate by
+        selection, used = criterion.channels(self._site(self.family.ffn_weight, W, H, moments, CHANNELS, expert))
+        self.damping = max(self.damping, used)
+        columns = torch.tensor(selection.kept, device=self.settings.device)
+        bias = self._bias(name, selection)
+        power = float(((W @ H) * W).sum()) * moments.tokens if self.family.experts else 1.0
+        before, after = _errors(W, selection.W, columns, H, moments.mean(), bias)
+        return Chosen(selection.kept, selection.W[:, columns], bias, before * power, after * power, power)
 
     def _fit_factors(self, attention: list[torch.Tensor], targets: Targets) -> None:
         """The projections that make the inputs of down_proj, fitted toward the dense stream once all else is in place.
@@ -234,11 +273,17 @@ class Block:
         self.work = working_copy(self.home, self.settings)
         self.notes.append(f"no fit of {' and '.join(names)} lowered the error")
 
-    def _inputs_of_down(self, batch: int, attention: list[torch.Tensor] | None) -> torch.Tensor:
-        """[sequences, length, channels] of the block as it is now; `attention`: the known inputs of its o_proj."""
+    def _given_to_down(self, batch: int, attention: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+        """What down_proj, or the module of the experts, is given as the block is now; `attention`: the known inputs of
+        its o_proj."""
         with known_attention(self.work, self.architecture, attention, batch):
-            found = inputs_of(self.work, self.family.ffn_output, self.states[batch], self._arguments(self.index, batch))
-        return found.unflatten(0, self.states[batch].shape[:2]) if found.dim() == 2 else found  # OPT flattens them
+            given = given_to(self.work, self.family.ffn_output, self.states[batch], self._arguments(self.index, batch))
+        flat = not self.family.experts and given[0].dim() == 2  # OPT flattens them
+        return (given[0].unflatten(0, self.states[batch].shape[:2]),) if flat else given
+
+    def _inputs_of_down(self, batch: int, attention: list[torch.Tensor] | None) -> torch.Tensor:
+        """[sequences, length, channels]"""
+        return self._given_to_down(batch, attention)[0]
 
     def _lacking(
         self, batch: int, attention: list[torch.Tensor], targets: Targets, inputs: torch.Tensor
@@ -266,30 +311,34 @@ class Block:
         available = sum(math.prod(self.states[batch].shape[:2]) for batch in among)
         return among[:: max(1, round(available / tokens))]
 
-    def _moments(self, size: int) -> Moments:
-        return Moments(size, self.settings.device, None if self.targets is None else self.architecture.hidden)
-
-    def _fitted(self, name: str, H: torch.Tensor, moments: Moments) -> torch.Tensor:
+    def _fitted(
+        self, name: str, H: torch.Tensor, moments: Moments, expert: int, targets: Targets | None
+    ) -> torch.Tensor:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
-        W = matrix(self.home.get_submodule(name)).to(self.settings.device, torch.float64)
+        W = ffn_matrices(self.home.get_submodule(name))[expert].to(self.settings.device, torch.float64)
         check_finite(H, self.index, self.settings.dtype)
-        return W if self.targets is None else refit(W, H, moments.C(), self.settings.refit)
+        return W if targets is None else refit(W, H, moments.C(), self.settings.refit)
 
-    def _site(self, name: str, W: torch.Tensor, H: torch.Tensor, moments: Moments, axis: str) -> Site:
-        weight = f"{name}.weight"
+    def _site(
+        self, weight: str, W: torch.Tensor, H: torch.Tensor, moments: Moments, axis: str, expert: int = 0
+    ) -> Site:
         # float64 copies of the largest matrices: only for who looks at them
         wanted = getattr(self.criterion, "needs_gradients", False)
-        minded = self.curvature.get(name) if getattr(self.criterion, "weighs_errors", False) else None
+        minded = self.curvature.get(self._output(axis)) if getattr(self.criterion, "weighs_errors", False) else None
         settings = self.settings
         sources: dict[str, torch.Tensor] = {}
         gradients: dict[str, torch.Tensor] = {}
         if wanted:
             gradient = self.gradients[weight].to(settings.device, torch.float64)
+            gradient = gradient[expert] if gradient.dim() == 3 else gradient
             gradients[weight] = gradient.T if _is_transposed(self.architecture, weight) else gradient
             for source in self.architecture.block_weights():
                 if source.name == weight:
                     continue
                 found = self.home.get_parameter(source.name).data, self.gradients[source.name]
+                if source.axes[0] == EXPERTS:
+                    source = dataclasses.replace(source, axes=source.axes[1:])
+                    found = found[0][expert], found[1][expert]
                 for key, rows, of_rows in self._rows_along(source, axis, *found):
                     sources[key] = rows.to(settings.device, torch.float64)
                     gradients[key] = of_rows.to(settings.device, torch.float64)
@@ -299,6 +348,9 @@ class Block:
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
+
+    def _output(self, axis: str) -> str:
+        return self.family.attention_output if axis == QUERY else self.family.ffn_output
 
     def _rows_along(
         self, weight: Weight, axis: str, *tensors: torch.Tensor
@@ -325,12 +377,13 @@ class Block:
         self.notes.append(f"{name} has no bias: what it would have compensated is lost")
         return None
 
-    def _shrink(self, name: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """`W` [out, kept] becomes the matrix; `bias` [out] is added to its bias."""
-        tensors = {f"{name}.weight": W.T if _is_transposed(self.architecture, f"{name}.weight") else W}
+    def _shrink(self, weight: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """`W` [out, kept], of experts one for each, becomes the matrix; `bias` [out] is added to its bias."""
+        tensors = {weight: W.T if _is_transposed(self.architecture, weight) else W}
         if bias is not None:
-            old = self.home.get_parameter(f"{name}.bias").to(self.settings.device, torch.float64)
-            tensors[f"{name}.bias"] = old + bias
+            name = f"{weight.removesuffix('.weight')}.bias"
+            old = self.home.get_parameter(name).to(self.settings.device, torch.float64)
+            tensors[name] = old + bias
         shrink_block(self.home, self.architecture, kept, tensors)
         self.work = working_copy(self.home, self.settings)
 

@@ -102,7 +102,8 @@ class DirectorySink:
         if hashlib.sha256(tensors.read_bytes()).hexdigest() != digest:
             raise BadInputError(f"{tensors} does not match its hash; start over with --force.")
         trace = from_dict(BlockTrace, data, str(meta))
-        shrink_block(block, self._architecture, kept_of(trace, self._architecture.blocks[index]), load_file(tensors))
+        kept = kept_of(trace, self._architecture.blocks[index], self._architecture.experts)
+        shrink_block(block, self._architecture, kept, load_file(tensors))
         return trace
 
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
@@ -136,5 +137,5 @@ class NullSink:
         pass
 
 
-def kept_of(trace: BlockTrace, dense: BlockSizes) -> Kept:
-    return Kept(tuple(trace.kv_groups), tuple(trace.query_heads), tuple(trace.channels), dense)
+def kept_of(trace: BlockTrace, dense: BlockSizes, experts: int = 1) -> Kept:
+    return Kept(tuple(trace.kv_groups), tuple(trace.query_heads), tuple(trace.channels), dense, experts)

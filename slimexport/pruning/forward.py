@@ -112,10 +112,15 @@ def output(result: Any) -> torch.Tensor:
 
 def inputs_of(block: nn.Module, name: str, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """What module `name` of `block` is given for `states`; the forward pass ends there."""
-    found: list[torch.Tensor] = []
+    return given_to(block, name, states, arguments)[0]
+
+
+def given_to(block: nn.Module, name: str, states: torch.Tensor, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """As `inputs_of`, with all arguments: experts are given what the router says too."""
+    found: list[tuple[torch.Tensor, ...]] = []
 
     def reached(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found.append(args[0])
+        found.append(args)
         raise _Reached
 
     handle = block.get_submodule(name).register_forward_pre_hook(reached)
@@ -133,18 +138,18 @@ class Watched:
     """One whole pass through a block: its output, and what the watched modules were given and gave, by name."""
 
     output: torch.Tensor
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, tuple[torch.Tensor, ...]]
     outputs: dict[str, torch.Tensor]
 
 
 def watch(block: nn.Module, names: Sequence[str], states: torch.Tensor, arguments: dict[str, Any]) -> Watched:
     """Runs `block` on `states` and notes inputs and outputs of its modules `names`."""
-    given: dict[str, torch.Tensor] = {}
+    given: dict[str, tuple[torch.Tensor, ...]] = {}
     gave: dict[str, torch.Tensor] = {}
 
     def noted(name: str) -> Callable[..., torch.Tensor]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
-            given[name], gave[name] = args[0], result
+            given[name], gave[name] = args, result
             return result.clone()  # Falcon adds to it in place
 
         return hook

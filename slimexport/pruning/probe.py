@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """An output matrix with some of its input columns removed and the others compensated for them."""
+    """An output matrix with some of its input columns removed and the others compensated for them; of experts, one for
+    each of them, along a first dimension."""
 
     columns: torch.Tensor  # int64 [kept], ascending, in the dense numbering
     W: torch.Tensor  # [out, kept]
@@ -43,7 +44,8 @@ def replaced(module: nn.Module, cut: Cut | None) -> Iterator[None]:
         return
     old = matrix(module)
     new = torch.zeros_like(old)
-    new[:, cut.columns.to(old.device)] = cut.W.to(old.device, old.dtype)
+    columns = cut.columns.to(old.device).unsqueeze(-2).expand(cut.W.shape)
+    new.scatter_(-1, columns, cut.W.to(old.device, old.dtype))
     set_matrix(module, new)
     try:
         yield

@@ -24,6 +24,7 @@ from slimexport.errors import BadInputError
 from slimexport.pruning import grid
 from slimexport.pruning.blocks import BlockSource, HiddenStates
 from slimexport.pruning.curvature import BlockCurvature, Weighting, unweighted, weighted
+from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
@@ -88,24 +89,27 @@ def measure_costs(
         work = working_copy(source.load(index), settings)
         dense = architecture.blocks[index]
         heads = Moments(dense.query_heads * architecture.head_dim, settings.device)
-        channels = Moments(dense.channels, settings.device)
+        channels = [Moments(dense.channels, settings.device) for _ in range(architecture.experts)]
         for batch in range(len(states)):
             seen = watch(work, names, states[batch], arguments(index, batch))
-            heads.add(seen.inputs[family.attention_output])
-            channels.add(seen.inputs[family.ffn_output])
+            heads.add(seen.inputs[family.attention_output][0])
+            add_ffn_inputs(channels, work.get_submodule(family.ffn_output), seen.inputs[family.ffn_output])
             states[batch] = seen.output
-        of_heads, of_channels = heads.H(), channels.H()
-        for H in (of_heads, of_channels):
+        of_heads, of_channels = heads.H(), [moments.H() for moments in channels]
+        for H in (of_heads, *of_channels):
             check_finite(H, index, settings.dtype)
-        W, V = (matrix(work.get_submodule(name)).double() for name in names)
+        W = matrix(work.get_submodule(family.attention_output)).double()
         minded = curvature[index] if curvature else {}
         searched = keep is not None
         with solvable(index):
             weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
             pair = (
                 head_curve(W, of_heads, dense, architecture, settings.damping, weightings[0], searched=searched),
-                channel_curve(V, of_channels, dense, round_to, settings.damping, weightings[1], searched=searched),
-            )
+                joined([
+                    channel_curve(V.double(), H, dense, round_to, settings.damping, weightings[1], searched=searched)
+                    for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), of_channels, strict=True)
+                ], [moments.tokens for moments in channels]),
+            )  # fmt: skip
         if keep is not None:
             keep(index, *pair)
         fresh: set[Any] = set()
@@ -244,6 +248,26 @@ def channel_curve(
         if count in probed or count in choices:
             cuts[count] = _cut(state, weighting)
     return Curve(errors, probed, choices, cuts)
+
+
+def joined(curves: Sequence[Curve], tokens: Sequence[int]) -> Curve:
+    """One curve of all experts of a block, which lose channels together: errors are means over the tokens that each
+    saw, so they add up by their shares of them."""
+    if len(curves) == 1:
+        return curves[0]
+    first, total = curves[0], max(sum(tokens), 1)
+    errors = {
+        size: sum(curve.errors[size] * count / total for curve, count in zip(curves, tokens, strict=True))
+        for size in first.errors
+    }
+    cuts = {
+        size: Cut(
+            torch.stack([curve.cuts[size].columns for curve in curves]),
+            torch.stack([curve.cuts[size].W for curve in curves]),
+        )
+        for size in first.cuts
+    }
+    return Curve(errors, first.probed, first.searched, cuts)
 
 
 def _cut(state: Eliminator, weighting: Weighting | None) -> Cut:
