@@ -86,7 +86,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
                "alibi": False, "bias": True},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "residual_multiplier": 0.5},
-    "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "phimoe": {"lm_head_bias": True, "tie_word_embeddings": False, "num_local_experts": 5, "num_experts_per_tok": 2},
     "olmoe": {"hidden_size": 96, "num_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
     "qwen2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40,

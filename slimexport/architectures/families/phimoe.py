@@ -16,6 +16,7 @@ registry.register("phimoe")(
         ffn_output="mlp.experts",
         ffn_factors=(),
         experts=True,
+        final_norm=None,  # the head has a bias
         experts_field="num_local_experts",
     )
 )

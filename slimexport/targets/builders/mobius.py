@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # Families whose graphs were compared with torch, both layouts; mobius is silently wrong on some of the others.
 FAMILIES = (
-    "arcee", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gpt_neox", "granite", "helium", "llama", "ministral",
-    "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
-    "starcoder2",
+    "arcee", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gpt_neox", "granite", "granitemoe", "helium",
+    "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 # Positions turn as in torch for every length; "dynamic" and "longrope" depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -92,7 +92,7 @@ def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) 
     if known.family.model_type in _SCALED_EMBEDDINGS:
         module.model.embed_tokens.embed_scale = known.hidden**0.5
     parent, name = _place_of_layers(module, len(known.blocks))
-    whole = {sizes: module_class(_block_config(config, sizes)) for sizes in set(known.blocks)}
+    whole = {sizes: module_class(_block_config(config, known, sizes)) for sizes in set(known.blocks)}
     # Of a whole model of each block's sizes its own layer, whatever the constructors of layers are given.
     own = [_layers(whole[sizes], len(known.blocks))[index] for index, sizes in enumerate(known.blocks)]
     setattr(parent, name, type(getattr(parent, name))(own))
@@ -151,7 +151,9 @@ def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions,
         quantization=None,
         sliding_window=None,  # see _correct_attention
     )
-    return _block_config(config, max(known.blocks, key=lambda block: block.channels))  # passes mobius' validation
+    return _block_config(
+        config, known, max(known.blocks, key=lambda block: block.channels)
+    )  # passes mobius' validation
 
 
 def _windows(config: Any, blocks: int) -> list[int | None]:
@@ -181,12 +183,13 @@ def _correct_attention(graph: Any, family: str, windows: list[int | None]) -> No
             node.attributes[name] = ir.AttrInt64(name, value)
 
 
-def _block_config(config: Any, block: BlockSizes) -> Any:
+def _block_config(config: Any, known: Architecture, block: BlockSizes) -> Any:
+    routed = known.family.channels_field == "moe_intermediate_size"
     return dataclasses.replace(
         config,
         num_attention_heads=block.query_heads,
         num_key_value_heads=block.kv_groups,
-        intermediate_size=block.channels,
+        **{"moe_intermediate_size" if routed else "intermediate_size": block.channels},
     )
 
 
@@ -215,7 +218,7 @@ def _weights(model: PreTrainedModel, module: Any, known: Architecture, config: A
     for index, sizes in enumerate(known.blocks):
         prefix = f"{known.family.blocks}.{index}."
         own = {name: stored.pop(name) for name in list(stored) if name.startswith(prefix)}
-        untied = dataclasses.replace(_block_config(config, sizes), tie_word_embeddings=False)
+        untied = dataclasses.replace(_block_config(config, known, sizes), tie_word_embeddings=False)
         weights |= _preprocessed(module, untied, own)
     return weights | _preprocessed(module, config, stored)
 
