@@ -15,16 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cost
+import families
 import quality
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "pruning.md")
-TABLES: dict[str, tuple[str, Callable[..., str]]] = {
+TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
     "quality-calibration": ("quality.json", quality.calibrations),
     "cost": ("cost.json", cost.render),
+    "families": (families.CHECKED, families.render),
 }
 PLACE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
 

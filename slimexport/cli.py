@@ -322,6 +322,22 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
 @main.command()
 @common
+def architectures(as_json: bool, quiet: bool, debug: bool) -> int:
+    """List the model families that can be pruned."""
+    with _working(quiet, debug):
+        from slimexport.architectures import overview
+
+        rows, environment = overview.overview()
+    _print(
+        as_json,
+        lambda: {"families": [vars(row) for row in rows], "environment": environment},
+        lambda: overview.text(rows, environment),
+    )
+    return ExitCode.PASSED
+
+
+@main.command()
+@common
 def doctor(as_json: bool, quiet: bool, debug: bool) -> int:
     """Check this machine and its Python packages."""
     with _working(quiet, debug):
