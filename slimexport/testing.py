@@ -223,6 +223,22 @@ def check_pruned_again(config: PreTrainedConfig, place: Path) -> None:
         assert torch.equal(_logits(again, ids), _logits(smaller, ids))
 
 
+def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
+    """Stored in bfloat16, and computed in float32 on the CPU: the checkpoint gives the same logits, bit for bit."""
+    import torch
+
+    from slimexport.checkpoint.load import load_weights
+
+    model = tiny_model(config)
+    for parameter in model.parameters():  # not the rotary frequencies
+        parameter.data = parameter.data.to(torch.bfloat16)
+    _, plan, small, _ = _pruned(model, "per_layer")
+    again = load_weights(_saved(small, plan, place / "bfloat16"))
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    ids = _ids(2, 24, seed=9)
+    assert torch.equal(_logits(again, ids), _logits(small, ids))
+
+
 def check_exported(config: PreTrainedConfig, place: Path) -> None:
     """The pruned model's graph gives torch's logits in prefill, decode and chunk, its greedy tokens, and the same for
     two sequences of which one is padded on the right; in either layout."""
@@ -261,6 +277,7 @@ CHECKS: dict[str, Check] = {
     "shrunk equals masked": check_shrunk_equals_masked,
     "reloaded": check_reloaded,
     "pruned again": check_pruned_again,
+    "bfloat16": check_bfloat16,
     "exported": check_exported,
 }
 
@@ -300,8 +317,9 @@ def _pruned(
     if ratio is None:
         ratio = 0.4 if _heads_go(architecture, layout) else 0.2
     allocation = "uniform" if layout == "uniform" else "incremental"
-    plan = make_plan(architecture, ratio=ratio, criterion="slimgpt", allocation=allocation, layout=layout, round_to=4)
-    source = ModelSource("tiny", "directory", ".", None, "0" * 16, "float32")
+    plan = make_plan(architecture, ratio=ratio, criterion="slimgpt", allocation=allocation, layout=layout, round_to=8)
+    stored = str(next(model.parameters()).dtype).removeprefix("torch.")
+    source = ModelSource("tiny", "directory", ".", None, "0" * 16, stored)
     ids = _ids(12, 32, seed=3)
     made = prune_model(
         LoadedModel(model, None, architecture, source),

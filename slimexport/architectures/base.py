@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import requires, version
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.family import Family, Kept
@@ -244,11 +245,18 @@ class Architecture:
                 tensor = tensor.index_select(dim, torch.tensor(index, device=tensor.device))
         return tensor.contiguous()
 
+    def _versions(self) -> str:
+        """Whose names the table has: another transformers may call its modules differently."""
+        wanted = next((r for r in requires("slimexport") or () if r.startswith("transformers")), "transformers")
+        return f"The table of {self.family.model_type} is that of {wanted}; installed is {version('transformers')}."
+
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raises BadInputError where the tensors of a checkpoint differ from what its config says."""
         for name, shape in self.shapes().items():
             if name not in shapes:
-                raise BadInputError(f"{where}: tensor {name} is missing (the config asks for {list(shape)}).")
+                raise BadInputError(
+                    f"{where}: tensor {name} is missing (the config asks for {list(shape)}). {self._versions()}"
+                )
             if tuple(shapes[name]) != shape:
                 raise BadInputError(
                     f"{where}: tensor {name} has shape {list(shapes[name])}, but the config asks for {list(shape)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,8 @@ def first_states(
             # Whatever this version of transformers calls its cache: there is none.
             off = {name: value for name, value in _NO_CACHE.items() if name in given}
             seen[index] = {**_to_device(given, settings.device), **off}
+            if index + 1 == len(blocks):
+                raise _Reached  # what comes after may not take the precision of the blocks
             return (hidden_states, None) if architecture.family.returns_tuple else hidden_states
 
         return forward
@@ -92,7 +94,7 @@ def first_states(
         for ids in input_ids.split(size):
             sizes.append(len(ids))
             seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
-            with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}):
+            with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}), suppress(_Reached):
                 decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
     return states, lambda index, batch: recorded[sizes[batch]][index]
 

@@ -124,12 +124,12 @@ def _smallest(architecture: Architecture, dense: BlockSizes, round_to: int) -> B
     return BlockSizes(groups, per_group, min(round_to, dense.channels))
 
 
-def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence[BlockSizes]) -> None:
+def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence[BlockSizes], why: str = "") -> None:
     most = ratio_of(architecture, smallest)
     if ratio > most + TOLERANCE:
         raise BadInputError(
             f"ratio {ratio:g} is beyond what legal sizes allow: "
-            f"the most that can be removed from this model is {most:.4f}."
+            f"the most that can be removed from this model is {most:.4f}{why}."
         )
 
 
@@ -193,7 +193,11 @@ def _uniform_blocks(
     dense = architecture.blocks[0]
     legal = [s for s in head_structures(architecture, dense) if architecture.plain_config_can_say(s)]
     smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
-    _check_possible(architecture, ratio, [smallest] * len(architecture.blocks))
+    why = ""
+    if len(legal) == 1:
+        name = architecture.family.model_type
+        why = f" with layout uniform, in which a {name} model keeps its heads; layout per_layer can remove more"
+    _check_possible(architecture, ratio, [smallest] * len(architecture.blocks), why)
     target = (1 - ratio) * architecture.block_linear_parameters(dense)
     wanted = max(0.0, 1 - head_weight * ratio) * architecture.attention_parameters(dense)
 

@@ -36,7 +36,7 @@ def shrink_block(
         if given is None:
             new = architecture.slice_weight(weight, parameter.data, kept)
         else:
-            new = given.to(device=parameter.device, dtype=parameter.dtype)
+            new = given.to(device=parameter.device, dtype=parameter.dtype).contiguous()
         _replace(block, weight, new)
     family = architecture.family
     set_sizes(block, family.attributes, architecture.named_sizes(kept.sizes))

@@ -34,8 +34,7 @@ _NOT_IN_A_PLAIN_CONFIG = (
 
 def raw(config: PretrainedConfig, name: str, default: Any = None) -> Any:
     """`config.name` past the guard that a heterogeneous config puts before attributes that differ per block."""
-    values = config.to_dict()
-    value = values.get(name)
+    value = config.to_dict().get(config.attribute_map.get(name, name))  # GPT-2 calls it n_embd
     return default if value is None else value
 
 
