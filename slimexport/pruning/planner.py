@@ -61,10 +61,13 @@ def make_plan(
         elif ratio is None:
             raise ValueError(f"allocation {allocation} needs a ratio")
         elif layout == "uniform":
-            blocks = _uniform_blocks(architecture, ratio, round_to, head_weight)
+            blocks, note = _uniform_blocks(architecture, ratio, round_to, head_weight)
+            notes += note
         else:
             ratios = _clip(architecture, [float(w) for w in wish], ratio, round_to)  # type: ignore[arg-type]
             blocks = _per_layer_blocks(architecture, ratios, ratio, round_to, head_weight)
+    if blocks != dense:
+        notes += left_dense(architecture)
     reached = ratio_of(architecture, blocks)
     ratio = reached if ratio is None else ratio
     if abs(reached - ratio) > TOLERANCE:
@@ -112,6 +115,16 @@ def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:
     """Share of the block linear parameters that `blocks` removes."""
     dense = sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
     return 1 - sum(architecture.block_linear_parameters(b) for b in blocks) / dense
+
+
+def left_dense(architecture: Architecture) -> list[str]:
+    """What of a model is not pruned, whatever the ratio, and why."""
+    notes = []
+    if not architecture.family.heads_prunable:
+        notes.append(f"all heads stay: {architecture.family.model_type} norms q and k over all of them together")
+    if architecture.shared_channels:
+        notes.append("the expert that sees every token stays dense; it is no part of the ratio")
+    return notes
 
 
 def head_structures(architecture: Architecture, dense: BlockSizes) -> list[BlockSizes]:
@@ -188,10 +201,12 @@ def _per_layer_blocks(
 
 def _uniform_blocks(
     architecture: Architecture, ratio: float, round_to: int, head_weight: float
-) -> tuple[BlockSizes, ...]:
-    """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio."""
+) -> tuple[tuple[BlockSizes, ...], list[str]]:
+    """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio; and what
+    the config could not say."""
     dense = architecture.blocks[0]
-    legal = [s for s in head_structures(architecture, dense) if architecture.plain_config_can_say(s)]
+    structures = head_structures(architecture, dense)
+    legal = [s for s in structures if architecture.plain_config_can_say(s)]
     smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
     why = ""
     if len(legal) == 1:
@@ -209,7 +224,14 @@ def _uniform_blocks(
         off = abs(architecture.block_linear_parameters(block) - target) / architecture.block_linear_parameters(dense)
         return off > TOLERANCE, abs(architecture.attention_parameters(block) - wanted), -block.query_heads
 
-    return (min((fill(s) for s in legal), key=miss),) * len(architecture.blocks)
+    chosen, freely = (min((fill(s) for s in among), key=miss) for among in (legal, structures))
+    notes = []
+    if (chosen.kv_groups, chosen.heads_per_group) != (freely.kv_groups, freely.heads_per_group):
+        notes.append(
+            f"a plain {architecture.family.model_type} config cannot say {freely.query_heads} query heads in "
+            f"{freely.kv_groups} KV groups: {chosen.query_heads} in {chosen.kv_groups} instead"
+        )
+    return (chosen,) * len(architecture.blocks), notes
 
 
 def _nearest_heads(architecture: Architecture, dense: BlockSizes, wanted: float) -> BlockSizes:

@@ -122,3 +122,29 @@ def test_structures_are_all_of_them() -> None:
 def test_unknown_allocation_gives_the_nearest_name() -> None:
     with pytest.raises(BadInputError, match="Did you mean 'incremental'"):
         plan(0.2, allocation="incrementel")
+
+
+def test_what_a_plain_config_cannot_say_is_said_by_the_plan() -> None:
+    dense = architecture(hidden=640, sizes=BlockSizes(5, 2, 1536))
+    made = make_plan(dense, ratio=0.4, criterion="slimgpt", allocation="uniform", layout="uniform")
+    assert 640 % made.blocks[0].query_heads == 0
+    assert any("a plain llama config cannot say" in note for note in made.notes)
+
+
+def test_heads_that_cannot_go_stay_and_the_plan_says_why() -> None:
+    for layout in ("per_layer", "uniform"):
+        dense = architecture("olmo2")
+        made = make_plan(dense, ratio=0.3, criterion="slimgpt", allocation="uniform", layout=layout)
+        assert {(b.kv_groups, b.heads_per_group) for b in made.blocks} == {(3, 3)}
+        assert any("all heads stay: olmo2" in note for note in made.notes)
+    with pytest.raises(BadInputError, match="most that can be removed"):
+        make_plan(dense, ratio=0.9, criterion="slimgpt", allocation="uniform", layout="per_layer")
+
+
+def test_a_family_without_head_dim_in_its_config_loses_channels_alone_in_a_plain_one() -> None:
+    dense = architecture("gpt_neox", sizes=BlockSizes(9, 1, 1536))
+    made = make_plan(dense, ratio=0.3, criterion="slimgpt", allocation="uniform", layout="uniform")
+    assert made.blocks[0].query_heads == 9
+    assert abs(made.ratio - 0.3) <= TOLERANCE
+    with pytest.raises(BadInputError, match=r"with layout uniform, in which a gpt_neox model keeps its heads"):
+        make_plan(dense, ratio=0.9, criterion="slimgpt", allocation="uniform", layout="uniform")
