@@ -12,6 +12,7 @@ A check raises AssertionError with what differs. It needs no network and takes s
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,19 +186,24 @@ def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:
 
 def check_reloaded(config: PreTrainedConfig, place: Path) -> None:
     """Saved and loaded the model gives the same logits, bit for bit, and generates the same tokens with its cache as
-    without: by `slimexport.load`, and by stock transformers (with the file in the checkpoint where blocks differ)."""
+    without: by `slimexport.load`, and by stock transformers (with the file in the checkpoint where blocks differ).
+    Tokenizer, chat template and generation config come along."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from slimexport.checkpoint.load import load_weights
+    from slimexport.checkpoint import load
 
     for layout in LAYOUTS:
         _, plan, small, _ = _pruned(tiny_model(config), layout)
+        small.generation_config.max_time = 77.0
         directory = _saved(small, plan, place / layout)
         ids = _ids(2, 24, seed=9)
         expected = _logits(small, ids)
-        again = load_weights(directory)
+        again, tokenizer = load(directory)
         assert torch.equal(_logits(again, ids), expected)
+        assert again.generation_config.max_time == 77.0
+        assert tokenizer("w1 w200").input_ids == tiny_tokenizer()("w1 w200").input_ids
+        assert tokenizer.chat_template == tiny_tokenizer().chat_template
         differ = len(set(plan.blocks)) > 1 or "per_layer_config" in json.loads((directory / "config.json").read_text())
         stock = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=differ).eval()
         assert torch.equal(_logits(stock, ids), expected)
@@ -223,6 +229,15 @@ def check_pruned_again(config: PreTrainedConfig, place: Path) -> None:
         assert torch.equal(_logits(again, ids), _logits(smaller, ids))
 
 
+def check_fresh_process(config: PreTrainedConfig, place: Path) -> None:
+    """A process that knows nothing of this one reads the checkpoint and computes the same logits, bit for bit."""
+    from slimexport.checkpoint.save import check_round_trip
+
+    for layout in LAYOUTS:
+        _, plan, small, _ = _pruned(tiny_model(config), layout)
+        assert check_round_trip(small, _saved(small, plan, place / layout), seed=1) == 0.0
+
+
 def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
     """Stored in bfloat16, and computed in float32 on the CPU: the checkpoint gives the same logits, bit for bit."""
     import torch
@@ -240,8 +255,9 @@ def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
 
 
 def check_exported(config: PreTrainedConfig, place: Path) -> None:
-    """The pruned model's graph gives torch's logits in prefill, decode and chunk, its greedy tokens, and the same for
-    two sequences of which one is padded on the right; in either layout."""
+    """The pruned model's graph gives torch's logits in prefill, decode and chunk, its greedy tokens (in
+    onnxruntime-genai too, where it is installed), and the same logits for two sequences of which one is padded on the
+    right; in either layout."""
     import numpy as np
     import torch
 
@@ -269,6 +285,11 @@ def check_exported(config: PreTrainedConfig, place: Path) -> None:
             expected = small(ids, attention_mask=mask, use_cache=False).logits
         real = mask.bool().numpy()
         np.testing.assert_allclose(found[real], expected.numpy()[real], rtol=1e-3, atol=5e-3)
+        if importlib.util.find_spec("onnxruntime_genai"):
+            prompt = ids[:1, :8]
+            made = _greedy(small, prompt, cached=True, stop=True)[0].tolist()
+            made = made[:-1] if made[-1] == config.eos_token_id else made  # genai leaves it out
+            assert _generated_by_genai(directory, prompt[0].tolist(), len(made)) == made
 
 
 Check = Callable[["PreTrainedConfig", Path], None]
@@ -278,6 +299,7 @@ CHECKS: dict[str, Check] = {
     "reloaded": check_reloaded,
     "pruned again": check_pruned_again,
     "bfloat16": check_bfloat16,
+    "fresh process": check_fresh_process,
     "exported": check_exported,
 }
 
@@ -299,11 +321,28 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _greedy(model: Any, ids: torch.Tensor, *, cached: bool, tokens: int = 8) -> torch.Tensor:
+def _greedy(model: Any, ids: torch.Tensor, *, cached: bool, stop: bool = False, tokens: int = 8) -> torch.Tensor:
+    """Prompt and `tokens` greedy ones; `stop`: fewer where the end token comes first."""
+    least = 0 if stop else tokens
     made: torch.Tensor = model.generate(
-        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=cached, pad_token_id=0
+        ids, max_new_tokens=tokens, min_new_tokens=least, do_sample=False, use_cache=cached, pad_token_id=0
     )
     return made
+
+
+def _generated_by_genai(directory: Path, prompt: list[int], length: int) -> list[int]:
+    """Greedy, until the end token or `length` tokens with the prompt."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    model = og.Model(str(directory))
+    settings = og.GeneratorParams(model)
+    settings.set_search_options(max_length=length, min_length=0, do_sample=False)
+    generator = og.Generator(model, settings)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
 
 
 def _pruned(

@@ -313,3 +313,18 @@ def test_no_module_takes_the_name_of_a_function() -> None:
     # Importing slimexport/export.py would put the module where slimexport.export(...) is called.
     for name in ("run", "plan", "prune", "export", "verify", "report", "load"):
         assert importlib.util.find_spec(f"slimexport.{name}") is None, name
+
+
+def test_architectures_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    from slimexport.architectures import registry
+
+    with pytest.raises(SystemExit) as done:
+        main(["architectures", "--json"])
+    assert done.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["family"] for row in found["families"]] == registry.names()
+    with pytest.raises(SystemExit):
+        main(["architectures"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "family"
+    assert any(line.split()[:2] == ["olmo2", "no"] for line in lines)

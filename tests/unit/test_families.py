@@ -10,16 +10,21 @@ from slimexport.architectures import registry
 from slimexport.targets.builders import mobius
 from slimexport.testing import CHECKS, VARIANTS, tiny_config
 
+IN_CI = ("gpt2", "falcon", "phi3", "qwen2_moe")
 MODELS = {name: (name, {}) for name in registry.names()} | VARIANTS
 
 
 def cases() -> list[object]:
-    """A graph that is traced takes half a minute, one that mobius builds a second."""
+    """What takes longer than a second is slow: a graph that is traced (half a minute), another process (ten seconds).
+    Of these CI does a few kinds, `make test-full` all."""
     made = []
     for model, (family, changes) in MODELS.items():
         traced = not mobius.knows(tiny_config(family, **changes))
         for check in CHECKS:
-            made.append(pytest.param(model, check, marks=[pytest.mark.slow] if traced and check == "exported" else []))
+            marks = []
+            if check == "fresh process" or (traced and check == "exported"):
+                marks = [pytest.mark.slow, *([] if model in IN_CI else [pytest.mark.long])]
+            made.append(pytest.param(model, check, marks=marks))
     return made
 
 
