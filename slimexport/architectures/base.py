@@ -107,6 +107,10 @@ class Architecture:
         """Weights that a block of this model has."""
         return (w for w in self.family.block_weights if self._exists(w))
 
+    def is_transposed(self, name: str) -> bool:
+        """Of the output matrix called `name`: whether it is stored as [in, out]."""
+        return next(weight.transposed for weight in self.block_weights() if weight.name == name)
+
     def axis_size(self, axis: Axis, sizes: BlockSizes | None = None) -> int:
         if isinstance(axis, Fused):
             return sum(self.axis_size(part, sizes) for part in axis.parts)

@@ -1,23 +1,23 @@
-"""One block while it is pruned: inputs of its output matrices, what they are fitted toward, and what stays of them."""
+"""One block while it is pruned: inputs of its output matrices, what stays of them, and what repairs the rest."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
-from slimexport.architectures.weights import CHANNELS, EXPERTS, KEY_VALUE, QUERY, Fused, Weight
+from slimexport.architectures.weights import CHANNELS, QUERY
 from slimexport.artifacts import BlockSizes, BlockTrace
 from slimexport.pruning import factor
 from slimexport.pruning.blocks import HiddenStates
+from slimexport.pruning.clock import Stopwatch
+from slimexport.pruning.coupled import coupled
 from slimexport.pruning.criteria import Criterion, Site
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, Weighting
@@ -27,45 +27,7 @@ from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
 from slimexport.pruning.obs import Selection, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
-
-SINK = 8.0  # times the median size of the residual: above it a token is an attention sink
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by what they were spent on; waits for the device, so that CUDA time lands where it belongs."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("forward", "hessian", "selection", "fit"), 0.0)
-    )
-
-    @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[what] += self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-@dataclass
-class Targets:
-    """What the two output matrices give in the dense stream of this block, per batch, and what it was before."""
-
-    before: list[torch.Tensor]
-    attention: list[torch.Tensor]
-    ffn: list[torch.Tensor]
-    multiplier: float = 1.0  # of what is added
-
-    def after_attention(self, batch: int) -> torch.Tensor:
-        return self.before[batch] + self.multiplier * self.attention[batch]
-
-    def after_ffn(self, batch: int) -> torch.Tensor:
-        return self.after_attention(batch) + self.multiplier * self.ffn[batch]
+from slimexport.pruning.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -147,7 +109,8 @@ class Block:
             with self.clock.on("hessian"):
                 missed = None
                 if self.targets is not None:
-                    missed = self._lacking_attention(batch, self.targets, project(inputs[batch]))
+                    given = project(inputs[batch])
+                    missed = self.targets.attention_lacks(batch, self.states[batch], given)
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             H = moments.H()
@@ -290,20 +253,8 @@ class Block:
     ) -> torch.Tensor:
         """What the output of down_proj lacks as the block is now, [sequences, length, hidden] float32; `inputs`: its
         own."""
-        down = self.work.get_submodule(self.family.ffn_output)(inputs)
-        if self.family.outputs_normed:
-            return _missed(targets.ffn[batch], down).float()
-        project = self.work.get_submodule(self.family.attention_output)
-        found = self.states[batch] + targets.multiplier * project(attention[batch]) + targets.multiplier * down
-        return _missed(targets.after_ffn(batch), found).float() / targets.multiplier
-
-    def _lacking_attention(self, batch: int, targets: Targets, given: torch.Tensor) -> torch.Tensor:
-        """What `given`, the output of o_proj, lacks to bring the residual to that of the dense stream, or, where a norm
-        stands between the two, to be what it is there. [sequences, length, hidden]"""
-        if self.family.outputs_normed:
-            return _missed(targets.attention[batch], given)
-        found = self.states[batch] + targets.multiplier * given
-        return _missed(targets.after_attention(batch), found) / targets.multiplier
+        project, down = (self.work.get_submodule(n) for n in (self.family.attention_output, self.family.ffn_output))
+        return targets.ffn_lacks(batch, self.states[batch], project(attention[batch]), down(inputs))
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
         """Evenly spread, of about so many tokens together."""
@@ -322,51 +273,20 @@ class Block:
     def _site(
         self, weight: str, W: torch.Tensor, H: torch.Tensor, moments: Moments, axis: str, expert: int = 0
     ) -> Site:
+        output = self.family.attention_output if axis == QUERY else self.family.ffn_output
         # float64 copies of the largest matrices: only for who looks at them
         wanted = getattr(self.criterion, "needs_gradients", False)
-        minded = self.curvature.get(self._output(axis)) if getattr(self.criterion, "weighs_errors", False) else None
+        minded = self.curvature.get(output) if getattr(self.criterion, "weighs_errors", False) else None
         settings = self.settings
-        sources: dict[str, torch.Tensor] = {}
-        gradients: dict[str, torch.Tensor] = {}
-        if wanted:
-            gradient = self.gradients[weight].to(settings.device, torch.float64)
-            gradient = gradient[expert] if gradient.dim() == 3 else gradient
-            gradients[weight] = gradient.T if _is_transposed(self.architecture, weight) else gradient
-            for source in self.architecture.block_weights():
-                if source.name == weight:
-                    continue
-                found = self.home.get_parameter(source.name).data, self.gradients[source.name]
-                if source.axes[0] == EXPERTS:
-                    source = dataclasses.replace(source, axes=source.axes[1:])
-                    found = found[0][expert], found[1][expert]
-                for key, rows, of_rows in self._rows_along(source, axis, *found):
-                    sources[key] = rows.to(settings.device, torch.float64)
-                    gradients[key] = of_rows.to(settings.device, torch.float64)
+        sources, gradients = ({}, {}) if not wanted else coupled(
+            self.architecture, self.home, self.gradients, Kept.all(self.kept.sizes), axis, expert, settings.device
+        )  # fmt: skip
         return Site(
             W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
             group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
-
-    def _output(self, axis: str) -> str:
-        return self.family.attention_output if axis == QUERY else self.family.ffn_output
-
-    def _rows_along(
-        self, weight: Weight, axis: str, *tensors: torch.Tensor
-    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """(name, rows of the first tensor, of the second) of what `weight` has along the axes that make the inputs of
-        an output matrix: each part of a fused one apart, rows first however it is stored."""
-        for dim, along in enumerate(weight.axes):
-            if isinstance(along, Fused):
-                indices = self.architecture.fused_index(along, Kept.all(self.kept.sizes))
-                for number, (part, index) in enumerate(indices):
-                    if part in _SOURCES[axis]:
-                        first, second = (t.movedim(dim, 0)[index] for t in tensors)
-                        yield f"{weight.name}[{number}]", first, second
-            elif along in _SOURCES[axis]:
-                first, second = (t.movedim(dim, 0) for t in tensors)
-                yield weight.name, first, second
 
     def _bias(self, name: str, selection: Selection) -> torch.Tensor | None:
         """The part of the output that the criterion puts into the bias, where there is one and it may."""
@@ -379,16 +299,13 @@ class Block:
 
     def _shrink(self, weight: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`W` [out, kept], of experts one for each, becomes the matrix; `bias` [out] is added to its bias."""
-        tensors = {weight: W.T if _is_transposed(self.architecture, weight) else W}
+        tensors = {weight: W.T if self.architecture.is_transposed(weight) else W}
         if bias is not None:
             name = f"{weight.removesuffix('.weight')}.bias"
             old = self.home.get_parameter(name).to(self.settings.device, torch.float64)
             tensors[name] = old + bias
         shrink_block(self.home, self.architecture, kept, tensors)
         self.work = working_copy(self.home, self.settings)
-
-
-_SOURCES = {QUERY: (QUERY, KEY_VALUE), CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
 
 
 def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
@@ -400,20 +317,6 @@ def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tenso
             parts.append(left.pop(0))
         joined.append(torch.cat(parts))
     return joined
-
-
-def _is_transposed(architecture: Architecture, name: str) -> bool:
-    return next(weight.transposed for weight in architecture.block_weights() if weight.name == name)
-
-
-def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """What the pruned stream lacks to be the dense one, [sequences, length, hidden]; nothing at attention sinks.
-
-    The residual of a first token is a hundred times that of the others in many models: its error would be all that
-    the least squares see. With nothing to mend there, they leave what W gives as it is.
-    """
-    sizes = torch.stack([wanted, found]).float().square().mean(-1).amax(0).sqrt()
-    return (wanted - found).masked_fill((sizes > SINK * sizes.median()).unsqueeze(-1), 0.0)
 
 
 def _errors(

@@ -18,12 +18,14 @@ from torch import nn
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockTrace, PruningPlan
 from slimexport.environment import peak_memory_bytes
-from slimexport.pruning.block import Block, Stopwatch, Targets
+from slimexport.pruning.block import Block
 from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
+from slimexport.pruning.clock import Stopwatch
 from slimexport.pruning.criteria import Criterion
 from slimexport.pruning.curvature import BlockCurvature
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
 from slimexport.pruning.hessian import solvable
+from slimexport.pruning.targets import Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _dense_pass(
 ) -> Targets | None:
     """Moves the dense stream through the block while it is still dense."""
     family, work = architecture.family, working_copy(home, settings)
-    targets = Targets(list(dense), [], [], architecture.residual_multiplier)
+    targets = Targets(list(dense), architecture.residual_multiplier, family.outputs_normed)
     for batch in range(len(dense)):
         seen = watch(work, (family.attention_output, family.ffn_output), dense[batch], arguments(index, batch))
         dense[batch] = seen.output
