@@ -20,7 +20,7 @@ registry: Registry[Family] = Registry(
 def architecture_of(config: PreTrainedConfig, where: str) -> Architecture:
     """The table of `config`'s family with its sizes.
 
-    Raises BadInputError that names the family and lists the supported ones, or says that the model is no decoder.
+    Raises BadInputError that names the family, and says where the supported ones are or that the model is no decoder.
     """
     known = registry.names()
     if config.model_type not in known:
@@ -28,5 +28,7 @@ def architecture_of(config: PreTrainedConfig, where: str) -> Architecture:
         what = f"model family {config.model_type!r}"
         if getattr(config, "is_encoder_decoder", False) or (classes and not any("CausalLM" in c for c in classes)):
             what += f" ({', '.join(classes) or 'encoder-decoder'}), which is no decoder-only language model"
-        raise BadInputError(f"{where} is of {what}; supported families: {', '.join(known)}.")
+        raise BadInputError(
+            f"{where} is of {what}; `slimexport architectures` lists the {len(known)} families that can be pruned."
+        )
     return Architecture.from_config(registry.get(config.model_type), config)
