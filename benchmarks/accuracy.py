@@ -118,12 +118,17 @@ def measure(
     start = 0
     with _Rows() as rows:
         for part, hidden in _hidden_states(model, text, window, batch, progress):
-            targets, logits = part[1:], _logits(head, hidden[:-1])
+            targets = part[1:]
             if dense is None:
-                sums.append((len(targets), *rows.sums(_nll_only, logits, targets)))
+                sums.append((len(targets), *rows.sums(_nll_only, _logits(head, hidden[:-1]), targets)))
+            elif hidden.is_cuda:
+                kept = dense.hidden[start : start + len(targets)].to(hidden.device)
+                sums.append((len(targets), *beside_on_device(head(hidden[:-1]), dense.head(kept), targets)))
             else:
                 kept = dense.hidden[start : start + len(targets)]
-                sums.append((len(targets), *rows.sums(_beside, logits, _logits(dense.head, kept), targets)))
+                sums.append(
+                    (len(targets), *rows.sums(_beside, _logits(head, hidden[:-1]), _logits(dense.head, kept), targets))
+                )
             start += len(part)
     tokens, nll, dense_nll, kl, agreements = (np.array(column) for column in zip(*sums, strict=True))
     if dense is None:
@@ -220,6 +225,20 @@ def _beside(
     logits: NDArray[np.float32], dense: NDArray[np.float32], targets: NDArray[np.int64]
 ) -> tuple[float, float, float, int]:
     return _compare(logits, dense, targets)
+
+
+def beside_on_device(
+    logits: torch.Tensor, dense: torch.Tensor, targets: NDArray[np.int64]
+) -> tuple[float, float, float, int]:
+    """What `_compare` computes, where the logits are: a GPU holds and adds them faster than a CPU reads them.
+
+    float32 softmaxes, summed in float64. Heads and hidden states in float32.
+    """
+    wanted = torch.from_numpy(targets).to(logits.device)[:, None]
+    ours, theirs = (z.float().log_softmax(-1) for z in (logits, dense))
+    nll, dense_nll = (float(-p.gather(1, wanted).sum(dtype=torch.float64)) for p in (ours, theirs))
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1, dtype=torch.float64).clamp(min=0).sum()
+    return nll, dense_nll, float(divergence), int((logits.argmax(-1) == dense.argmax(-1)).sum())
 
 
 class _Rows:

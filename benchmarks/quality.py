@@ -1,6 +1,6 @@
 """The quality table: every criterion and allocation, ours and others', on natural and shifted text; no training.
 
-    python benchmarks/quality.py --data DATA --work /tmp/quality [--only ours,peers] [--texts wikitext2]
+    python benchmarks/quality.py --data DATA --work /tmp/quality [--only ours,peers] [--texts wikitext2] [--device cuda]
     python benchmarks/quality.py --render      # the tables, from the JSON alone
 
 DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one pruned model, through the same engine, plan, legality
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import Reference, dense_reference, evaluate
+from accuracy import BATCH, Reference, dense_reference, evaluate
 from common import RESULTS, load_rows, save_rows, table
 from texts import WINDOW, calibration_windows, evaluation_texts
 
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
     parser.add_argument("--keep", type=Path, help="keeps the pruned models, for columns that are measured later")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="cuda: pruning and evaluation there, in float32 as on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -130,6 +131,11 @@ class Bench:
         self.options, self.rows = options, rows
         options.work.mkdir(parents=True, exist_ok=True)
         self.loaded: LoadedModel = load_model(RunConfig(model=options.model))
+        self.device = torch.device(options.device)
+        # The dense model where it is measured; what is pruned starts on the CPU, as in the product.
+        on_cpu = self.device.type == "cpu"
+        self.dense = self.loaded.model if on_cpu else copy.deepcopy(self.loaded.model).to(self.device)
+        torch.backends.cuda.matmul.allow_tf32 = False
         self.texts = evaluation_texts(self.loaded.tokenizer, options.data)
         self.references: dict[str, Reference] = {}
 
@@ -147,17 +153,25 @@ class Bench:
                 continue
             model, facts = self.pruned(row, again=record is not None)
             if record is None:
-                record = {"key": row.key, **asdict(row), **facts, "cpu": environment()["cpu"], "texts": {}}
+                record = {"key": row.key, **asdict(row), **facts, "device": self.device_name(), "texts": {}}
                 self.rows.append(record)
+            model = model.to(self.device)
             for name in missing:
                 started = time.monotonic()
-                found = evaluate(model, self.texts[name], dense=self.reference(name))
+                found = evaluate(model, self.texts[name], dense=self.reference(name), batch=self.batch())
                 record["texts"][name] = {**found, "seconds": time.monotonic() - started}
                 save_rows(self.options.out, self.rows)
                 print(row.key, name, round(found["x_dense"], 3), flush=True)
             if task:
                 record["arc_easy"] = self.task(model)
                 save_rows(self.options.out, self.rows)
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else str(environment()["cpu"])
+
+    def batch(self) -> int:
+        """Windows in one forward pass."""
+        return BATCH if self.device.type == "cpu" else 32
 
     def pruned(self, row: Row, again: bool) -> tuple[Any, dict[str, Any]]:
         """The pruned model, and how it came about (nothing, where it was kept `again` is true)."""
@@ -179,7 +193,8 @@ class Bench:
         if row.peer:
             from peers import pruned
 
-            model = pruned(model=self.loaded.model, calibration_ids=calibration.input_ids, ratio=row.ratio, **row.peer)
+            ids = calibration.input_ids.to(self.device)
+            model = pruned(model=self.dense, calibration_ids=ids, ratio=row.ratio, **row.peer)
             seconds = {"all": time.monotonic() - started}
             return model, {"seconds": seconds, "dense_pass": dense_pass, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
@@ -191,6 +206,7 @@ class Bench:
             ratio=row.ratio,
             calibration_tokens=calibration.input_ids.numel(),
             sequence_length=row.length,
+            device=self.options.device,
             **row.options,
         )
         begun = time.monotonic()
@@ -234,11 +250,12 @@ class Bench:
     def dense_pass(self, ids: torch.Tensor) -> float:
         """Seconds of one pass of the dense decoder over `ids`, from an eighth of them: what a row's time is held to,
         so that rows of different machines and thread counts can be compared."""
-        decoder, part = self.loaded.model.get_decoder(), ids[: max(1, len(ids) // 8)]
-        decoder(part[:1], use_cache=False)
+        part = ids[: max(1, len(ids) // 8)].to(self.device)
+        decoder = self.dense.get_decoder()
+        decoder(part[:1], use_cache=False)[0].sum().item()  # waits for the device
         started = time.monotonic()
         for batch in part.split(8):
-            decoder(batch, use_cache=False)
+            decoder(batch, use_cache=False)[0].sum().item()
         return (time.monotonic() - started) * len(ids) / len(part)
 
     def calibration(self, row: Row) -> CalibrationSet:
@@ -263,9 +280,9 @@ class Bench:
             path = self.options.work / f"dense-{name}.safetensors"
             if not path.is_file():
                 started = time.monotonic()
-                dense_reference(self.loaded.model, self.texts[name]).save(path)
+                dense_reference(self.dense, self.texts[name], batch=self.batch()).save(path)
                 print(f"dense on {name}: {time.monotonic() - started:.0f} s", flush=True)
-            self.references[name] = Reference.load(path, self.loaded.model)
+            self.references[name] = Reference.load(path, self.dense)
         return self.references[name]
 
     def task(self, model: Any) -> dict[str, Any]:
