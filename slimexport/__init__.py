@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimexport.checkpoint import load as load
+    from slimexport.checkpoint.load import load as load
     from slimexport.config import Gate as Gate
     from slimexport.config import RunConfig as RunConfig
     from slimexport.pipeline import export as export

@@ -72,6 +72,10 @@ class RunConfig(BaseModel):
     model: str = Field(description="Local directory, Hub id, .gguf file, or the built-in smollm2-135m.")
     revision: str | None = Field(default=None, description="Revision of a Hub model.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+    architecture: Literal["known", "auto"] = Field(
+        default="known",
+        description="auto: read the table of a family that has none off its modules, and check it on a tiny model.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

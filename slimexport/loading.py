@@ -108,7 +108,7 @@ def load_config(config: RunConfig, located: Located | None = None) -> tuple[PreT
     located = located or locate(config)
     _refuse_packed(located)
     model_config = _read_config(located, config)
-    return model_config, architecture_of(model_config, located.name)
+    return model_config, architecture_of(model_config, located.name, auto=config.architecture == "auto")
 
 
 def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The fields of RunConfig by stage; a command shows the stages that matter to it, as sections of its help.
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "load": ("revision", "trust_remote_code", "device", "dtype", "save_dtype", "seed"),
+    "load": ("revision", "trust_remote_code", "architecture", "device", "dtype", "save_dtype", "seed"),
     "calibrate": ("calibration", "calibration_tokens", "sequence_length"),
     "prune": (
         "ratio", "fast", "criterion", "allocation", "layout", "sizes", "costs", "probe_tokens", "search_seconds",

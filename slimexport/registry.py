@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -47,6 +48,17 @@ class Registry(Generic[T]):
             value = point.load()
             if point.name not in self._entries:
                 self.register(point.name)(value)
+
+    @contextmanager
+    def including(self, name: str, value: T) -> Iterator[None]:
+        """Within it, `name` is `value`, whether it is known otherwise or not."""
+        self._discover()
+        known = dict(self._entries)
+        self._entries[name] = value
+        try:
+            yield
+        finally:
+            self._entries = known
 
     def names(self) -> list[str]:
         self._discover()

@@ -17,18 +17,27 @@ registry: Registry[Family] = Registry(
 )
 
 
-def architecture_of(config: PreTrainedConfig, where: str) -> Architecture:
-    """The table of `config`'s family with its sizes.
+def architecture_of(config: PreTrainedConfig, where: str, *, auto: bool = False) -> Architecture:
+    """The table of `config`'s family with its sizes; `auto`: guessed and checked where nobody wrote one, and known from
+    then on in this process.
 
-    Raises BadInputError that names the family, and says where the supported ones are or that the model is no decoder.
+    Raises BadInputError that names the family, and says where the supported ones are or that the model is no decoder;
+    with `auto` what stands against a guess.
     """
     known = registry.names()
     if config.model_type not in known:
         classes = getattr(config, "architectures", None) or []
-        what = f"model family {config.model_type!r}"
-        if getattr(config, "is_encoder_decoder", False) or (classes and not any("CausalLM" in c for c in classes)):
-            what += f" ({', '.join(classes) or 'encoder-decoder'}), which is no decoder-only language model"
-        raise BadInputError(
-            f"{where} is of {what}; `slimexport architectures` lists the {len(known)} families that can be pruned."
-        )
+        other = getattr(config, "is_encoder_decoder", False) or (classes and not any("CausalLM" in c for c in classes))
+        if auto and not other:
+            from slimexport.architectures.generic import generic_family
+
+            registry.register(config.model_type)(generic_family(config, where))
+        else:
+            what = f"model family {config.model_type!r}"
+            if other:
+                what += f" ({', '.join(classes) or 'encoder-decoder'}), which is no decoder-only language model"
+            raise BadInputError(
+                f"{where} is of {what}; `slimexport architectures` lists the {len(known)} families that can be pruned"
+                + ("." if other else ", --architecture auto tries others.")
+            )
     return Architecture.from_config(registry.get(config.model_type), config)

@@ -149,6 +149,9 @@ class Architecture:
 
     def plain_config_can_say(self, sizes: BlockSizes) -> bool:
         """Whether a config without per-block sizes accepts this head count."""
+        heads, dense = ((s.kv_groups, s.heads_per_group) for s in (sizes, self.blocks[0]))
+        if self.family.guessed and heads != dense:
+            return False
         if self.family.head_dim_field is None and sizes.query_heads * self.head_dim != self.hidden:
             return False
         if self.family.kv_groups_field is None and sizes.kv_groups not in (1, sizes.query_heads):

@@ -50,6 +50,7 @@ class Family:
     outputs_normed: bool = False  # a norm stands between the output matrices and the residual
     residual_multiplier_field: str | None = None  # what their outputs are multiplied by
     heads_prunable: bool = True  # False: a norm over all heads together, which would change with their number
+    guessed: bool = False  # nobody read whether a config without sizes per block may say other head counts
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
     heads_divide_hidden: bool = False
 

@@ -14,6 +14,7 @@ from slimexport.architectures.weights import (
     Axis,
     Fused,
 )
+from slimexport.artifacts import read_json
 from slimexport.checkpoint.modeling_slimexport import PerBlockSizes
 from slimexport.errors import BadInputError, reason
 
@@ -53,7 +54,7 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(path))
         if config.is_heterogeneous:
-            model, info = _per_block_class(config, str(path)).from_pretrained(str(path), config=config, **options)
+            model, info = _per_block_class(config, path).from_pretrained(str(path), config=config, **options)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
     except Exception as error:
@@ -64,14 +65,20 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _per_block_class(config: Any, where: str) -> Any:
+def _per_block_class(config: Any, path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     from slimexport.architectures import architecture_of
 
     base = AutoModelForCausalLM._model_mapping[type(config)]
-    table = per_block_table(architecture_of(config, where))
+    table = per_block_table(architecture_of(config, str(path), auto=_was_guessed(path)))
     return type(base.__name__, (PerBlockSizes, base), {"table": table})
+
+
+def _was_guessed(path: Path) -> bool:
+    """Whether the checkpoint was made with a table that was read off the modules."""
+    made = path / "slimexport.json"
+    return made.is_file() and bool(read_json(made).get("guessed"))
 
 
 def per_block_table(architecture: Architecture) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def save_checkpoint(
         write_text(directory / "modeling_slimexport.py", _modelling_file(base, per_block_table(architecture)))
     write_json(path, data)
     write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
-                                               "allocation": plan.allocation, "layout": plan.layout})  # fmt: skip
+                                               "allocation": plan.allocation, "layout": plan.layout,
+                                               "guessed": architecture.family.guessed})  # fmt: skip
     write_text(directory / "README.md", card)
     for file in directory.iterdir():
         file.chmod(0o644)  # transformers writes weights for the owner's eyes only
