@@ -73,10 +73,22 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
             single += 2 * tokens * architecture.attention_parameters(dense) + scores + 2 * tokens * heads**2
             double += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
         if channels != kept.channels:
-            single += 2 * tokens * architecture.channel_parameters() * channels + 2 * tokens * channels**2
-            double += _solve(channels, hidden, channels - kept.channels)
-        single += 2 * tokens * architecture.block_linear_parameters(kept) + scores
+            # A token goes to some of the experts, and each of these has an H of its own.
+            active = architecture.active_experts
+            single += 2 * tokens * _channel_parameters(architecture) * channels + 2 * tokens * active * channels**2
+            double += architecture.experts * _solve(channels, hidden, channels - kept.channels)
+        single += 2 * tokens * _passed(architecture, kept) + scores
     return single, double
+
+
+def _channel_parameters(architecture: Architecture) -> float:
+    """Of one channel, that a token meets."""
+    return architecture.channel_parameters() * architecture.active_experts / architecture.experts
+
+
+def _passed(architecture: Architecture, sizes: BlockSizes) -> float:
+    """Matrix entries of a block that a token meets."""
+    return architecture.attention_parameters(sizes) + sizes.channels * _channel_parameters(architecture)
 
 
 def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
@@ -86,9 +98,7 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
     for dense in plan.dense:
         inputs = dense.query_heads * architecture.head_dim + dense.channels
         attention = 2 * tokens * length * dense.query_heads * architecture.head_dim
-        single += (
-            2 * tokens * (architecture.block_linear_parameters(dense) + 2 * architecture.hidden * inputs) + attention
-        )
+        single += 2 * tokens * (_passed(architecture, dense) + 2 * architecture.hidden * inputs) + attention
     if parts := len(architecture.family.ffn_factors):
         fitted = min(tokens, factor.TOKENS)
         for kept in plan.blocks:
@@ -105,7 +115,7 @@ def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens:
     """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in
     float64, of two Cholesky factors a block and of what they multiply, there and back."""
     hidden = architecture.hidden
-    blocks = sum(architecture.block_linear_parameters(dense) + 2 * hidden**2 / 3 for dense in plan.dense)
+    blocks = sum(_passed(architecture, dense) + 2 * hidden**2 / 3 for dense in plan.dense)
     columns = sum(_columns(dense, architecture) + dense.channels for dense in plan.dense)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
     return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, double
@@ -120,11 +130,10 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
     for index, dense in enumerate(architecture.blocks):
         heads = dense.query_heads * architecture.head_dim
         passed = known + probes * (1 + each * (index + 2))
-        single += 2 * passed * (architecture.block_linear_parameters(dense) + config.sequence_length * heads)
-        single += 2 * known * (heads**2 + dense.channels**2)
-        double += _solve(heads, architecture.hidden, heads) + _solve(
-            dense.channels, architecture.hidden, dense.channels
-        )
+        single += 2 * passed * (_passed(architecture, dense) + config.sequence_length * heads)
+        single += 2 * known * (heads**2 + architecture.active_experts * dense.channels**2)
+        double += _solve(heads, architecture.hidden, heads)
+        double += architecture.experts * _solve(dense.channels, architecture.hidden, dense.channels)
     candidates = each * (len(architecture.blocks) + 1) + 1
     single += 2 * candidates * probes / POSITIONS * architecture.vocab * architecture.hidden
     return single, double
@@ -139,7 +148,9 @@ def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
     """Weights as stored, hidden states and the inputs of one block's heads in float32, and H with its inverse."""
     widest = max(max(b.channels, _columns(b, architecture)) for b in plan.dense)
     states = 4 * tokens * (architecture.hidden + max(_columns(b, architecture) for b in plan.dense))
-    return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2
+    # All experts of a block are looked at together, and then solved one by one.
+    others = (architecture.experts - 1) * 8 * max(b.channels for b in plan.dense) ** 2
+    return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2 + others
 
 
 def _columns(sizes: BlockSizes, architecture: Architecture) -> int:
