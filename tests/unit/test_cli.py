@@ -95,6 +95,7 @@ def test_failed_gate_exits_3_and_names_it(cli, pipeline, tmp_path) -> None:
 
 FLAGS: dict[str, tuple[list[str], Any]] = {
     "revision": (["--revision", "main"], "main"),
+    "architecture": (["--architecture", "auto"], "auto"),
     "trust_remote_code": (["--trust-remote-code"], True),
     "device": (["--device", "cuda:1"], "cuda:1"),
     "dtype": (["--dtype", "bfloat16"], "bfloat16"),
