@@ -15,18 +15,16 @@ from typing import Any
 
 from common import load_rows, save_rows, table
 
-from slimexport.architectures import registry
 from slimexport.architectures.overview import CHECKED, HEAD, cells, overview
-from slimexport.testing import CHECKS, VARIANTS, tiny_config
+from slimexport.testing import CHECKS, kinds, tiny_config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="families, joined by commas")
     options = parser.parse_args()
-    models = {name: (name, {}) for name in registry.names()} | VARIANTS
     rows = load_rows(CHECKED)
-    for model, (family, changes) in models.items():
+    for model, (family, changes) in kinds().items():
         if options.only and family not in options.only.split(","):
             continue
         started, checks = time.monotonic(), {}

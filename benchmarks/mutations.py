@@ -31,7 +31,7 @@ from slimexport.architectures.weights import (
     Fused,
     Weight,
 )
-from slimexport.testing import CHECKS, VARIANTS, tiny_config
+from slimexport.testing import CHECKS, kinds, tiny_config
 
 OTHER = {
     QUERY: KEY_VALUE, KEY_VALUE: QUERY, CHANNELS: RESIDUAL, RESIDUAL: CHANNELS, QUERY_HEADS: KV_GROUPS,
@@ -46,21 +46,18 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     survivors, made = [], 0
-    for model, (name, changes) in ({n: (n, {}) for n in registry.names()} | VARIANTS).items():
+    for model, (name, changes) in kinds().items():
         if options.only and name not in options.only.split(","):
             continue
         family = registry.get(name)
         config = tiny_config(name, **changes)
-        try:
-            for what, broken in mutants(family):
-                if same(family, broken, config):
-                    continue
-                registry._entries[name] = broken
-                made += 1
+        for what, broken in mutants(family):
+            if same(family, broken, config):
+                continue
+            made += 1
+            with registry.including(name, broken):
                 if passes(config):
                     survivors.append(f"{model}: {what}")
-        finally:
-            registry._entries[name] = family
         print(f"{model}: done", flush=True)
     print(f"{made} broken tables, {len(survivors)} not noticed", *survivors, sep="\n")
     sys.exit(bool(survivors))

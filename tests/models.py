@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slimexport import testing
 from slimexport.testing import VOCAB, tiny_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,16 +31,11 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Weights large enough that heads and channels matter, biases and norms included."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        scale = 0.1 if name.endswith("bias") else 0.15
-        noise = torch.randn_like(parameter) * scale
-        parameter.data = (1 + noise if "norm" in name else noise).to(dtype)  # not the rotary buffers
-    return model.eval().requires_grad_(False)
+    """`slimexport.testing.tiny_model` with the sizes and switches above."""
+    model = testing.tiny_model(tiny_config(family, **changes), seed)
+    for parameter in model.parameters():  # not the rotary buffers
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def tiny_directory(path: Path, family: str = "llama", **changes: Any) -> Path:

@@ -106,6 +106,6 @@ class Kept:
 
     def of_expert(self, expert: int) -> Kept:
         """With the channels of this one, numbered from 0."""
-        own = range(expert * self.of.channels, (expert + 1) * self.of.channels)
-        channels = tuple(channel - own.start for channel in self.channels if channel in own)
-        return replace(self, channels=channels, experts=1)
+        count, start = len(self.channels) // self.experts, expert * self.of.channels
+        own = self.channels[expert * count : (expert + 1) * count]
+        return replace(self, channels=tuple(channel - start for channel in own), experts=1)

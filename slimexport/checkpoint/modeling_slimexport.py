@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers  # noqa: F401 - for the class that a checkpoint adds below
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -92,11 +92,17 @@ def resize(block: nn.Module, name: str, axes: list[Any], sizes: dict[str, int]) 
     ]
     if shape == list(old.shape):
         return
-    setattr(module, leaf, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+    put_weight(module, leaf, old.new_empty(shape))
+
+
+def put_weight(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Makes `tensor`, of whatever size, the parameter `leaf` of `module`."""
+    old = getattr(module, leaf)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
     if isinstance(module, nn.Linear) and leaf == "weight":
-        module.out_features, module.in_features = shape
+        module.out_features, module.in_features = tensor.shape
     elif isinstance(module, Conv1D) and leaf == "weight":
-        module.nx, module.nf = shape
+        module.nx, module.nf = tensor.shape
 
 
 def set_sizes(block: nn.Module, attributes: Mapping[str, str], sizes: dict[str, int]) -> None:

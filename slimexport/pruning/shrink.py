@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
 from slimexport.architectures.weights import Weight
 from slimexport.artifacts import BlockSizes
-from slimexport.checkpoint.modeling_slimexport import BlockConfig, set_sizes
+from slimexport.checkpoint.modeling_slimexport import BlockConfig, put_weight, set_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,11 +50,7 @@ def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
     old = getattr(module, leaf)
     if old.shape == new.shape and old.data_ptr() == new.data_ptr():
         return
-    setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        module.out_features, module.in_features = new.shape
-    elif isinstance(module, Conv1D) and leaf == "weight":
-        module.nx, module.nf = new.shape
+    put_weight(module, leaf, new)
 
 
 def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:

@@ -12,6 +12,6 @@ A check raises AssertionError with what differs. It needs no network and takes s
 from __future__ import annotations
 
 from slimexport.testing.checks import CHECKS, Check
-from slimexport.testing.models import VARIANTS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
+from slimexport.testing.models import VARIANTS, VOCAB, kinds, tiny_config, tiny_model, tiny_tokenizer
 
-__all__ = ["CHECKS", "VARIANTS", "VOCAB", "Check", "tiny_config", "tiny_model", "tiny_tokenizer"]
+__all__ = ["CHECKS", "VARIANTS", "VOCAB", "Check", "kinds", "tiny_config", "tiny_model", "tiny_tokenizer"]

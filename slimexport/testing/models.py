@@ -79,6 +79,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # models of a family that d
 }
 
 
+def kinds() -> dict[str, tuple[str, dict[str, Any]]]:
+    """All models that are tried: name -> what `tiny_config` is given."""
+    from slimexport.architectures import registry
+
+    return {name: (name, {}) for name in registry.names()} | VARIANTS
+
+
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """Of a known family, with `changes`; of another one with what its config has of the usual fields."""
     from transformers import CONFIG_MAPPING

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from slimexport.architectures import registry
 from slimexport.targets.builders import mobius
-from slimexport.testing import CHECKS, VARIANTS, tiny_config
+from slimexport.testing import CHECKS, kinds, tiny_config
 
 IN_CI = ("gpt2", "falcon", "phi3", "qwen2_moe")
-MODELS = {name: (name, {}) for name in registry.names()} | VARIANTS
+MODELS = kinds()
 
 
 def cases() -> list[object]:

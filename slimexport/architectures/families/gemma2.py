@@ -4,7 +4,7 @@ from slimexport.architectures import registry
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, attention_weights, gated_ffn, norms
 
-registry.register("gemma2")(
+GEMMA2 = registry.register("gemma2")(
     Family(
         model_type="gemma2",
         block_weights=(

@@ -1,25 +1,20 @@
-"""Gemma 3, the text model."""
+"""Gemma 3, the text model: Gemma 2 with q and k normed per head."""
+
+from dataclasses import replace
 
 from slimexport.architectures import registry
-from slimexport.architectures.family import Family
-from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, attention_weights, gated_ffn, norms
+from slimexport.architectures.families.gemma2 import GEMMA2
+from slimexport.architectures.weights import HEAD_DIM, Weight
 
 registry.register("gemma3_text")(
-    Family(
+    replace(
+        GEMMA2,
         model_type="gemma3_text",
         block_weights=(
-            *norms(
-                "input_layernorm",
-                "post_attention_layernorm",
-                "pre_feedforward_layernorm",
-                "post_feedforward_layernorm",
-            ),
-            *attention_weights(qkv_bias="attention_bias", o_bias="attention_bias", head_norms=("q_norm", "k_norm")),
-            *gated_ffn(),
+            *GEMMA2.block_weights,
+            Weight("self_attn.q_norm.weight", (HEAD_DIM,)),
+            Weight("self_attn.k_norm.weight", (HEAD_DIM,)),
         ),
-        model_weights=DECODER_MODEL_WEIGHTS,
-        final_norm_offset=1.0,
-        softcap_field="final_logit_softcapping",
-        outputs_normed=True,
+        heads_divide_hidden=False,
     )
 )

@@ -12,7 +12,7 @@ from slimexport.architectures.weights import (
     norms,
 )
 
-registry.register("glm")(
+GLM = registry.register("glm")(
     Family(
         model_type="glm",
         block_weights=(

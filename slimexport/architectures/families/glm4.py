@@ -1,28 +1,16 @@
 """GLM-4-0414: as GLM, and outputs are normed."""
 
+from dataclasses import replace
+
 from slimexport.architectures import registry
-from slimexport.architectures.family import Family
-from slimexport.architectures.weights import (
-    CHANNELS,
-    DECODER_MODEL_WEIGHTS,
-    RESIDUAL,
-    Fused,
-    attention_weights,
-    linear,
-    norms,
-)
+from slimexport.architectures.families.glm import GLM
+from slimexport.architectures.weights import norms
 
 registry.register("glm4")(
-    Family(
+    replace(
+        GLM,
         model_type="glm4",
-        block_weights=(
-            *norms("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
-            *attention_weights(qkv_bias="attention_bias"),
-            *linear("mlp.gate_up_proj", Fused((CHANNELS, CHANNELS)), RESIDUAL),
-            *linear("mlp.down_proj", RESIDUAL, CHANNELS),
-        ),
-        model_weights=DECODER_MODEL_WEIGHTS,
-        ffn_factors=("mlp.gate_up_proj",),
+        block_weights=(*GLM.block_weights, *norms("post_self_attn_layernorm", "post_mlp_layernorm")),
         outputs_normed=True,
     )
 )

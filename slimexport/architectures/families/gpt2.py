@@ -16,7 +16,7 @@ from slimexport.architectures.weights import (
     plain_ffn,
 )
 
-registry.register("gpt2")(
+GPT2 = registry.register("gpt2")(
     Family(
         model_type="gpt2",
         block_weights=(

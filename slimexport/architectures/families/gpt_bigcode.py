@@ -1,23 +1,14 @@
-"""StarCoder 1 and SantaCoder: GPT-2 with one KV group for all heads, as a rule."""
+"""StarCoder 1 and SantaCoder: GPT-2 in Linear layers, with one KV group for all heads, as a rule."""
+
+from dataclasses import replace
 
 from slimexport.architectures import registry
-from slimexport.architectures.family import Family
-from slimexport.architectures.weights import (
-    KEY_VALUE,
-    POSITIONS,
-    QUERY,
-    RESIDUAL,
-    Fused,
-    Weight,
-    linear,
-    model_weights,
-    norm,
-    norms,
-    plain_ffn,
-)
+from slimexport.architectures.families.gpt2 import GPT2
+from slimexport.architectures.weights import KEY_VALUE, QUERY, RESIDUAL, Fused, linear, norms, plain_ffn
 
 registry.register("gpt_bigcode")(
-    Family(
+    replace(
+        GPT2,
         model_type="gpt_bigcode",
         block_weights=(
             *norms("ln_1", "ln_2", bias="always"),
@@ -25,18 +16,6 @@ registry.register("gpt_bigcode")(
             *linear("attn.c_proj", RESIDUAL, QUERY, "always"),
             *plain_ffn("mlp.c_fc", "mlp.c_proj", bias="always"),
         ),
-        model_weights=model_weights(
-            "transformer.wte",
-            Weight("transformer.wpe.weight", (POSITIONS, RESIDUAL)),
-            *norm("transformer.ln_f", bias="always"),
-        ),
-        attention="attn",
-        attention_output="attn.c_proj",
-        ffn_output="mlp.c_proj",
-        ffn_factors=("mlp.c_fc",),
-        final_norm="transformer.ln_f",
-        decoder="transformer",
-        blocks="transformer.h",
         attributes={
             "attn.num_heads": "query_heads",
             "attn.kv_heads": "kv_groups",
@@ -45,12 +24,6 @@ registry.register("gpt_bigcode")(
             "attn.embed_dim": "query",
             "attn.split_size": "query",
         },
-        query_heads_field="n_head",
-        kv_groups_field=None,
         kv_groups=lambda config: 1 if config.multi_query else config.n_head,
-        channels_field="n_inner",
-        head_dim_field=None,
-        positions=lambda config: config.n_positions,
-        refusal=lambda config: "it has cross attention" if config.add_cross_attention else None,
     )
 )

@@ -12,7 +12,7 @@ from slimexport.architectures.weights import (
     norms,
 )
 
-registry.register("olmo2")(
+OLMO2 = registry.register("olmo2")(
     Family(
         model_type="olmo2",
         block_weights=(
