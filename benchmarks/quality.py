@@ -18,7 +18,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
-PEERS: dict[str, dict[str, Any]] = {  # with the settings that did best on development text
-    "torch-pruning taylor": {"peer": "torch_pruning", "importance": "taylor", "protected": (4, 2)},
-    "torch-pruning magnitude": {"peer": "torch_pruning", "importance": "magnitude"},
-    "optipfair": {"peer": "optipfair"},
+TAYLOR: dict[str, Any] = {"peer": "torch_pruning", "importance": "taylor"}
+PEERS: dict[str, Callable[[float], dict[str, Any]]] = {  # with the settings that did best on development text
+    "torch-pruning taylor": lambda ratio: TAYLOR | ({"protected": (4, 2)} if ratio < 0.5 else {"ranking": "global"}),
+    "torch-pruning magnitude": lambda ratio: {"peer": "torch_pruning", "importance": "magnitude"},
+    "optipfair": lambda ratio: {"peer": "optipfair"},
 }
 SHIFTED = ("articles", "arc", "news", "wikitext2-raw")
 
@@ -78,7 +79,7 @@ def wanted() -> Iterator[Row]:
         yield Row("fast", "slimexport --fast", ratio, options={"fast": True})
     for name, settings in PEERS.items():
         for ratio in RATIOS:
-            yield Row("peers", name, ratio, peer=settings)
+            yield Row("peers", name, ratio, peer=settings(ratio))
     for allocation in ("incremental", "uniform"):
         for criterion in CRITERIA:
             if (criterion, allocation) == ("slimgpt", "incremental"):

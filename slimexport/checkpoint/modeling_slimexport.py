@@ -35,6 +35,21 @@ class PerBlockSizes:
         turns the one into the other by the name of the class."""
         return False
 
+    # Whether attention and experts can be computed in other ways than the plain one is read off the source of a class's
+    # module, which here is this file: the stock class's is meant.
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls._stock()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls._stock()._can_set_experts_implementation()
+
+    @classmethod
+    def _stock(cls) -> Any:
+        return cls.__mro__[cls.__mro__.index(PerBlockSizes) + 1]
+
     def __init__(self, config: Any):
         # The stock constructor reads global sizes, those of the dense model: it is given a config that has nothing else
         # (from_pretrained builds on the meta device, so what is replaced below never takes memory).

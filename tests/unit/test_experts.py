@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from slimexport.architectures import architecture_of
 from slimexport.artifacts import CalibrationSet, ModelSource, TextSource
+from slimexport.checkpoint.load import load_weights
 from slimexport.config import RunConfig
 from slimexport.loading import LoadedModel
 from slimexport.pruning.blocks import kept_of
@@ -17,6 +19,7 @@ from slimexport.pruning.planner import make_plan
 from slimexport.pruning.sensitivity import Curve, joined
 from slimexport.pruning.stage import measure_model, prune_model
 from slimexport.testing import VOCAB, tiny_config, tiny_model
+from slimexport.testing.steps import pruned, saved
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe")
 CONFIG = RunConfig(model="tiny", device="cpu", group_size_start=8, curvature_tokens=128, probe_tokens=64, round_to=8)
@@ -100,3 +103,21 @@ def test_decoding_reads_the_experts_that_a_token_is_sent_to() -> None:
     assert estimates.prefill_flops_per_token == 2 * (
         estimates.block_parameters - 3 * one + config.vocab_size * config.hidden_size
     )
+
+
+def test_blocks_of_their_own_sizes_compute_experts_as_the_stock_class_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has not used the stock class yet: transformers remembers on the class what it can do."""
+    model = tiny_model(tiny_config("mixtral"))
+    stock = type(model)
+    _, plan, small, _ = pruned(model, "per_layer")
+    assert len(set(plan.blocks)) > 1
+    directory = saved(small, plan, tmp_path / "checkpoint")
+    for part in ("attn", "experts"):
+        monkeypatch.setattr(stock, f"_can_set_{part}_implementation_cached_value", None, raising=False)
+    again = load_weights(directory)
+    assert type(again) is not stock
+    for name in ("_experts_implementation", "_attn_implementation"):
+        assert getattr(again.config, name) == getattr(small.config, name)
+    again.set_experts_implementation("eager")
