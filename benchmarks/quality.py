@@ -8,8 +8,9 @@ and calibration, in float32. Rows and columns that are in the JSON already are n
 be made in pieces; columns that are added later prune again, unless the models were kept (--keep).
 
 The protocol of the main rows: 128 x 512 tokens of calibration.txt (nearly all of it, so there is no seed spread), the
-first 60,000 tokens of each WikiText-2 file, windows of 512 without overlap. `ours` is what `slimexport run` does by
-default, but for the calibration text; `mix` is `slimexport run` as it is.
+first 60,000 tokens of wiki.test.txt, windows of 512 without overlap. `ours` is what `slimexport run` does by default,
+but for the calibration text; `mix` is `slimexport run` as it is. The rows that compare criteria, allocations and
+layouts, and those on the calibration text, are many: they have less text (`COMPARED`, `PART`), all of them the same.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
+COMPARED = ("criteria", "allocations", "layout")
+COMPARED_WINDOWS = 32
+PART = {"wikitext2": 20_000}  # tokens of each text that rows of COMPARED and CALIBRATIONS are measured on
+PART_OF_OTHERS = 5_000
 TAYLOR: dict[str, Any] = {"peer": "torch_pruning", "importance": "taylor"}
 PEERS: dict[str, Callable[[float], dict[str, Any]]] = {  # with the settings that did best on development text
     "torch-pruning taylor": lambda ratio: TAYLOR | ({"protected": (4, 2)} if ratio < 0.5 else {"ranking": "global"}),
@@ -64,6 +69,11 @@ class Row:
     length: int = WINDOW
 
     @property
+    def part(self) -> bool:
+        """Whether it is measured on parts of the texts."""
+        return self.group in COMPARED + CALIBRATIONS
+
+    @property
     def key(self) -> str:
         length = f"x{self.length}" if self.length != WINDOW else ""
         return f"{self.group}/{self.name}/{self.ratio:g}/{self.calibration}/{self.windows}{length}"
@@ -71,6 +81,7 @@ class Row:
 
 def wanted() -> Iterator[Row]:
     """All rows of the table, the most telling first."""
+    yield Row("dense", "dense", 0.0, windows=0)
     for ratio in RATIOS:
         yield Row("ours", "slimexport", ratio)
     for ratio in RATIOS:
@@ -80,28 +91,29 @@ def wanted() -> Iterator[Row]:
     for name, settings in PEERS.items():
         for ratio in RATIOS:
             yield Row("peers", name, ratio, peer=settings(ratio))
+    few = {"windows": COMPARED_WINDOWS}
     for allocation in ("incremental", "uniform"):
         for criterion in CRITERIA:
-            if (criterion, allocation) == ("slimgpt", "incremental"):
-                continue  # that is what --fast does
             for ratio in RATIOS:
                 options = {"criterion": criterion, "allocation": allocation, **PAPER}
-                yield Row("criteria", f"{criterion}, {allocation}", ratio, options=options)
+                yield Row("criteria", f"{criterion}, {allocation}", ratio, options=options, **few)
     for allocation in ("arithmetic", "sensitivity", "search"):
         for ratio in RATIOS:
-            yield Row("allocations", allocation, ratio, options={"allocation": allocation, **PAPER})
-    for ratio in RATIOS:
-        yield Row("layout", "slimexport --layout uniform", ratio, options={"layout": "uniform"})
+            yield Row("allocations", allocation, ratio, options={"allocation": allocation, **PAPER}, **few)
+    for layout in ("per_layer", "uniform"):
+        for ratio in RATIOS:
+            yield Row("layout", f"slimexport --layout {layout}", ratio, options={"layout": layout}, **few)
     for seed in (0, 1, 2):
         yield Row("seeds", "slimexport", 0.3, calibration=f"seed-{seed}", windows=64)
-    for windows in (16, 32, 64):
-        yield Row("sizes", "slimexport", 0.3, windows=windows)
+    fast: dict[str, Any] = {"options": {"fast": True}}
+    for windows in (16, 32, 64, 128):
+        yield Row("sizes", "slimexport --fast", 0.3, windows=windows, **fast)
     for source in ("default", "wikipedia", "self"):
-        yield Row("sources", "slimexport", 0.3, calibration=source, windows=64)
+        yield Row("sources", "slimexport --fast", 0.3, calibration=source, windows=64, **fast)
     for length in (128, 1024):
-        yield Row("lengths", "slimexport", 0.3, windows=64 * WINDOW // length, length=length)
+        yield Row("lengths", "slimexport --fast", 0.3, windows=64 * WINDOW // length, length=length, **fast)
     for windows in (128, 512):
-        yield Row("more", "slimexport --fast", 0.3, calibration="wikipedia", windows=windows, options={"fast": True})
+        yield Row("more", "slimexport --fast", 0.3, calibration="wikipedia", windows=windows, **fast)
 
 
 def main() -> None:
@@ -145,10 +157,10 @@ class Bench:
         names = self.options.texts.split(",")
         only = self.options.only.split(",") if self.options.only else None
         for row in wanted():
-            if row.ratio not in ratios or (only and not any(o == row.group or o in row.name for o in only)):
+            if row.ratio not in (*ratios, 0.0) or (only and not any(o == row.group or o in row.name for o in only)):
                 continue
             record = next((r for r in self.rows if r["key"] == row.key), None)
-            missing = [n for n in names if n not in (record or {}).get("texts", {})]
+            missing = [n for n in names if row.ratio and n not in (record or {}).get("texts", {})]
             task = self.options.arc_easy and "arc_easy" not in (record or {})
             if not missing and not task:
                 continue
@@ -159,7 +171,7 @@ class Bench:
             model = model.to(self.device)
             for name in missing:
                 started = time.monotonic()
-                found = evaluate(model, self.texts[name], dense=self.reference(name), batch=self.batch())
+                found = evaluate(model, *self.beside(name, row.part), batch=self.batch())
                 record["texts"][name] = {**found, "seconds": time.monotonic() - started}
                 save_rows(self.options.out, self.rows)
                 print(row.key, name, round(found["x_dense"], 3), flush=True)
@@ -188,6 +200,8 @@ class Bench:
 
     def prune(self, row: Row) -> tuple[Any, dict[str, Any]]:
         """The pruned model, and how it came about."""
+        if not row.ratio:
+            return self.dense, {}
         calibration = self.calibration(row)
         dense_pass = self.dense_pass(calibration.input_ids)
         started = time.monotonic()
@@ -276,15 +290,20 @@ class Bench:
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         return CalibrationSet(ids, TextSource("calibration.txt", ids.numel(), digest), seed or 0)
 
-    def reference(self, name: str) -> Reference:
-        if name not in self.references:
-            path = self.options.work / f"dense-{name}.safetensors"
+    def beside(self, name: str, part: bool) -> tuple[torch.Tensor, int, Reference]:
+        """A text, or its part, the length of its windows, and what the dense model says to it."""
+        ids, key = self.texts[name], name
+        if part:
+            tokens = PART.get(name, PART_OF_OTHERS)
+            ids, key = ids[:tokens], f"{name}-{tokens}"
+        if key not in self.references:
+            path = self.options.work / f"dense-{key}.safetensors"
             if not path.is_file():
                 started = time.monotonic()
-                dense_reference(self.dense, self.texts[name], batch=self.batch()).save(path)
-                print(f"dense on {name}: {time.monotonic() - started:.0f} s", flush=True)
-            self.references[name] = Reference.load(path, self.dense)
-        return self.references[name]
+                dense_reference(self.dense, ids, batch=self.batch()).save(path)
+                print(f"dense on {key}: {time.monotonic() - started:.0f} s", flush=True)
+            self.references[key] = Reference.load(path, self.dense)
+        return ids, WINDOW, self.references[key]
 
     def task(self, model: Any) -> dict[str, Any]:
         from tasks import arc_easy
@@ -301,11 +320,24 @@ HEAD = ["method", "calibration", "wiki", "KL", "top-1", *SHIFTED, "worst", "mean
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """One table a ratio: everything that was measured of every method."""
+    """One table a ratio: everything that was measured of ours and of other tools."""
+    return _by_ratio([row for row in rows if row["group"] not in COMPARED + CALIBRATIONS])
+
+
+def compared(rows: list[dict[str, Any]]) -> str:
+    """One table a ratio: criteria, allocations and layouts of this engine, on less text."""
+    return _by_ratio([row for row in rows if row["group"] in COMPARED])
+
+
+def _by_ratio(rows: list[dict[str, Any]]) -> str:
     parts = []
     for ratio in RATIOS:
-        of_ratio = [row for row in _in_order(rows) if row["ratio"] == ratio and row["group"] not in CALIBRATIONS]
+        of_ratio = [row for row in _in_order(rows) if row["ratio"] == ratio]
         body = [_cells(row) for row in of_ratio if "wikitext2" in row["texts"]]
+        dense = next((row for row in rows if row["group"] == "dense" and "arc_easy" in row), None)
+        if body and dense:
+            cells = dict.fromkeys(HEAD, "–") | {"method": "dense", "wiki": "1.00", "ARC-Easy": _task(dense)}
+            body.insert(0, list(cells.values()))
         parts.append(f"{ratio:.0%} removed:\n\n{table(HEAD, body)}" if body else f"{ratio:.0%}: no rows yet")
     return "\n\n".join(parts)
 
@@ -354,6 +386,10 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
     return f"{max(found):.2f}", f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}"
 
 
+def _task(row: dict[str, Any]) -> str:
+    return f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     texts, seconds = row["texts"], row["seconds"]
     wiki = texts["wikitext2"]
@@ -362,7 +398,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         _method(row), text, f"{wiki['x_dense']:.2f}", f"{wiki['kl']:.3f}",
         f"{wiki['top1_agreement']:.1%}", *(f"{texts[t]['x_dense']:.2f}" if t in texts else "–" for t in SHIFTED),
-        *_spread(row), f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–",
+        *_spread(row), _task(row),
         f"{spent / row['dense_pass']:.1f}" if row.get("dense_pass") else "–",
         f"{row['peak_memory_bytes'] / 1e9:.1f}" if row.get("peak_memory_bytes") else "–",
     ]  # fmt: skip
