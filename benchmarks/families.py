@@ -1,4 +1,4 @@
-"""Every family through the conformance suite (slimexport/testing.py): the table of `slimexport architectures`.
+"""Every family through the conformance suite (slimexport.testing): the table of `slimexport architectures`.
 
     python benchmarks/families.py [--only llama,gpt2]
 

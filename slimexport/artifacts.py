@@ -256,7 +256,7 @@ class ExportArtifact:
     files: Mapping[str, str]  # name -> sha256
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    kv_heads: tuple[int, ...]  # per block
+    kv_heads: tuple[int, ...]  # per block; 0: it has states instead
     head_dim: int
     left_padding: bool  # whether the graph is right with left padding; where not, the runtime refuses it
     notes: tuple[str, ...] = ()

@@ -181,7 +181,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
     model_config, architecture = load_config(config, located)
-    stored = "float32" if located.gguf else _check_safetensors(located)
+    stored = "float32" if located.gguf else _check_safetensors(located, _kept_in_float32(model_config))
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
     if located.gguf:
@@ -241,6 +241,16 @@ def load_model(config: RunConfig) -> LoadedModel:
     return LoadedModel(model, tokenizer, architecture, source)
 
 
+def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps parameter `name` in float32 in a model of precision `dtype` (routers, mostly)."""
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return any(f".{part}." in f".{name}." for part in kept)
+
+
 def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBase:
     """Raises BadInputError where the source holds no tokenizer that transformers can read."""
     from transformers import AutoTokenizer
@@ -257,10 +267,20 @@ def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_safetensors(located: Located) -> str:
+def _kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:
+    """Parts of the names of what transformers keeps in float32, whatever the precision of the rest."""
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    kind = known.get(type(config), None)
+    return frozenset(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def _check_safetensors(located: Located, apart: frozenset[str]) -> str:
     """Names the file that is missing or cut short; safetensors' own message does not.
 
-    Returns the precision of the tensors, the widest where they differ: what config.json says of it may be wrong.
+    Returns the precision of the tensors, the widest where they differ: what config.json says of it may be wrong. Those
+    whose names have a part in `apart` do not count.
     """
     directory, found = located.directory, set[str]()
     index = directory / "model.safetensors.index.json"
@@ -284,7 +304,7 @@ def _check_safetensors(located: Located) -> str:
                     ".save_pretrained(NEW_DIR), which writes safetensors."
                 )
             raise BadInputError(f"{located.name}: {name} is missing.")
-        found |= _check_safetensors_file(path)
+        found |= _check_safetensors_file(path, apart)
     if unknown := found - set(PRECISIONS):
         raise BadInputError(
             f"{located.name} holds tensors of type {', '.join(sorted(unknown))}; "
@@ -293,7 +313,7 @@ def _check_safetensors(located: Located) -> str:
     return next((name for code, name in PRECISIONS.items() if code in found), "float32")
 
 
-def _check_safetensors_file(path: Path) -> set[str]:
+def _check_safetensors_file(path: Path, apart: frozenset[str]) -> set[str]:
     """The types of its floating-point tensors, as safetensors writes them. Raises BadInputError."""
     size = path.stat().st_size
     with open(path, "rb") as stream:
@@ -310,7 +330,11 @@ def _check_safetensors_file(path: Path) -> set[str]:
             raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
     if end != size:
         raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
-    types = {str(v.get("dtype")) for k, v in header.items() if k != "__metadata__"}
+    types = {
+        str(v.get("dtype"))
+        for k, v in header.items()
+        if k != "__metadata__" and not any(f".{part}." in f".{k}." for part in apart)
+    }
     return {t for t in types if t.startswith(("F", "BF"))}
 
 

@@ -29,7 +29,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class KVState:
-    """A KV cache on the session's device: one OrtValue [batch, kv_heads, length, head_dim] per cache input."""
+    """A cache on the session's device: one OrtValue per cache input, [batch, kv_heads, length, head_dim] where it
+    holds keys or values."""
 
     values: tuple[Any, ...]
     batch: int
@@ -194,10 +195,15 @@ class OnnxDecoder:
     def _empty_cache(self, batch: int) -> tuple[Any, ...]:
         from onnxruntime import OrtValue
 
-        return tuple(
-            OrtValue.ortvalue_from_shape_and_type([batch, c.heads, 0, c.head_dim], c.element, self._device)
-            for c in self.signature.caches
+        shapes = [[batch, *(size or 0 for size in c.shape)] for c in self.signature.caches]
+        empty = tuple(
+            OrtValue.ortvalue_from_shape_and_type(shape, c.element, self._device)
+            for shape, c in zip(shapes, self.signature.caches, strict=True)
         )
+        for value, c in zip(empty, self.signature.caches, strict=True):
+            if None not in c.shape:  # a state begins with zeros, and memory does not
+                value.update_inplace(np.zeros(value.shape(), np.float32 if c.itemsize == 4 else np.float16))
+        return empty
 
 
 def require_provider(provider: str) -> None:

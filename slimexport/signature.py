@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,20 +19,20 @@ _FLOATS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 _ROLES = ("input_ids", "attention_mask", "position_ids")
 # past_key_values.0.key and present.0.value (mobius), past_key_values.layers.0.keys (transformers.exporters)
-_CACHE_NAME = re.compile(r"\.(\d+)\.(?:\w+\.)*(key|value)s?$")
+_CACHE_NAME = re.compile(r"\.(\d+)\.(?:\w+\.)*(?:(key|value)s?|(conv_state|recurrent_state))$")
 
-_Slot = tuple[int, str]  # block, "key" | "value"
+_Slot = tuple[int, str]  # block, "key" | "value" | "conv_state" | "recurrent_state"
 
 
 @dataclass(frozen=True)
 class CacheInput:
-    """One cache input, the output that continues it, and the sizes of [batch, heads, length, head_dim]."""
+    """One cache input, the output that continues it, and its sizes after the batch: (heads, None, head_dim) of keys
+    and values, whose length grows; all fixed for the state of a convolution or of linear attention."""
 
     block: int
     past: str
     present: str
-    heads: int
-    head_dim: int
+    shape: tuple[int | None, ...]
     element: int  # TensorProto code
     itemsize: int
 
@@ -42,13 +43,15 @@ class Signature:
 
     inputs: Mapping[str, tuple[str, Any]]
     logits: str
-    caches: tuple[CacheInput, ...]  # ordered by block, key before value
+    caches: tuple[CacheInput, ...]  # ordered by block, a key before its value
     fixed_batch: int | None  # None: any
     vocab_size: int | None  # None: symbolic
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return sum(cache.heads * cache.head_dim * cache.itemsize for cache in self.caches)
+        """What one more token adds."""
+        grown = [cache for cache in self.caches if None in cache.shape]
+        return sum(math.prod(size or 1 for size in cache.shape) * cache.itemsize for cache in grown)
 
 
 def read_signature(session: Any, path: Path, artifact: ExportArtifact | None) -> Signature:
@@ -86,6 +89,11 @@ def read_signature(session: Any, path: Path, artifact: ExportArtifact | None) ->
 
 
 def _cache(slot: _Slot, value: Any, present: str, path: Path, artifact: ExportArtifact | None) -> CacheInput:
+    if slot[1].endswith("state"):
+        _, *sizes = value.shape
+        if value.type not in _FLOATS or not all(isinstance(size, int) for size in sizes):
+            raise BadInputError(f"{path}: state {value.name} is {value.type} {value.shape}: its sizes must be fixed.")
+        return CacheInput(slot[0], value.name, present, tuple(sizes), *_FLOATS[value.type])
     if value.type not in _FLOATS or len(value.shape) != 4:
         raise BadInputError(f"{path}: cache input {value.name} is {value.type} {value.shape}, not [b, h, t, d].")
     _, heads, _, head_dim = value.shape
@@ -94,9 +102,9 @@ def _cache(slot: _Slot, value: Any, present: str, path: Path, artifact: ExportAr
         head_dim = head_dim if isinstance(head_dim, int) else artifact.head_dim
     if not (isinstance(heads, int) and isinstance(head_dim, int)):
         raise BadInputError(f"{path}: cache input {value.name} has symbolic sizes {value.shape} and no manifest.")
-    return CacheInput(slot[0], value.name, present, heads, head_dim, *_FLOATS[value.type])
+    return CacheInput(slot[0], value.name, present, (heads, None, head_dim), *_FLOATS[value.type])
 
 
 def _slot(name: str) -> _Slot | None:
     match = _CACHE_NAME.search(name)
-    return (int(match[1]), match[2]) if match else None
+    return (int(match[1]), match[2] or match[3]) if match else None

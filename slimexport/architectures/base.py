@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import requires, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from slimexport.architectures.family import Family, Kept
 from slimexport.architectures.weights import (
     CHANNELS,
     EXPERTS,
+    GATED_QUERY,
     HEAD_DIM,
     KEY_VALUE,
     KV_GROUPS,
@@ -57,6 +59,8 @@ class Architecture:
     experts: int = 1
     active_experts: int = 1  # that see a token
     shared_channels: int = 0  # of an expert that sees every token and is left dense
+    block_flags: tuple[frozenset[str], ...] = ()  # of every block, where blocks are of several kinds
+    fixed_axes: Mapping[str, int] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -69,7 +73,7 @@ class Architecture:
             blocks = tuple(family.sizes_of(c) for c in config.per_layer_config)
         except ValueError as error:
             raise BadInputError(f"{error}.") from error
-        fields = {w.when.lstrip("!") for w in family.block_weights + family.model_weights if w.when}
+        fields = {c.lstrip("!") for w in family.block_weights + family.model_weights for c in w.conditions}
         flags = {name for name in fields if getattr(config, name, False)}
         if family.flags is not None:
             flags |= set(family.flags(config))
@@ -89,6 +93,8 @@ class Architecture:
             experts=getattr(config, family.experts_field) if family.experts else 1,
             active_experts=config.num_experts_per_tok if family.experts else 1,
             shared_channels=getattr(config, family.shared_channels_field) if family.shared_channels_field else 0,
+            block_flags=_flags_of_blocks(family, config),
+            fixed_axes=dict(family.fixed_axes(config)) if family.fixed_axes else {},
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -96,16 +102,36 @@ class Architecture:
 
     # -------------------------------------------------------------------------------------------------- the table
 
+    @cached_property
+    def by_block(self) -> tuple[Architecture, ...]:
+        """This architecture as each block knows it: where blocks are of several kinds, only what is asked of one of
+        these says what that block has."""
+        if not self.block_flags:
+            return (self,) * len(self.blocks)
+        return tuple(dataclasses.replace(self, flags=self.flags | own, block_flags=()) for own in self.block_flags)
+
     def _exists(self, weight: Weight) -> bool:
-        if weight.when is None:
-            return True
-        if weight.when.startswith("!"):
-            return weight.when[1:] not in self.flags
-        return weight.when in self.flags
+        return all((c[1:] not in self.flags) if c[0] == "!" else (c in self.flags) for c in weight.conditions)
 
     def block_weights(self) -> Iterator[Weight]:
         """Weights that a block of this model has."""
         return (w for w in self.family.block_weights if self._exists(w))
+
+    @cached_property
+    def has_heads(self) -> bool:
+        """Whether this block has heads that can be taken out one by one."""
+        return any(w.name == self.family.attention_weight and w.runs_along(QUERY) for w in self.block_weights())
+
+    @cached_property
+    def has_channels(self) -> bool:
+        """Whether this block has channels of the kind that is pruned."""
+        return any(w.name == self.family.ffn_weight and w.runs_along(CHANNELS) for w in self.block_weights())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The modules of this block whose inputs are pruned."""
+        heads = (self.family.attention_output,) if self.has_heads else ()
+        return heads + ((self.family.ffn_output,) if self.has_channels else ())
 
     def is_transposed(self, name: str) -> bool:
         """Of the output matrix called `name`: whether it is stored as [in, out]."""
@@ -116,7 +142,7 @@ class Architecture:
             return sum(self.axis_size(part, sizes) for part in axis.parts)
         fixed = {
             RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab, POSITIONS: self.positions,
-            EXPERTS: self.experts, SHARED: self.shared_channels, ONE: 1,
+            EXPERTS: self.experts, SHARED: self.shared_channels, ONE: 1, **self.fixed_axes,
         }  # fmt: skip
         if axis in fixed:
             return fixed[axis]
@@ -127,6 +153,7 @@ class Architecture:
         """Everything that a block's axes and its modules' attributes can be as long as."""
         return {
             QUERY: sizes.query_heads * self.head_dim,
+            GATED_QUERY: 2 * sizes.query_heads * self.head_dim,
             KEY_VALUE: sizes.kv_groups * self.head_dim,
             CHANNELS: sizes.channels,
             QUERY_HEADS: sizes.query_heads,
@@ -142,13 +169,15 @@ class Architecture:
         shapes = {
             w.name: tuple(self.axis_size(a) for a in w.axes) for w in self.family.model_weights if self._exists(w)
         }
-        for i, sizes in enumerate(self.blocks):
-            for name, shape in self.block_shapes(sizes).items():
+        for i, (own, sizes) in enumerate(zip(self.by_block, self.blocks, strict=True)):
+            for name, shape in own.block_shapes(sizes).items():
                 shapes[f"{self.family.blocks}.{i}.{name}"] = shape
         return shapes
 
     def plain_config_can_say(self, sizes: BlockSizes) -> bool:
-        """Whether a config without per-block sizes accepts this head count."""
+        """Whether a config without per-block sizes can say these."""
+        if not self.family.channels_of_experts_alone and sizes.channels != self.blocks[0].channels:
+            return False
         heads, dense = ((s.kv_groups, s.heads_per_group) for s in (sizes, self.blocks[0]))
         if self.family.guessed and heads != dense:
             return False
@@ -160,7 +189,7 @@ class Architecture:
 
     def legal_heads(self, dense: BlockSizes) -> list[tuple[int, int]]:
         """(KV groups, query heads per group) that a block of sizes `dense` may be left with."""
-        if not self.family.heads_prunable:
+        if not self.family.heads_prunable or not self.has_heads:
             return [(dense.kv_groups, dense.heads_per_group)]
         return [(g, h) for g in range(1, dense.kv_groups + 1) for h in range(1, dense.heads_per_group + 1)]
 
@@ -170,9 +199,13 @@ class Architecture:
         """Entries of the block's matrices (q, k, v, o, gate, up, down): what `ratio` is a share of."""
         return self._entries(sizes)
 
+    def linear_parameters(self, blocks: Iterable[BlockSizes]) -> int:
+        """Those of all blocks, of these sizes."""
+        return sum(own.block_linear_parameters(sizes) for own, sizes in zip(self.by_block, blocks, strict=True))
+
     def attention_parameters(self, sizes: BlockSizes) -> int:
         """The part of `block_linear_parameters` that runs along heads."""
-        return self._entries(sizes, QUERY, KEY_VALUE)
+        return self._entries(sizes, QUERY, GATED_QUERY, KEY_VALUE)
 
     def channel_parameters(self) -> int:
         """Matrix entries that one channel of one block costs."""
@@ -185,24 +218,35 @@ class Architecture:
             if weight.is_matrix and (not along or weight.runs_along(*along))
         )
 
+    def left_dense_parameters(self, sizes: BlockSizes) -> int:
+        """Entries of the block's matrices that nothing is taken out of: routers, shared experts, what blocks of
+        another kind have."""
+        return sum(
+            math.prod(self.axis_size(axis, sizes) for axis in weight.axes)
+            for weight in self.block_weights()
+            if len(weight.axes) > 1 and not weight.is_matrix
+        )
+
     def estimates(self, bytes_per_parameter: int) -> Estimates:
         """Sizes, streamed bytes and FLOPs of this architecture, from the table alone."""
         total = sum(math.prod(s) for s in self.shapes().values())
-        linear = sum(self.block_linear_parameters(s) for s in self.blocks)
+        linear = self.linear_parameters(self.blocks)
+        each = list(zip(self.by_block, self.blocks, strict=True))
+        left_dense = sum(own.left_dense_parameters(sizes) for own, sizes in each)
         # Of experts a token reads and multiplies those it is sent to.
-        idle = sum(s.channels for s in self.blocks) * self.channel_parameters()
+        idle = sum(sizes.channels * own.channel_parameters() for own, sizes in each)
         idle -= idle * self.active_experts // self.experts
         embedding = self.vocab * self.hidden
         # A decoded token reads every weight once, except the embedding tables, of which it reads one row; a tied
         # table is read as lm_head. FLOPs: two per multiply-add.
         streamed = total - idle - (0 if self.tied else embedding) - self.positions * self.hidden
-        kv = sum(2 * s.kv_groups * self.head_dim for s in self.blocks)
+        kv = sum(2 * sizes.kv_groups * self.head_dim for own, sizes in each if own.has_heads)
         return Estimates(
             parameters=total,
             block_parameters=linear,
             bytes=total * bytes_per_parameter,
             decode_bytes_per_token=streamed * bytes_per_parameter,
-            prefill_flops_per_token=2 * (linear - idle + embedding),
+            prefill_flops_per_token=2 * (linear + left_dense - idle + embedding),
             kv_cache_bytes_per_token=kv * bytes_per_parameter,
         )
 
@@ -216,9 +260,10 @@ class Architecture:
             return list(kept.channels)
         if axis in (QUERY_HEADS, KV_GROUPS):
             return list(kept.query_heads if axis == QUERY_HEADS else kept.kv_groups)
-        if axis in (QUERY, KEY_VALUE):
-            heads = kept.query_heads if axis == QUERY else kept.kv_groups
-            return [h * self.head_dim + d for h in heads for d in range(self.head_dim)]
+        if axis in (QUERY, GATED_QUERY, KEY_VALUE):
+            heads = kept.kv_groups if axis == KEY_VALUE else kept.query_heads
+            width = 2 * self.head_dim if axis == GATED_QUERY else self.head_dim
+            return [h * width + d for h in heads for d in range(width)]
         return None
 
     def fused_index(self, axis: Fused, kept: Kept) -> list[tuple[str, list[int]]]:
@@ -243,7 +288,7 @@ class Architecture:
         """`tensor` [axis sizes of the dense block] with only the kept positions, contiguous."""
         import torch
 
-        if weight.axes[0] == EXPERTS and kept.experts > 1:
+        if weight.is_per_expert and kept.experts > 1:
             one = dataclasses.replace(weight, axes=weight.axes[1:])
             return torch.stack([self.slice_weight(one, part, kept.of_expert(e)) for e, part in enumerate(tensor)])
         for dim, axis in enumerate(weight.axes):
@@ -268,6 +313,14 @@ class Architecture:
                 raise BadInputError(
                     f"{where}: tensor {name} has shape {list(shapes[name])}, but the config asks for {list(shape)}."
                 )
+
+
+def _flags_of_blocks(family: Family, config: Any) -> tuple[frozenset[str], ...]:
+    """Nothing where all blocks are of one kind."""
+    if family.block_flags is None:
+        return ()
+    flags = tuple(frozenset(family.block_flags(config, i)) for i in range(config.num_hidden_layers))
+    return flags if len(set(flags)) > 1 or any(flags) else ()
 
 
 def _dense_heads(family: Family, config: Any) -> int:

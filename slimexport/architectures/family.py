@@ -42,8 +42,14 @@ class Family:
     shared_channels_field: str | None = None
     head_dim_field: str | None = "head_dim"  # None: it is always hidden size / query heads
     positions: Callable[[Any], int] | None = None  # config -> rows of the table of learned positions
+    channels: Callable[[Any], int] | None = None  # config -> channels, where channels_field does not say it alone
+    settled: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields of a pruned model's config: sizes are what they say
     kv_groups: Callable[[Any], int] | None = None  # config -> groups, where kv_groups_field does not say it alone
     flags: Callable[[Any], Iterable[str]] | None = None  # config -> names for `Weight.when` that are no fields
+    block_flags: Callable[[Any, int], Iterable[str]] | None = None  # config, block -> names for `Weight.when` there
+    fixed_axes: Callable[[Any], Mapping[str, int]] | None = None  # config -> lengths of axes that are never sliced
     refusal: Callable[[Any], str | None] | None = None  # config -> why a model like this cannot be pruned
 
     # How the block adds up
@@ -53,6 +59,11 @@ class Family:
     guessed: bool = False  # nobody read whether a config without sizes per block may say other head counts
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
     heads_divide_hidden: bool = False
+
+    no_graph: str = ""  # why no builder can write its graph
+    without_heads: str = ""  # what blocks without attention heads have instead
+    without_channels: str = ""  # why some blocks have no channels of the kind that is pruned
+    channels_of_experts_alone: bool = True  # False: channels_field says the width of a shared expert too
 
     @property
     def attention_weight(self) -> str:
@@ -78,7 +89,7 @@ class Family:
             groups = (self.kv_groups_field and getattr(config, self.kv_groups_field, None)) or heads
         if heads % groups:
             raise ValueError(f"{self.query_heads_field} {heads} is not a multiple of {self.kv_groups_field} {groups}")
-        channels = getattr(config, self.channels_field)
+        channels = self.channels(config) if self.channels else getattr(config, self.channels_field)
         return BlockSizes(groups, heads // groups, channels or 4 * config.hidden_size)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 RESIDUAL = "residual"
 QUERY = "query"  # query heads x head_dim
+GATED_QUERY = "gated_query"  # query heads x 2 head_dim: of each head its query, then the gate of its output
 KEY_VALUE = "key_value"  # KV groups x head_dim
 CHANNELS = "channels"
 QUERY_HEADS = "query_heads"  # one entry for each query head
@@ -17,6 +18,8 @@ POSITIONS = "positions"  # learned position embeddings
 EXPERTS = "experts"  # one slice for each expert, of which each keeps channels of its own
 ONE = "one"
 SHARED = "shared_channels"  # of an expert that sees every token; never sliced
+DENSE_CHANNELS = "dense_channels"  # of an FFN without experts in a model of experts; never sliced
+DENSE = "dense"  # the flag of blocks that have one
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ def parts_of(axis: Axis) -> tuple[str, ...]:
 class Weight:
     """One tensor, its dimensions in the order in which they are stored ([out, in] for Linear, [in, out] for Conv1D).
 
-    `when` names the config field that must be true for it to exist ("!x": must be false).
+    `when` names the config field, or the flag of its block, that must be true for it to exist ("!x": must be false;
+    "x and y": both).
     """
 
     name: str
     axes: tuple[Axis, ...]
     when: str | None = None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return tuple(self.when.split(" and ")) if self.when else ()
 
     def runs_along(self, *axes: str) -> bool:
         return any(part in axes for axis in self.axes for part in parts_of(axis))
@@ -52,7 +60,12 @@ class Weight:
     @property
     def is_matrix(self) -> bool:
         """Whether it stands between the residual and heads or channels: what `ratio` is a share of."""
-        return RESIDUAL in self.axes and self.runs_along(QUERY, KEY_VALUE, CHANNELS)
+        return RESIDUAL in self.axes and self.runs_along(QUERY, GATED_QUERY, KEY_VALUE, CHANNELS)
+
+    @property
+    def is_per_expert(self) -> bool:
+        """Whether it holds a matrix of every expert, of which each loses channels of its own."""
+        return self.axes[:1] == (EXPERTS,) and self.runs_along(CHANNELS)
 
     @property
     def transposed(self) -> bool:
@@ -81,6 +94,11 @@ def norms(*names: str, bias: str | None = None) -> tuple[Weight, ...]:
     return tuple(weight for name in names for weight in norm(name, bias=bias))
 
 
+def where(condition: str, weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """`weights` of blocks for which `condition` holds (`Weight.when`)."""
+    return tuple(replace(w, when=" and ".join((condition, *w.conditions))) for w in weights)
+
+
 def attention_weights(
     prefix: str = "self_attn",
     *,
@@ -88,10 +106,11 @@ def attention_weights(
     o_bias: str | None = None,
     output: str = "o_proj",
     head_norms: tuple[str, ...] = (),
+    query: str = QUERY,
 ) -> tuple[Weight, ...]:
     """Separate q, k, v and output projections; `head_norms` are RMSNorms over a head."""
     made = [
-        *linear(f"{prefix}.q_proj", QUERY, RESIDUAL, qkv_bias),
+        *linear(f"{prefix}.q_proj", query, RESIDUAL, qkv_bias),
         *linear(f"{prefix}.k_proj", KEY_VALUE, RESIDUAL, qkv_bias),
         *linear(f"{prefix}.v_proj", KEY_VALUE, RESIDUAL, qkv_bias),
         *linear(f"{prefix}.{output}", RESIDUAL, QUERY, o_bias),
@@ -99,12 +118,19 @@ def attention_weights(
     return (*made, *(Weight(f"{prefix}.{name}.weight", (HEAD_DIM,)) for name in head_norms))
 
 
-def gated_ffn(prefix: str = "mlp", *, bias: str | None = None) -> tuple[Weight, ...]:
+def gated_ffn(
+    prefix: str = "mlp",
+    *,
+    bias: str | None = None,
+    along: str = CHANNELS,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Weight, ...]:
     """gate, up and down."""
+    gate, up, down = (f"{prefix}.{name}" for name in names)
     return (
-        *linear(f"{prefix}.gate_proj", CHANNELS, RESIDUAL, bias),
-        *linear(f"{prefix}.up_proj", CHANNELS, RESIDUAL, bias),
-        *linear(f"{prefix}.down_proj", RESIDUAL, CHANNELS, bias),
+        *linear(gate, along, RESIDUAL, bias),
+        *linear(up, along, RESIDUAL, bias),
+        *linear(down, RESIDUAL, along, bias),
     )
 
 
@@ -122,6 +148,19 @@ def expert_ffn(prefix: str, router: str) -> tuple[Weight, ...]:
         Weight(f"{router}.weight", (EXPERTS, RESIDUAL)),
         Weight(f"{prefix}.gate_up_proj", (EXPERTS, Fused((CHANNELS, CHANNELS)), RESIDUAL)),
         Weight(f"{prefix}.down_proj", (EXPERTS, RESIDUAL, CHANNELS)),
+    )
+
+
+def mixed_ffn(
+    *more: Weight, prefix: str = "mlp", bias: str | None = None, names: tuple[str, str, str] | None = None
+) -> tuple[Weight, ...]:
+    """Experts, with `more` beside them, in some blocks, and in those with the flag DENSE an FFN without, which is left
+    dense: its channels are of another kind than the experts'."""
+    named = {} if names is None else {"names": names}
+    return (
+        *where(f"!{DENSE}", expert_ffn(f"{prefix}.experts", f"{prefix}.gate")),
+        *where(f"!{DENSE}", more),
+        *where(DENSE, gated_ffn(prefix, bias=bias, along=DENSE_CHANNELS, **named)),
     )
 
 

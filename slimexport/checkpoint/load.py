@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.weights import (
     CHANNELS,
+    GATED_QUERY,
     KEY_VALUE,
     KV_GROUPS,
     QUERY,
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
+
+
+SIZES = (QUERY, GATED_QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS)  # axes whose lengths differ by block
 
 
 def load(
@@ -94,8 +98,8 @@ def per_block_table(architecture: Architecture) -> dict[str, Any]:
         "channels": family.channels_field,
         "weights": {
             weight.name: [_along(axis) for axis in weight.axes]
-            for weight in architecture.block_weights()
-            if weight.runs_along(QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS)
+            for weight in dict.fromkeys(w for own in architecture.by_block for w in own.block_weights())
+            if weight.runs_along(*SIZES)
         },
         "attributes": dict(family.attributes),
         "reads_config": list(family.reads_config),
@@ -105,4 +109,4 @@ def per_block_table(architecture: Architecture) -> dict[str, Any]:
 def _along(axis: Axis) -> str | list[str] | None:
     if isinstance(axis, Fused):
         return list(axis.parts)
-    return axis if axis in (QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS) else None
+    return axis if axis in SIZES else None

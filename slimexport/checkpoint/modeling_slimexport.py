@@ -60,9 +60,11 @@ class PerBlockSizes:
         for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
             if hasattr(plain, name):
                 setattr(config, name, getattr(plain, name))
+        given = self.config
         for module in self.modules():
-            if hasattr(module, "config"):
-                # One config object for all, so that set_attn_implementation() reaches every block.
+            if getattr(module, "config", None) is given:
+                # One config object for all, so that set_attn_implementation() reaches every block. Some modules have
+                # another one of their own (Granite's rotary positions, whose base differs by block).
                 module.config = config
         for block, own in zip(self.get_submodule(self.table["blocks"]), config.per_layer_config, strict=True):
             sizes = named_sizes(self.table, own)
@@ -73,7 +75,9 @@ class PerBlockSizes:
                 f: getattr(own, f) for f in map(self.table.get, ("heads", "groups", "channels")) if type(f) is str
             }
             for name in self.table["reads_config"]:
-                block.get_submodule(name).config = BlockConfig.over(config, fields)
+                reader: Any = module_of(block, name)
+                if reader is not None:
+                    reader.config = BlockConfig.over(config, fields)
         self.post_init()
 
 
@@ -86,6 +90,7 @@ def named_sizes(table: dict[str, Any], own: Any) -> dict[str, int]:
         groups = getattr(own, groups)
     return {
         "query": heads * table["head_dim"],
+        "gated_query": 2 * heads * table["head_dim"],
         "key_value": groups * table["head_dim"],
         "channels": getattr(own, table["channels"]),
         "query_heads": heads,
@@ -97,9 +102,9 @@ def named_sizes(table: dict[str, Any], own: Any) -> dict[str, int]:
 def resize(block: nn.Module, name: str, axes: list[Any], sizes: dict[str, int]) -> None:
     """Gives weight `name` the shape that `sizes` ask for; what it holds is lost where that is another one."""
     path, _, leaf = name.rpartition(".")
-    module = block.get_submodule(path)
+    module = module_of(block, path)
     old = getattr(module, leaf, None)
-    if old is None:
+    if module is None or old is None:
         return
     shape = [
         length if axis is None else sum(sizes[part] for part in ([axis] if isinstance(axis, str) else axis))
@@ -110,9 +115,20 @@ def resize(block: nn.Module, name: str, axes: list[Any], sizes: dict[str, int]) 
     put_weight(module, leaf, old.new_empty(shape))
 
 
+def module_of(block: nn.Module, path: str) -> "nn.Module | None":
+    """None in a block of another kind, which has no such module."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def put_weight(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    """Makes `tensor`, of whatever size, the parameter `leaf` of `module`."""
+    """Makes `tensor`, of whatever size, the parameter `leaf` of `module`; the buffer, where it is one."""
     old = getattr(module, leaf)
+    if not isinstance(old, nn.Parameter):
+        setattr(module, leaf, tensor)
+        return
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = tensor.shape
@@ -124,8 +140,8 @@ def set_sizes(block: nn.Module, attributes: Mapping[str, str], sizes: dict[str, 
     """Corrects what the modules of `block` remember of their sizes."""
     for name, size in attributes.items():
         path, _, leaf = name.rpartition(".")
-        module = block.get_submodule(path)
-        if hasattr(module, leaf):
+        module = module_of(block, path)
+        if module is not None and hasattr(module, leaf):
             setattr(module, leaf, sizes[size])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pprint
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,16 +42,25 @@ def save_checkpoint(
 
     `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256.
     """
+    import transformers
+
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
+    _keep_sentencepiece(tokenizer, directory)
     path = directory / "config.json"
     data = read_json(path)
     _add_old_rope_fields(data)
     data.pop("auto_map", None)  # of the checkpoint that this one was made from
     if "per_layer_config" in data:
-        base = type(model).__name__
-        data["auto_map"] = {"AutoModelForCausalLM": f"{modeling_slimexport.__name__.rpartition('.')[2]}.{base}"}
-        write_text(directory / "modeling_slimexport.py", _modelling_file(base, per_block_table(architecture)))
+        module, base, inner = modeling_slimexport.__name__.rpartition(".")[2], type(model), type(model.base_model)
+        table = per_block_table(architecture)
+        classes = {"AutoModelForCausalLM": (base.__name__, table)}
+        if hasattr(transformers, inner.__name__):
+            # vLLM's transformers backend, and whoever wants hidden states, asks for the model without its head.
+            blocks = table["blocks"].removeprefix(f"{model.base_model_prefix}.")
+            classes["AutoModel"] = (inner.__name__, {**table, "blocks": blocks})
+        data["auto_map"] = {auto: f"{module}.{name}" for auto, (name, _) in classes.items()}
+        write_text(directory / "modeling_slimexport.py", _modelling_file(dict(classes.values())))
     write_json(path, data)
     write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
                                                "allocation": plan.allocation, "layout": plan.layout,
@@ -59,6 +69,14 @@ def save_checkpoint(
     for file in directory.iterdir():
         file.chmod(0o644)  # transformers writes weights for the owner's eyes only
     return sha256_tree(directory)
+
+
+def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """transformers 5 writes tokenizer.json alone; llama.cpp's converter wants Gemma's and other families' own file."""
+    given = Path(str(tokenizer.name_or_path), "tokenizer.model")
+    kept = directory / given.name
+    if given.is_file() and not kept.exists():
+        shutil.copyfile(given, kept)
 
 
 def _add_old_rope_fields(data: dict[str, Any]) -> None:
@@ -70,10 +88,13 @@ def _add_old_rope_fields(data: dict[str, Any]) -> None:
             data.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
 
 
-def _modelling_file(base: str, table: dict[str, Any]) -> str:
+def _modelling_file(tables: dict[str, dict[str, Any]]) -> str:
+    """One class for each stock class that is named."""
     source = Path(modeling_slimexport.__file__).read_text(encoding="utf-8")
-    literal = pprint.pformat(table, indent=4, width=100, sort_dicts=False).replace("\n", "\n    ")
-    return source + f"\n\nclass {base}(PerBlockSizes, transformers.{base}):\n    table = {literal}\n"
+    for base, table in tables.items():
+        literal = pprint.pformat(table, indent=4, width=100, sort_dicts=False).replace("\n", "\n    ")
+        source += f"\n\nclass {base}(PerBlockSizes, transformers.{base}):\n    table = {literal}\n"
+    return source
 
 
 def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> float:

@@ -23,16 +23,17 @@ def bias_fields(architecture: Architecture, *, required: bool) -> set[str]:
     """
     known = {w.name: w for w in architecture.family.block_weights}
     fields: set[str] = set()
+    of_blocks = frozenset[str]().union(*architecture.block_flags)
     for module in (architecture.family.attention_output, architecture.family.ffn_output):
         weight = known.get(f"{module}.bias")
-        if weight is None or (weight.when or "").startswith("!"):
+        if weight is None or any(condition.startswith("!") for condition in weight.conditions):
             if required:
                 raise BadInputError(
                     f"The family {architecture.family.model_type} has no bias on {module}: use --bias-compensation "
                     "auto (then what it would compensate is lost there), or another criterion."
                 )
-        elif weight.when is not None and weight.when not in architecture.flags:
-            fields.add(weight.when)
+        else:
+            fields |= set(weight.conditions) - architecture.flags - of_blocks
     return fields
 
 
@@ -46,9 +47,10 @@ def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
     fields = bias_fields(architecture, required=required)
     if not fields:
         return loaded
-    for block in loaded.model.get_submodule(architecture.family.blocks):
-        for weight in architecture.family.block_weights:
-            if weight.when in fields:
+    grown = dataclasses.replace(architecture, flags=architecture.flags | fields)
+    for block, own in zip(loaded.model.get_submodule(architecture.family.blocks), grown.by_block, strict=True):
+        for weight in own.block_weights():
+            if fields.intersection(weight.conditions):
                 path, _, leaf = weight.name.rpartition(".")
                 module_ = block.get_submodule(path)
                 like = module_.get_parameter("weight")
@@ -58,6 +60,4 @@ def with_output_biases(loaded: LoadedModel, *, required: bool) -> LoadedModel:
     for name in fields:
         setattr(config, name, True)
     loaded.model.config = config
-    return dataclasses.replace(
-        loaded, architecture=dataclasses.replace(architecture, flags=architecture.flags | fields)
-    )
+    return dataclasses.replace(loaded, architecture=grown)

@@ -96,7 +96,7 @@ class Block:
     def _prune_heads(self) -> tuple[list[torch.Tensor] | None, tuple[float, float]]:
         """The inputs of the pruned o_proj, per batch, and the errors before and after compensation."""
         whole = (self.keep.kv_groups, self.keep.heads_per_group) == (self.dense.kv_groups, self.dense.heads_per_group)
-        if whole and self.targets is None:
+        if not self.architecture.has_heads or (whole and self.targets is None):
             return None, (0.0, 0.0)
         name = self.family.attention_output
         targets = None if self.targets is None else self.architecture.hidden
@@ -135,7 +135,7 @@ class Block:
         whole = self.keep.channels == self.dense.channels
         # Experts are not fitted: what one of them should add is not known apart from what the others do.
         targets = None if experts else self.targets
-        if whole and targets is None:
+        if not self.architecture.has_channels or (whole and targets is None):
             return 0.0, 0.0
         name = self.family.ffn_output
         moments = [

@@ -20,7 +20,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
 from slimexport.artifacts import BlockSizes, BlockTrace, check_identity, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
-from slimexport.pruning.shrink import shrink_block
+from slimexport.pruning.shrink import shrink_block, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,14 +103,15 @@ class DirectorySink:
             raise BadInputError(f"{tensors} does not match its hash; start over with --force.")
         trace = from_dict(BlockTrace, data, str(meta))
         kept = kept_of(trace, self._architecture.blocks[index], self._architecture.experts)
-        shrink_block(block, self._architecture, kept, load_file(tensors))
+        shrink_block(block, self._architecture.by_block[index], kept, load_file(tensors))
         return trace
 
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
         from safetensors.torch import save
 
         tensors, meta = self._paths(index)
-        state = {w.name: block.get_parameter(w.name).detach().cpu() for w in self._architecture.block_weights()}
+        weights = self._architecture.by_block[index].block_weights()
+        state = {w.name: stored(block, w.name).detach().cpu() for w in weights}
         payload = save(state)
         partial = tensors.with_suffix(".partial")
         with open(partial, "wb") as stream:

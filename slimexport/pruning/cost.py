@@ -66,18 +66,18 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
     """FLOPs in the precision of the forward passes, and in float64."""
     single = double = 0.0
     hidden = architecture.hidden
-    for dense, kept in zip(plan.dense, plan.blocks, strict=True):
-        heads, channels = dense.query_heads * architecture.head_dim, dense.channels
+    for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
+        heads, channels = _columns(dense, own), dense.channels
         scores = 2 * tokens * length * heads  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
-            single += 2 * tokens * architecture.attention_parameters(dense) + scores + 2 * tokens * heads**2
+            single += 2 * tokens * own.attention_parameters(dense) + scores + 2 * tokens * heads**2
             double += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
         if channels != kept.channels:
             # A token goes to some of the experts, and each of these has an H of its own.
             active = architecture.active_experts
-            single += 2 * tokens * _channel_parameters(architecture) * channels + 2 * tokens * active * channels**2
+            single += 2 * tokens * _channel_parameters(own) * channels + 2 * tokens * active * channels**2
             double += architecture.experts * _solve(channels, hidden, channels - kept.channels)
-        single += 2 * tokens * _passed(architecture, kept) + scores
+        single += 2 * tokens * _passed(own, kept) + scores
     return single, double
 
 
@@ -88,17 +88,18 @@ def _channel_parameters(architecture: Architecture) -> float:
 
 def _passed(architecture: Architecture, sizes: BlockSizes) -> float:
     """Matrix entries of a block that a token meets."""
-    return architecture.attention_parameters(sizes) + sizes.channels * _channel_parameters(architecture)
+    met = architecture.attention_parameters(sizes) + sizes.channels * _channel_parameters(architecture)
+    return met + architecture.left_dense_parameters(sizes)
 
 
 def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
     """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs; and those of
     fitting what makes the FFN's inputs. In the precision of the forward passes, and in float64."""
     single = double = 0.0
-    for dense in plan.dense:
-        inputs = dense.query_heads * architecture.head_dim + dense.channels
-        attention = 2 * tokens * length * dense.query_heads * architecture.head_dim
-        single += 2 * tokens * (_passed(architecture, dense) + 2 * architecture.hidden * inputs) + attention
+    for own, dense in zip(architecture.by_block, plan.dense, strict=True):
+        inputs = _columns(dense, own) + dense.channels
+        attention = 2 * tokens * length * _columns(dense, own)
+        single += 2 * tokens * (_passed(own, dense) + 2 * own.hidden * inputs) + attention
     if parts := len(architecture.family.ffn_factors):
         fitted = min(tokens, factor.TOKENS)
         for kept in plan.blocks:
@@ -115,8 +116,9 @@ def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens:
     """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in
     float64, of two Cholesky factors a block and of what they multiply, there and back."""
     hidden = architecture.hidden
-    blocks = sum(_passed(architecture, dense) + 2 * hidden**2 / 3 for dense in plan.dense)
-    columns = sum(_columns(dense, architecture) + dense.channels for dense in plan.dense)
+    each = list(zip(architecture.by_block, plan.dense, strict=True))
+    blocks = sum(_passed(own, dense) + 2 * hidden**2 / 3 for own, dense in each)
+    columns = sum(_columns(dense, own) + dense.channels for own, dense in each)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
     return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, double
 
@@ -127,10 +129,10 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
     probes = min(config.probe_tokens, tokens)
     known = min(tokens, COST_SEQUENCES * config.sequence_length)
     each = 2 * len(PROBED_SHARES)  # candidates that every block adds, and as many that go through all
-    for index, dense in enumerate(architecture.blocks):
-        heads = dense.query_heads * architecture.head_dim
+    for index, (own, dense) in enumerate(zip(architecture.by_block, architecture.blocks, strict=True)):
+        heads = _columns(dense, own)
         passed = known + probes * (1 + each * (index + 2))
-        single += 2 * passed * (_passed(architecture, dense) + config.sequence_length * heads)
+        single += 2 * passed * (_passed(own, dense) + config.sequence_length * heads)
         single += 2 * known * (heads**2 + architecture.active_experts * dense.channels**2)
         double += _solve(heads, architecture.hidden, heads)
         double += architecture.experts * _solve(dense.channels, architecture.hidden, dense.channels)
@@ -146,15 +148,17 @@ def _solve(n: int, out: int, removed: int) -> float:
 
 def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
     """Weights as stored, hidden states and the inputs of one block's heads in float32, and H with its inverse."""
-    widest = max(max(b.channels, _columns(b, architecture)) for b in plan.dense)
-    states = 4 * tokens * (architecture.hidden + max(_columns(b, architecture) for b in plan.dense))
+    columns = max(_columns(b, own) for own, b in zip(architecture.by_block, plan.dense, strict=True))
+    widest = max(columns, *(b.channels for b in plan.dense))
+    states = 4 * tokens * (architecture.hidden + columns)
     # All experts of a block are looked at together, and then solved one by one.
     others = (architecture.experts - 1) * 8 * max(b.channels for b in plan.dense) ** 2
     return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2 + others
 
 
-def _columns(sizes: BlockSizes, architecture: Architecture) -> int:
-    return sizes.query_heads * architecture.head_dim
+def _columns(sizes: BlockSizes, own: Architecture) -> int:
+    """Of o_proj; none in a block without heads."""
+    return sizes.query_heads * own.head_dim if own.has_heads else 0
 
 
 def _measure(device: torch.device, size: int = 1024) -> tuple[float, float]:

@@ -10,9 +10,12 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
-from slimexport.architectures.weights import CHANNELS, EXPERTS, KEY_VALUE, QUERY, Fused, Weight
+from slimexport.architectures.weights import CHANNELS, GATED_QUERY, KEY_VALUE, QUERY, Fused, Weight
 
-_SOURCES = {QUERY: (QUERY, KEY_VALUE), CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
+_SOURCES = {
+    QUERY: (QUERY, GATED_QUERY, KEY_VALUE),
+    CHANNELS: (CHANNELS,),
+}  # axes whose rows make the inputs of an output matrix
 
 
 def coupled(
@@ -36,8 +39,10 @@ def coupled(
     sources: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for weight in architecture.block_weights():
+        if weight.name not in gradients:
+            continue
         stored, gradient = block.get_parameter(weight.name).data, gradients[weight.name]
-        if weight.axes[0] == EXPERTS:
+        if weight.is_per_expert:
             weight = replace(weight, axes=weight.axes[1:])
             stored, gradient = stored[expert], gradient[expert]
         if weight.name == output:

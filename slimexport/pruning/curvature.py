@@ -73,7 +73,6 @@ def measure_curvature(
 
     Raises BadInputError where a gradient overflows.
     """
-    names = (architecture.family.attention_output, architecture.family.ffn_output)
     batches = range(len(states))
     tokens = sum(states[batch].shape[0] * states[batch].shape[1] for batch in batches)
     before: list[list[torch.Tensor]] = []
@@ -88,6 +87,7 @@ def measure_curvature(
     found: list[BlockCurvature] = []
     for index in reversed(range(len(source))):
         work = working_copy(source.load(index), settings)
+        names = architecture.by_block[index].outputs
         G = {name: torch.zeros(architecture.hidden, architecture.hidden, device=settings.device) for name in names}
         for batch, entering in zip(batches, before.pop(), strict=True):
             with torch.enable_grad(), _repeatable(settings.device):

@@ -74,12 +74,15 @@ def prune_blocks(
                 _advance(held_out.dense, index, working_copy(home, settings), held_out.arguments)
         if dense is not None:
             with clock.on("forward"):
-                targets = _dense_pass(index, home, dense, arguments, architecture, settings, index >= finished)
+                targets = _dense_pass(
+                    index, home, dense, arguments, architecture.by_block[index], settings, index >= finished
+                )
         if index < finished:
             trace = sink.restore(index, home)
         else:
             block = Block(
-                index, home, states, arguments, architecture, plan.blocks[index], criterion, settings, clock,
+                index, home, states, arguments, architecture.by_block[index], plan.blocks[index], criterion, settings,
+                clock,
                 targets=targets,
                 gradients=gradients[index] if gradients else {},
                 curvature=curvature[index] if curvature else {},
@@ -117,16 +120,18 @@ def _dense_pass(
     settings: Settings,
     wanted: bool,
 ) -> Targets | None:
-    """Moves the dense stream through the block while it is still dense."""
+    """Moves the dense stream through the block while it is still dense. What a block without heads does in their place
+    is not known apart from the rest: there is nothing to fit its channels toward."""
     family, work = architecture.family, working_copy(home, settings)
     targets = Targets(list(dense), architecture.residual_multiplier, family.outputs_normed)
     for batch in range(len(dense)):
-        seen = watch(work, (family.attention_output, family.ffn_output), dense[batch], arguments(index, batch))
+        seen = watch(work, architecture.outputs, dense[batch], arguments(index, batch))
         dense[batch] = seen.output
-        if wanted:
+        if wanted and architecture.has_heads:
             targets.attention.append(seen.outputs[family.attention_output])
-            targets.ffn.append(seen.outputs[family.ffn_output].view_as(seen.output))  # OPT flattens it
-    return targets if wanted else None
+            if architecture.has_channels:
+                targets.ffn.append(seen.outputs[family.ffn_output].view_as(seen.output))  # OPT flattens it
+    return targets if wanted and architecture.has_heads else None
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -51,9 +51,14 @@ def collect_gradients(
     ids = input_ids[:max_sequences]
     if not len(ids) or ids.shape[1] < 2:
         raise BadInputError(f"Gradients need sequences of at least two tokens; there are {list(ids.shape)}.")
+    parameters = dict(model.named_parameters())
     names = [
-        {w.name: f"{architecture.family.blocks}.{block}.{w.name}" for w in architecture.block_weights()}
-        for block in range(len(architecture.blocks))
+        {
+            w.name: full
+            for w in own.block_weights()
+            if (full := f"{architecture.family.blocks}.{i}.{w.name}") in parameters
+        }
+        for i, own in enumerate(architecture.by_block)
     ]
     wanted = {full for block in names for full in block.values()}
     for name, parameter in model.named_parameters():
@@ -74,7 +79,9 @@ def collect_gradients(
         sums = {name: torch.zeros(tensors[name].shape, dtype=torch.float32) for name in order}
         for sequence in ids.to(device).split(1):
             loss = _token_nll(model, tensors, sequence)
-            for name, gradient in zip(order, torch.autograd.grad(loss, [tensors[n] for n in order]), strict=True):
+            # A router's bias only takes part in the choice, and an expert that was not chosen in nothing.
+            found = torch.autograd.grad(loss, [tensors[n] for n in order], allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(order, found, strict=True):
                 sums[name] += gradient.to("cpu", torch.float32)
     for name, total in sums.items():
         total /= len(ids)

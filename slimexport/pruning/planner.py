@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slimexport.architectures.base import Architecture
+from slimexport.architectures.weights import SHARED
 from slimexport.artifacts import BlockSizes, CostTable, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.pruning import allocation as allocations
@@ -49,11 +50,17 @@ def make_plan(
         raise BadInputError(
             "layout uniform needs the same sizes in every block, but those of this model differ already."
         )
+    if layout == "uniform" and not architecture.family.channels_of_experts_alone:
+        family = architecture.family
+        raise BadInputError(
+            f"layout uniform cannot prune a {family.model_type} model: its {family.channels_field} says the width of "
+            "the shared experts too, which stay dense: use --layout per_layer."
+        )
     if ratio == 0 and allocation != "explicit":
         blocks = dense
     else:
         if ratio is not None:
-            _check_possible(architecture, ratio, [_smallest(architecture, b, round_to) for b in dense])
+            _check_possible(architecture, ratio, _smallest_blocks(architecture, round_to))
         wish = spread(request)
         if isinstance(wish[0], BlockSizes):
             blocks = tuple(b for b in wish if isinstance(b, BlockSizes))
@@ -113,8 +120,7 @@ def _check_sizes(
 
 def ratio_of(architecture: Architecture, blocks: Sequence[BlockSizes]) -> float:
     """Share of the block linear parameters that `blocks` removes."""
-    dense = sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
-    return 1 - sum(architecture.block_linear_parameters(b) for b in blocks) / dense
+    return 1 - architecture.linear_parameters(blocks) / architecture.linear_parameters(architecture.blocks)
 
 
 def left_dense(architecture: Architecture) -> list[str]:
@@ -122,9 +128,31 @@ def left_dense(architecture: Architecture) -> list[str]:
     notes = []
     if not architecture.family.heads_prunable:
         notes.append(f"all heads stay: {architecture.family.model_type} norms q and k over all of them together")
-    if architecture.shared_channels:
+    if architecture.shared_channels or SHARED in architecture.fixed_axes:
         notes.append("the expert that sees every token stays dense; it is no part of the ratio")
+    family = architecture.family
+    for part, of, why in (
+        ("heads", "has_heads", family.without_heads),
+        ("channels", "has_channels", family.without_channels),
+    ):
+        without = [i for i, own in enumerate(architecture.by_block) if not getattr(own, of)]
+        if without:
+            notes.append(
+                f"no {part} to prune in {_named(without)}: {why}; what is there stays dense and is no part of the ratio"
+            )
     return notes
+
+
+def _named(blocks: list[int]) -> str:
+    """1, 2, 3, 7 -> blocks 1-3, 7."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    said = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"block{'s' if len(blocks) > 1 else ''} {said}"
 
 
 def head_structures(architecture: Architecture, dense: BlockSizes) -> list[BlockSizes]:
@@ -132,9 +160,14 @@ def head_structures(architecture: Architecture, dense: BlockSizes) -> list[Block
     return [replace(dense, kv_groups=g, heads_per_group=h) for g, h in architecture.legal_heads(dense)]
 
 
-def _smallest(architecture: Architecture, dense: BlockSizes, round_to: int) -> BlockSizes:
-    groups, per_group = min(architecture.legal_heads(dense))
-    return BlockSizes(groups, per_group, min(round_to, dense.channels))
+def _smallest_blocks(architecture: Architecture, round_to: int) -> list[BlockSizes]:
+    each = zip(architecture.by_block, architecture.blocks, strict=True)
+    return [_smallest(own, dense, round_to) for own, dense in each]
+
+
+def _smallest(own: Architecture, dense: BlockSizes, round_to: int) -> BlockSizes:
+    groups, per_group = min(own.legal_heads(dense))
+    return BlockSizes(groups, per_group, min(round_to, dense.channels) if own.has_channels else dense.channels)
 
 
 def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence[BlockSizes], why: str = "") -> None:
@@ -148,10 +181,11 @@ def _check_possible(architecture: Architecture, ratio: float, smallest: Sequence
 
 def _clip(architecture: Architecture, wanted: Sequence[float], ratio: float, round_to: int) -> list[float]:
     """Wanted ratios clipped to what each block can lose; what that cuts off is handed to the others in equal parts."""
-    linear = [architecture.block_linear_parameters(b) for b in architecture.blocks]
+    each = list(zip(architecture.by_block, architecture.blocks, strict=True))
+    linear = [own.block_linear_parameters(b) for own, b in each]
     most = [
-        1 - architecture.block_linear_parameters(_smallest(architecture, b, round_to)) / p
-        for b, p in zip(architecture.blocks, linear, strict=True)
+        1 - own.block_linear_parameters(_smallest(own, b, round_to)) / p if p else 0.0
+        for (own, b), p in zip(each, linear, strict=True)
     ]
     shift_low, shift_high = -1.0, 1.0
     for _ in range(60):  # bisection on one shift: the mean of clip(wanted + shift) rises with it
@@ -167,32 +201,33 @@ def _per_layer_blocks(
 ) -> tuple[BlockSizes, ...]:
     """Heads rounded with the error carried to the next block, channels filling up each block's share, and last a
     correction of single steps until the whole is as near to the ratio as the steps allow."""
-    channel = architecture.channel_parameters()
+    each = list(zip(architecture.by_block, architecture.blocks, strict=True))
     blocks: list[BlockSizes] = []
     residue: list[float] = []  # parameters that a block has too many (+) or too few (-) after rounding
     carry = 0.0
-    for dense, share in zip(architecture.blocks, ratios, strict=True):
-        attention = max(0.0, 1 - head_weight * share) * architecture.attention_parameters(dense)
-        heads = _nearest_heads(architecture, dense, attention - carry)
-        carry += architecture.attention_parameters(heads) - attention
-        target = (1 - share) * architecture.block_linear_parameters(dense)
-        channels = _round_channels((target - architecture.attention_parameters(heads)) / channel, dense, round_to)
-        block = replace(heads, channels=channels)
+    for (own, dense), share in zip(each, ratios, strict=True):
+        attention = max(0.0, 1 - head_weight * share) * own.attention_parameters(dense)
+        block = _nearest_heads(own, dense, attention - carry)
+        carry += own.attention_parameters(block) - attention
+        target = (1 - share) * own.block_linear_parameters(dense)
+        if own.has_channels:
+            room = (target - own.attention_parameters(block)) / own.channel_parameters()
+            block = replace(block, channels=_round_channels(room, dense, round_to))
         blocks.append(block)
-        residue.append(architecture.block_linear_parameters(block) - target)
-    wanted = (1 - ratio) * sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
+        residue.append(own.block_linear_parameters(block) - target)
+    wanted = (1 - ratio) * architecture.linear_parameters(architecture.blocks)
     while True:
-        off = sum(architecture.block_linear_parameters(b) for b in blocks) - wanted
+        off = architecture.linear_parameters(blocks) - wanted
         step = -1 if off > 0 else 1
         options = [
             (residue[i] * step, i, moved)
-            for i, (b, dense) in enumerate(zip(blocks, architecture.blocks, strict=True))
-            if (moved := _move_channels(b, dense, step, round_to)) is not None
+            for i, (b, (own, dense)) in enumerate(zip(blocks, each, strict=True))
+            if own.has_channels and (moved := _move_channels(b, dense, step, round_to)) is not None
         ]
         if not options:
             return tuple(blocks)
         _, i, moved = min(options)
-        change = (moved - blocks[i].channels) * channel
+        change = (moved - blocks[i].channels) * each[i][0].channel_parameters()
         if abs(off + change) >= abs(off):
             return tuple(blocks)
         blocks[i] = replace(blocks[i], channels=moved)
@@ -204,25 +239,31 @@ def _uniform_blocks(
 ) -> tuple[tuple[BlockSizes, ...], list[str]]:
     """One size for all blocks: the legal heads nearest to their share, then the channels that reach the ratio; and what
     the config could not say."""
-    dense = architecture.blocks[0]
-    structures = head_structures(architecture, dense)
+    dense, count = architecture.blocks[0], len(architecture.blocks)
+
+    def attention(heads: BlockSizes) -> int:
+        return sum(own.attention_parameters(heads) for own in architecture.by_block)
+
+    # Sizes that a block of another kind has no use for may be any.
+    structures = max((head_structures(own, dense) for own in architecture.by_block), key=len)
     legal = [s for s in structures if architecture.plain_config_can_say(s)]
-    smallest = replace(min(legal, key=architecture.attention_parameters), channels=min(round_to, dense.channels))
+    smallest = replace(min(legal, key=attention), channels=min(round_to, dense.channels))
     why = ""
     if len(legal) == 1:
         name = architecture.family.model_type
         why = f" with layout uniform, in which a {name} model keeps its heads; layout per_layer can remove more"
-    _check_possible(architecture, ratio, [smallest] * len(architecture.blocks), why)
-    target = (1 - ratio) * architecture.block_linear_parameters(dense)
-    wanted = max(0.0, 1 - head_weight * ratio) * architecture.attention_parameters(dense)
+    _check_possible(architecture, ratio, [smallest] * count, why)
+    whole = architecture.linear_parameters(architecture.blocks)
+    channel = sum(own.channel_parameters() for own in architecture.by_block)
 
     def fill(heads: BlockSizes) -> BlockSizes:
-        room = (target - architecture.attention_parameters(heads)) / architecture.channel_parameters()
+        room = ((1 - ratio) * whole - attention(heads)) / channel
         return replace(heads, channels=_round_channels(room, dense, round_to))
 
     def miss(block: BlockSizes) -> tuple[bool, float, int]:
-        off = abs(architecture.block_linear_parameters(block) - target) / architecture.block_linear_parameters(dense)
-        return off > TOLERANCE, abs(architecture.attention_parameters(block) - wanted), -block.query_heads
+        off = abs(architecture.linear_parameters([block] * count) / whole - (1 - ratio))
+        wanted = max(0.0, 1 - head_weight * ratio) * attention(dense)
+        return off > TOLERANCE, abs(attention(block) - wanted), -block.query_heads
 
     chosen, freely = (min((fill(s) for s in among), key=miss) for among in (legal, structures))
     notes = []
@@ -231,7 +272,7 @@ def _uniform_blocks(
             f"a plain {architecture.family.model_type} config cannot say {freely.query_heads} query heads in "
             f"{freely.kv_groups} KV groups: {chosen.query_heads} in {chosen.kv_groups} instead"
         )
-    return (chosen,) * len(architecture.blocks), notes
+    return (chosen,) * count, notes
 
 
 def _nearest_heads(architecture: Architecture, dense: BlockSizes, wanted: float) -> BlockSizes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -86,30 +87,35 @@ def measure_costs(
     family = architecture.family
     names = (family.attention_output, family.ffn_output)
     for index in range(len(source)):
-        work = working_copy(source.load(index), settings)
+        work, own = working_copy(source.load(index), settings), architecture.by_block[index]
         dense = architecture.blocks[index]
         heads = Moments(dense.query_heads * architecture.head_dim, settings.device)
         channels = [Moments(dense.channels, settings.device) for _ in range(architecture.experts)]
         for batch in range(len(states)):
-            seen = watch(work, names, states[batch], arguments(index, batch))
-            heads.add(seen.inputs[family.attention_output][0])
-            add_ffn_inputs(channels, work.get_submodule(family.ffn_output), seen.inputs[family.ffn_output])
+            seen = watch(work, own.outputs, states[batch], arguments(index, batch))
+            if own.has_heads:
+                heads.add(seen.inputs[family.attention_output][0])
+            if own.has_channels:
+                add_ffn_inputs(channels, work.get_submodule(family.ffn_output), seen.inputs[family.ffn_output])
             states[batch] = seen.output
-        of_heads, of_channels = heads.H(), [moments.H() for moments in channels]
-        for H in (of_heads, *of_channels):
-            check_finite(H, index, settings.dtype)
-        W = matrix(work.get_submodule(family.attention_output)).double()
         minded = curvature[index] if curvature else {}
         searched = keep is not None
         with solvable(index):
             weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
-            pair = (
-                head_curve(W, of_heads, dense, architecture, settings.damping, weightings[0], searched=searched),
-                joined([
+            whole = (dense.kv_groups, dense.heads_per_group)
+            pair = (_nothing_to_cut(whole), _nothing_to_cut(dense.channels))
+            if own.has_heads:
+                H = checked(heads, index, settings)
+                W = matrix(work.get_submodule(family.attention_output)).double()
+                curve = head_curve(W, H, dense, own, settings.damping, weightings[0], searched=searched)
+                pair = (curve, pair[1])
+            if own.has_channels:
+                of_channels = [checked(moments, index, settings) for moments in channels]
+                curve = joined([
                     channel_curve(V.double(), H, dense, round_to, settings.damping, weightings[1], searched=searched)
                     for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), of_channels, strict=True)
-                ], [moments.tokens for moments in channels]),
-            )  # fmt: skip
+                ], [moments.tokens for moments in channels])  # fmt: skip
+                pair = (pair[0], curve)
         if keep is not None:
             keep(index, *pair)
         fresh: set[Any] = set()
@@ -122,7 +128,7 @@ def measure_costs(
         for name, curve in zip(names, pair, strict=True):
             for level in levels:
                 cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
-                with replaced(work.get_submodule(name), cut):
+                with replaced(work.get_submodule(name), cut) if cut is not None else nullcontext():
                     states_ = candidates.states[name, level]
                     candidates.states[name, level] = output(work(states_, **probe_arguments(index)))
                 fresh.add((name, level))
@@ -152,6 +158,17 @@ def measure_costs(
         joint_heads=_joint(measured, family.attention_output, [head.probed for head, _ in curves]),
         joint_channels=_joint(measured, family.ffn_output, [channel.probed for _, channel in curves]),
     )
+
+
+def checked(moments: Moments, index: int, settings: Settings) -> torch.Tensor:
+    """H, which is finite."""
+    H = moments.H()
+    check_finite(H, index, settings.dtype)
+    return H
+
+
+def _nothing_to_cut(whole: Any) -> Curve:
+    return Curve({whole: 0.0}, [], [whole], {})
 
 
 def _joint(measured: Mapping[Any, float], name: str, probed: Sequence[Sequence[Any]]) -> tuple[JointCost, ...]:
@@ -187,7 +204,7 @@ def head_curve(
     whole = (dense.kv_groups, dense.heads_per_group)
     sizes = architecture.legal_heads(dense)
     if sizes == [whole]:
-        return Curve({whole: 0.0}, [], [whole], {})
+        return _nothing_to_cut(whole)
     share = {(g, h): float(architecture.attention_parameters(BlockSizes(g, h, dense.channels))) for g, h in sizes}
     share = {size: parameters / share[whole] for size, parameters in share.items()}
     steps = torch.arange(architecture.head_dim, device=W.device)

@@ -13,7 +13,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
 from slimexport.architectures.weights import Weight
 from slimexport.artifacts import BlockSizes
-from slimexport.checkpoint.modeling_slimexport import BlockConfig, put_weight, set_sizes
+from slimexport.checkpoint.modeling_slimexport import BlockConfig, module_of, put_weight, set_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,7 +30,7 @@ def shrink_block(
             whole restored block); the block's dtype and device are kept.
     """
     for weight in architecture.block_weights():
-        parameter = block.get_parameter(weight.name)
+        parameter = stored(block, weight.name)
         given = (tensors or {}).get(weight.name)
         if given is None:
             new = architecture.slice_weight(weight, parameter.data, kept)
@@ -40,8 +40,16 @@ def shrink_block(
     family = architecture.family
     set_sizes(block, family.attributes, architecture.named_sizes(kept.sizes))
     for name in family.reads_config:
-        module: Any = block.get_submodule(name)
-        module.config = BlockConfig.over(module.config, family.config_fields(kept.sizes))
+        module: Any = module_of(block, name)
+        if module is not None:
+            module.config = BlockConfig.over(module.config, family.config_fields(kept.sizes))
+
+
+def stored(block: nn.Module, name: str) -> torch.Tensor:
+    """The parameter, or the buffer, `name` of `block`."""
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(block.get_submodule(path), leaf)
+    return tensor
 
 
 def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
@@ -62,6 +70,10 @@ def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tu
     family = architecture.family
     if family.head_dim_field:
         setattr(config, family.head_dim_field, architecture.head_dim)  # never to be recomputed from the head count
+    for name, value in family.settled.items():
+        setattr(config, name, value)
+    if family.channels is not None:
+        setattr(config, family.channels_field, architecture.blocks[0].channels)
     config.per_layer_config = None
     config.__dict__.pop("allow_global_per_layer_attribute_access", None)  # of an earlier pruning
     if len(set(blocks)) == 1 and architecture.plain_config_can_say(blocks[0]):

@@ -12,7 +12,7 @@ import torch
 from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
 from slimexport.errors import BadInputError
-from slimexport.loading import LoadedModel, resolve_device
+from slimexport.loading import LoadedModel, resolve_device, stays_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
@@ -88,8 +88,8 @@ def prune_model(
     device = resolve_device(config.device)
     model = loaded.model
     stored = getattr(torch, save_dtype_of(config, loaded))
-    for parameter in model.parameters():  # and not the buffers: rotary frequencies stay in float32
-        parameter.data = parameter.data.to(stored)
+    for name, parameter in model.named_parameters():  # and not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(torch.float32 if stays_in_float32(model, name, stored) else stored)
         if not bool(torch.isfinite(parameter.data).all()):
             raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
     _full_float32_matmul()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import sha256_file
 from slimexport.config import RunConfig, make_config
@@ -13,6 +13,9 @@ from slimexport.loading import BUILTIN
 from slimexport.options import STAGES
 from slimexport.run_directory import BASELINE, RunDirectory
 from slimexport.texts import mix, sources
+
+if TYPE_CHECKING:
+    from slimexport.architectures.base import Architecture
 
 
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
@@ -52,6 +55,15 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"A target is named twice: {', '.join(config.target)}.")
     if config.baseline_cache and config.baseline_cache.exists() and not config.baseline_cache.is_dir():
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
+
+
+def check_exportable(architecture: Architecture) -> None:
+    """That no builder can write a graph of this family is said before minutes of pruning."""
+    if why := architecture.family.no_graph:
+        raise BadInputError(
+            f"{architecture.family.model_type} models can be pruned, but not exported: {why}. "
+            "`slimexport prune` makes the checkpoint."
+        )
 
 
 def fields_of(config: RunConfig, *stages: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.run_directory import CHECKPOINT, COSTS, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
-from slimexport.stages.inputs import fields_of
+from slimexport.stages.inputs import check_exportable, fields_of
 from slimexport.texts import mix
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def prune_stage(
     progress: Progress,
     evaluated: bool = False,
 ) -> ShrunkCheckpoint:
-    """`evaluated`: a verify stage follows, so its text is looked at before minutes are spent on pruning."""
+    """`evaluated`: export and verify follow, so what they need is looked at before minutes are spent on pruning."""
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
     from slimexport.loading import load_model
@@ -229,6 +229,8 @@ def prune_stage(
         loaded = load_model(config)
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     check_criterion(loaded.architecture, config)
+    if evaluated:
+        check_exportable(loaded.architecture)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     if allocations.needs_costs(allocation):

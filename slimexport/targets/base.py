@@ -82,12 +82,13 @@ class BuiltGraph:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    kv_heads: tuple[int, ...]  # per block
+    kv_heads: tuple[int, ...]  # per block; 0: it has states instead
     query_heads: int  # the largest of all blocks
     head_dim: int
     left_padding: bool
     shared_kv: bool  # every block writes its KV in place (GroupQueryAttention), so past and present may share memory
     notes: tuple[str, ...] = ()
+    convolved: int = 0  # positions that the state of a convolution holds
 
 
 class BuilderUnsupportedError(BadInputError):
@@ -101,6 +102,8 @@ class Builder(Protocol):
         inputs   input_ids int64 [b, t], attention_mask int64 [b, p + t], position_ids int64 [b, t] (only where the
                  graph reads it), past_key_values.n.key and .value [b, kv_heads of n, p, head_dim]
         outputs  logits [b, t, vocabulary], present.n.key and .value [b, kv_heads of n, p + t, head_dim]
+    A block with a convolution or linear attention has past_key_values.n.conv_state or .recurrent_state, of fixed sizes
+    and zero at the beginning, and the same as present.
     b, t and p are dynamic and p may be 0: one graph serves prefill, decode and chunked prefill.
     """
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Names that onnxruntime-genai knows; "decoder" is its generic decoder-only model and calls the graph the same way.
-_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_TYPES = ("llama", "mistral", "qwen2", "qwen3", "lfm2")
 
 _INPUTS = {
     "input_ids": "input_ids",
@@ -38,7 +38,7 @@ def genai_config(
     """
     config, generation = model.config, model.generation_config
     length = int(raw(config, "max_position_embeddings", 2048))
-    decoder = {
+    decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": _provider_options(options)},
         "filename": "model.onnx",
         "head_size": graph.head_dim,
@@ -54,6 +54,12 @@ def genai_config(
         "num_hidden_layers": len(graph.kv_heads),
         "num_key_value_heads": max(graph.kv_heads),
     }
+    if graph.convolved:
+        for key, prefix in (("inputs", "past"), ("outputs", "present")):
+            root = "past_key_values" if prefix == "past" else prefix
+            decoder[key][f"{prefix}_conv_names"] = f"{root}.%d.conv_state"
+        decoder["conv_cache_size"] = graph.convolved
+        decoder["layer_types"] = ["full_attention" if heads else "conv" for heads in graph.kv_heads]
     return {
         "model": {
             **_special_tokens(config, generation, tokenizer),

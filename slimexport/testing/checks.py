@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures import architecture_of
 from slimexport.testing.models import tiny_model, tiny_tokenizer
-from slimexport.testing.steps import generated_by_genai, greedy, logits, mask_like, pruned, random_ids, saved
+from slimexport.testing.steps import generated_by_genai, greedy, layouts, logits, mask_like, pruned, random_ids, saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-LAYOUTS = ("per_layer", "uniform")
 
 
 def check_table(config: PreTrainedConfig, place: Path) -> None:
@@ -26,11 +25,11 @@ def check_table(config: PreTrainedConfig, place: Path) -> None:
     tied = {"lm_head.weight"} if architecture.tied else set()
     real = {name: tuple(p.shape) for name, p in model.state_dict().items() if name not in tied}
     assert architecture.shapes() == real
-    assert architecture.estimates(4).parameters == sum(p.numel() for p in model.parameters())
-    assert architecture.block_linear_parameters(architecture.blocks[0]) == (
-        architecture.attention_parameters(architecture.blocks[0])
-        + architecture.blocks[0].channels * architecture.channel_parameters()
-    )
+    assert architecture.estimates(4).parameters == sum(map(math.prod, real.values()))
+    for own, sizes in zip(architecture.by_block, architecture.blocks, strict=True):
+        assert own.block_linear_parameters(sizes) == (
+            own.attention_parameters(sizes) + sizes.channels * own.channel_parameters()
+        )
 
 
 def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:
@@ -38,7 +37,7 @@ def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:
     heads and channels went: every block of another size, and all of the same."""
     import torch
 
-    for layout in LAYOUTS:
+    for layout in layouts(config):
         dense = tiny_model(config)
         architecture, plan, small, trace = pruned(copy.deepcopy(dense), layout)
         masked = copy.deepcopy(dense)
@@ -60,14 +59,14 @@ def check_reloaded(config: PreTrainedConfig, place: Path) -> None:
     without: by `slimexport.load`, and by stock transformers (with the file in the checkpoint where blocks differ).
     Tokenizer, chat template and generation config come along."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from slimexport.checkpoint import load
 
     config.save_pretrained(place / "dense")
     tiny_tokenizer().save_pretrained(place / "dense")
     given = AutoTokenizer.from_pretrained(place / "dense")  # some families read any tokenizer as their own kind
-    for layout in LAYOUTS:
+    for layout in layouts(config):
         _, plan, small, _ = pruned(tiny_model(config), layout)
         small.generation_config.max_time = 77.0
         directory = saved(small, plan, place / layout)
@@ -81,6 +80,11 @@ def check_reloaded(config: PreTrainedConfig, place: Path) -> None:
         differ = len(set(plan.blocks)) > 1 or "per_layer_config" in json.loads((directory / "config.json").read_text())
         stock = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=differ).eval()
         assert torch.equal(logits(stock, ids), expected)
+        if differ:
+            # Without its head, as embedders and vLLM's transformers backend ask for it.
+            inner = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+            whole = stock(ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+            assert torch.equal(inner(ids, use_cache=False).last_hidden_state, whole)
         assert architecture_of(again.config, "again").blocks == plan.blocks
         for implementation in ("eager", *(["sdpa"] if again._supports_sdpa else [])):
             again.set_attn_implementation(implementation)
@@ -94,7 +98,7 @@ def check_pruned_again(config: PreTrainedConfig, place: Path) -> None:
 
     from slimexport.checkpoint.load import load_weights
 
-    for layout in LAYOUTS:
+    for layout in layouts(config):
         _, plan, small, _ = pruned(tiny_model(config), layout, ratio=0.08)
         first = load_weights(saved(small, plan, place / layout))
         _, plan, smaller, _ = pruned(first, layout, ratio=0.08)
@@ -107,7 +111,7 @@ def check_fresh_process(config: PreTrainedConfig, place: Path) -> None:
     """A process that knows nothing of this one reads the checkpoint and computes the same logits, bit for bit."""
     from slimexport.checkpoint.save import check_round_trip
 
-    for layout in LAYOUTS:
+    for layout in layouts(config):
         _, plan, small, _ = pruned(tiny_model(config), layout)
         assert check_round_trip(small, saved(small, plan, place / layout), seed=1) == 0.0
 
@@ -117,13 +121,16 @@ def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
     import torch
 
     from slimexport.checkpoint.load import load_weights
+    from slimexport.loading import stays_in_float32
 
     model = tiny_model(config)
-    for parameter in model.parameters():  # not the rotary frequencies
-        parameter.data = parameter.data.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():  # not the rotary frequencies
+        if not stays_in_float32(model, name, torch.bfloat16):
+            parameter.data = parameter.data.to(torch.bfloat16)
     _, plan, small, _ = pruned(model, "per_layer")
     again = load_weights(saved(small, plan, place / "bfloat16"))
-    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    of = {name: p.dtype for name, p in again.named_parameters()}
+    assert of == {n: torch.float32 if stays_in_float32(again, n, torch.bfloat16) else torch.bfloat16 for n in of}
     ids = random_ids(2, 24, seed=9)
     assert torch.equal(logits(again, ids), logits(small, ids))
 
@@ -141,7 +148,7 @@ def check_exported(config: PreTrainedConfig, place: Path) -> None:
     from slimexport.targets.builders import mobius
     from slimexport.verification.numerics import check_export
 
-    for layout in LAYOUTS if mobius.knows(config) else LAYOUTS[:1]:
+    for layout in layouts(config) if mobius.knows(config) else layouts(config)[:1]:
         small = pruned(tiny_model(config), layout)[2]
         directory = place / layout
         directory.mkdir()

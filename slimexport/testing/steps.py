@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures import architecture_of
-from slimexport.architectures.weights import EXPERTS
 from slimexport.artifacts import BlockSizes, CalibrationSet, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.loading import LoadedModel
@@ -83,9 +82,16 @@ def pruned(
     return architecture, plan, made.model, made.trace
 
 
+def layouts(config: Any) -> tuple[str, ...]:
+    """Those that models of this kind can have."""
+    alone = architecture_of(config, "tiny").family.channels_of_experts_alone
+    return ("per_layer", "uniform") if alone else ("per_layer",)
+
+
 def heads_go(architecture: Architecture, layout: str) -> bool:
     dense = architecture.blocks[0]
-    fewer = [s for s in architecture.legal_heads(dense) if s != (dense.kv_groups, dense.heads_per_group)]
+    legal = [s for own in architecture.by_block for s in own.legal_heads(dense)]
+    fewer = [s for s in legal if s != (dense.kv_groups, dense.heads_per_group)]
     return any(
         layout == "per_layer" or architecture.plain_config_can_say(BlockSizes(groups, per_group, dense.channels))
         for groups, per_group in fewer
@@ -97,15 +103,17 @@ def mask_like(masked: Any, small: Any, architecture: Architecture, trace: tuple[
     elsewhere, so that nothing sees the heads and channels that went."""
 
     from slimexport.pruning.blocks import kept_of
+    from slimexport.pruning.shrink import stored
 
     family = architecture.family
     blocks, thin = (m.get_submodule(family.blocks) for m in (masked, small))
     outputs = (family.attention_weight, family.ffn_weight)
-    for block, own, of in zip(blocks, thin, trace, strict=True):
+    for block, own, of, table in zip(blocks, thin, trace, architecture.by_block, strict=True):
         kept = kept_of(of, architecture.blocks[of.block], architecture.experts)
-        assert len(kept.query_heads) * architecture.head_dim in own.get_parameter(outputs[0]).shape
-        for weight in architecture.block_weights():
-            full, part = block.get_parameter(weight.name).data, own.get_parameter(weight.name).data
+        if table.has_heads:
+            assert len(kept.query_heads) * architecture.head_dim in own.get_parameter(outputs[0]).shape
+        for weight in table.block_weights():
+            full, part = stored(block, weight.name).data, stored(own, weight.name).data
             if weight.name in outputs:
                 full.zero_()
             put(architecture, weight, kept, full, part)
@@ -118,10 +126,13 @@ def put(architecture: Architecture, weight: Weight, kept: Kept, full: torch.Tens
     """Puts `part`, a weight of a shrunk block, into `full`, the same of the dense one, at the places that were kept."""
     import torch
 
-    if weight.axes[0] == EXPERTS:
+    if weight.is_per_expert:
         one = replace(weight, axes=weight.axes[1:])
         for expert in range(architecture.experts):
             put(architecture, one, kept.of_expert(expert), full[expert], part[expert])
+        return
+    if not weight.axes:  # a number
+        full.copy_(part)
         return
     indices = [architecture.axis_index(axis, kept) for axis in weight.axes]
     where = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
 
 import slimexport
 from slimexport.architectures import architecture_of
@@ -210,3 +211,16 @@ def test_uniform_loads_where_slimexport_is_not_installed(tmp_path: Path) -> None
         check=False,
     )  # fmt: skip
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_a_sentencepiece_file_comes_along(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"pieces")
+    model = shrunk("llama", SAME)
+    architecture = architecture_of(model.config, "tiny")
+    plan = make_plan(architecture, ratio=0, criterion="slimgpt", allocation="incremental", layout="per_layer")
+    (tmp_path / "small").mkdir()
+    save_checkpoint(
+        model, AutoTokenizer.from_pretrained(tmp_path / "dense"), architecture, plan, tmp_path / "small", card=""
+    )
+    assert (tmp_path / "small" / "tokenizer.model").read_bytes() == b"pieces"

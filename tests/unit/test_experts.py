@@ -100,8 +100,9 @@ def test_decoding_reads_the_experts_that_a_token_is_sent_to() -> None:
     estimates = architecture_of(config, "tiny").estimates(4)
     one = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     assert estimates.bytes - estimates.decode_bytes_per_token == 4 * 3 * one
+    routers = config.num_hidden_layers * config.num_local_experts * config.hidden_size
     assert estimates.prefill_flops_per_token == 2 * (
-        estimates.block_parameters - 3 * one + config.vocab_size * config.hidden_size
+        estimates.block_parameters - 3 * one + routers + config.vocab_size * config.hidden_size
     )
 
 

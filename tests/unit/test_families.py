@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from slimexport.architectures import architecture_of, registry
+from slimexport.errors import BadInputError
+from slimexport.stages.inputs import check_exportable
+from slimexport.targets import registry as targets
+from slimexport.targets.base import ExportOptions
 from slimexport.targets.builders import mobius
-from slimexport.testing import CHECKS, kinds, tiny_config
+from slimexport.testing import CHECKS, kinds, tiny_config, tiny_model, tiny_tokenizer
 
 IN_CI = ("gpt2", "falcon", "phi3", "qwen2_moe")
 MODELS = kinds()
@@ -18,8 +23,9 @@ def cases() -> list[object]:
     Of these CI does a few kinds, `make test-full` all."""
     made = []
     for model, (family, changes) in MODELS.items():
+        never = bool(registry.get(family).no_graph)
         traced = not mobius.knows(tiny_config(family, **changes))
-        for check in CHECKS:
+        for check in (check for check in CHECKS if not never or check != "exported"):
             marks = []
             if check == "fresh process" or (traced and check == "exported"):
                 marks = [pytest.mark.slow, *([] if model in IN_CI else [pytest.mark.long])]
@@ -31,3 +37,13 @@ def cases() -> list[object]:
 def test_conformance(model: str, check: str, tmp_path: Path) -> None:
     family, changes = MODELS[model]
     CHECKS[check](tiny_config(family, **changes), tmp_path)
+
+
+@pytest.mark.parametrize("model", [model for model, (family, _) in MODELS.items() if registry.get(family).no_graph])
+def test_families_without_a_graph_are_refused_before_and_after(model: str, tmp_path: Path) -> None:
+    family, changes = MODELS[model]
+    config = tiny_config(family, **changes)
+    with pytest.raises(BadInputError, match=f"{family} models can be pruned, but not exported: .*`slimexport prune`"):
+        check_exportable(architecture_of(config, "tiny"))
+    with pytest.raises(BadInputError, match="loop whose length is that of the traced text"):
+        targets.get("onnx").export(tiny_model(config), tiny_tokenizer(), tmp_path, ExportOptions())

@@ -108,7 +108,7 @@ def test_signature_without_a_manifest(directory, decoder, tmp_path):
     (copy / "export.json").unlink()
     bare = OnnxDecoder(copy)
     assert bare.signature == decoder.signature
-    assert [(c.block, c.heads, c.head_dim) for c in bare.signature.caches[::2]] == [(n, 2, HEAD_DIM) for n in range(3)]
+    assert [(c.block, c.shape) for c in bare.signature.caches[::2]] == [(n, (2, None, HEAD_DIM)) for n in range(3)]
     assert bare.signature.kv_bytes_per_token == 3 * 2 * 2 * HEAD_DIM * 4
 
 

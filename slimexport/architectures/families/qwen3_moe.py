@@ -1,24 +1,20 @@
-"""Qwen 3 with experts."""
+"""Qwen 3 with experts: no shared one, q and k normed."""
+
+from dataclasses import replace
 
 from slimexport.architectures import registry
-from slimexport.architectures.family import Family
-from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, attention_weights, expert_ffn, norms
+from slimexport.architectures.families.qwen2_moe import FAMILY as QWEN2_MOE
+from slimexport.architectures.weights import attention_weights, mixed_ffn, norms
 
 registry.register("qwen3_moe")(
-    Family(
+    replace(
+        QWEN2_MOE,
         model_type="qwen3_moe",
         block_weights=(
             *norms("input_layernorm", "post_attention_layernorm"),
             *attention_weights(qkv_bias="attention_bias", o_bias="attention_bias", head_norms=("q_norm", "k_norm")),
-            *expert_ffn("mlp.experts", "mlp.gate"),
+            *mixed_ffn(),
         ),
-        model_weights=DECODER_MODEL_WEIGHTS,
-        ffn_output="mlp.experts",
-        ffn_factors=(),
-        experts=True,
-        channels_field="moe_intermediate_size",
-        refusal=lambda config: (
-            "some of its blocks have no experts" if config.mlp_only_layers or config.decoder_sparse_step != 1 else None
-        ),
+        shared_channels_field=None,
     )
 )

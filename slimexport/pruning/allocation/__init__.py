@@ -61,7 +61,7 @@ class Request:
     @property
     def wanted_parameters(self) -> int:
         """Linear parameters of all blocks that are to stay."""
-        return round((1 - self.ratio) * sum(map(self.architecture.block_linear_parameters, self.architecture.blocks)))
+        return round((1 - self.ratio) * self.architecture.linear_parameters(self.architecture.blocks))
 
     @property
     def first(self) -> float:

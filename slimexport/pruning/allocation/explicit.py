@@ -30,10 +30,17 @@ def explicit(request: Request) -> tuple[BlockSizes, ...]:
             value, most = getattr(block, name), getattr(dense, name)
             if not 1 <= value <= most:
                 raise BadInputError(f"{request.table}: block {i}: {name} {value} is not between 1 and {most}.")
-        if (block.kv_groups, block.heads_per_group) not in request.architecture.legal_heads(dense):
+        own = request.architecture.by_block[i]
+        if (block.kv_groups, block.heads_per_group) not in own.legal_heads(dense):
+            what = f"a {own.family.model_type} model" if own.has_heads else "this block"
             raise BadInputError(
-                f"{request.table}: block {i}: the heads of a {request.architecture.family.model_type} model are not "
-                "pruned: leave kv_groups and heads_per_group as they are in the dense model."
+                f"{request.table}: block {i}: the heads of {what} are not pruned: leave kv_groups and heads_per_group "
+                "as they are in the dense model."
+            )
+        if block.channels != dense.channels and not own.has_channels:
+            raise BadInputError(
+                f"{request.table}: block {i}: the channels of this block are not pruned: leave them at "
+                f"{dense.channels}, as in the dense model."
             )
         if block.channels % request.round_to and block.channels != dense.channels:
             raise BadInputError(

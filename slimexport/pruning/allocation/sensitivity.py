@@ -89,13 +89,13 @@ def together(points: Sequence[JointCost], alone: float) -> tuple[float, float]:
 def _priced(request: Request, table: CostTable, prices: tuple[float, float]) -> list[list[Option[BlockSizes]]]:
     parts: list[list[Option[BlockSizes]]] = []
     architecture = request.architecture
-    for dense, costs in zip(architecture.blocks, table.blocks, strict=True):
+    for own, dense, costs in zip(architecture.by_block, architecture.blocks, table.blocks, strict=True):
         heads = [
             (replace(dense, kv_groups=c.kv_groups, heads_per_group=c.heads_per_group), c.cost) for c in costs.heads
         ]
-        parts.append([Option(architecture.attention_parameters(s), prices[0] * cost, s) for s, cost in heads])
+        parts.append([Option(own.attention_parameters(s), prices[0] * cost, s) for s, cost in heads])
         parts.append([
-            Option(c.channels * architecture.channel_parameters(), prices[1] * c.cost,
+            Option(c.channels * own.channel_parameters(), prices[1] * c.cost,
                    replace(dense, channels=c.channels))
             for c in costs.channels
         ])  # fmt: skip
@@ -107,15 +107,15 @@ def _cheapest_uniform(request: Request, table: CostTable) -> BlockSizes:
     architecture, blocks = request.architecture, table.blocks
     heads: dict[tuple[int, int], float] = {}
     channels: dict[int, float] = {}
-    for costs in blocks:
-        for h in costs.heads:
+    for own, costs in zip(architecture.by_block, blocks, strict=True):
+        for h in costs.heads if own.has_heads else ():
             heads[h.kv_groups, h.heads_per_group] = heads.get((h.kv_groups, h.heads_per_group), 0.0) + h.cost
-        for c in costs.channels:
+        for c in costs.channels if own.has_channels else ():
             channels[c.channels] = channels.get(c.channels, 0.0) + c.cost
-    dense = sum(architecture.block_linear_parameters(b) for b in architecture.blocks)
+    dense = architecture.linear_parameters(architecture.blocks)
     options = [
         (
-            abs(1 - len(blocks) * architecture.block_linear_parameters(sizes) / dense - request.ratio),
+            abs(1 - architecture.linear_parameters([sizes] * len(blocks)) / dense - request.ratio),
             together(table.joint_heads, head_cost)[0] + together(table.joint_channels, channel_cost)[0],
             sizes,
         )

@@ -31,7 +31,12 @@ def head_scores(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     groups = torch.zeros(site.dense.kv_groups, dtype=heads.dtype, device=heads.device)
     for name in site.sources:
         # Where there are as many KV groups as query heads, each group is one head and either way is the same.
-        scores = per_head(_rows(site, name), site.head_dim)
+        rows = _rows(site, name)
+        if (
+            len(rows) == 2 * site.dense.query_heads * site.head_dim
+        ):  # of each head its query, and the gate of its output
+            rows = rows.reshape(-1, 2, site.head_dim).sum(1).flatten()
+        scores = per_head(rows, site.head_dim)
         if len(scores) == site.dense.query_heads:
             heads = heads + scores
         elif len(scores) == site.dense.kv_groups:

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures import architecture_of
 from slimexport.architectures.weights import KEY_VALUE
 from slimexport.artifacts import BlockSizes
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
@@ -79,7 +80,7 @@ class MobiusBuilder:
 def knows(config: PreTrainedConfig) -> bool:
     """Whether graphs of models like this one were found right."""
     serial = config.model_type == "gpt_neox" and not config.use_parallel_residual
-    return config.model_type in FAMILIES and not serial
+    return config.model_type in FAMILIES and not serial and not architecture_of(config, "").block_flags
 
 
 def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:

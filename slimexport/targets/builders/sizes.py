@@ -56,19 +56,23 @@ def _sizes(said: Architecture, shapes: Mapping[str, tuple[int, ...]], index: int
     prefix = f"{said.family.blocks}.{index}."
     own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     lengths: dict[str, int] = {}
+    this = said.by_block[index]
     for fused in (False, True):  # what stands alone first: it says what the rest of a fused axis is
-        for weight in said.block_weights():
+        for weight in this.block_weights():
             for axis, length in zip(weight.axes, own.get(weight.name, ()), strict=False):
                 unknown = [part for part in parts_of(axis) if part not in lengths]
                 if isinstance(axis, Fused) == fused and unknown:
                     known = sum(lengths.get(part, 0) for part in parts_of(axis))
                     lengths[unknown[0]] = (length - known) // len(unknown)
     heads, groups = (lengths.get(axis, 0) // said.head_dim for axis in (QUERY, KEY_VALUE))
-    if groups and heads % groups == 0:
-        sizes = BlockSizes(groups, heads // groups, lengths.get(CHANNELS, 0))
-        if said.block_shapes(sizes).items() <= own.items():
-            return sizes
-    matrices = [weight.name for weight in said.block_weights() if weight.is_matrix]
+    sizes = said.blocks[index]
+    if this.has_heads and groups and heads % groups == 0:
+        sizes = dataclasses.replace(sizes, kv_groups=groups, heads_per_group=heads // groups)
+    if this.has_channels:
+        sizes = dataclasses.replace(sizes, channels=lengths.get(CHANNELS, 0))
+    if this.block_shapes(sizes).items() <= own.items():
+        return sizes
+    matrices = [weight.name for weight in this.block_weights() if weight.is_matrix]
     raise BuilderUnsupportedError(
         f"the weights of block {index} do not fit together with head_dim {said.head_dim}: "
         + ", ".join(f"{name.removesuffix('.weight')} {own.get(name)}" for name in matrices)

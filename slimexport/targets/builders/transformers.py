@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"
+Shapes = list[dict[str, tuple[int | None, ...]]]
+"""Of every block what its cache holds: key, value or a state -> its sizes after the batch, None where it grows."""
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -29,6 +32,8 @@ class TransformersBuilder:
     def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
         import onnx_ir
 
+        if why := _never(model.config):
+            raise BuilderUnsupportedError(why)
         try:
             model = _prepared(model, options)
             shapes = _cache_shapes(model)
@@ -43,12 +48,20 @@ class TransformersBuilder:
         return BuiltGraph(
             inputs=tuple(value.name for value in program.graph.inputs),
             outputs=tuple(value.name for value in program.graph.outputs),
-            kv_heads=tuple(heads for heads, _ in shapes),
+            kv_heads=tuple(of["key"][0] or 0 if "key" in of else 0 for of in shapes),
             query_heads=_query_heads(model, shapes),
-            head_dim=shapes[0][1],
-            left_padding=True,
+            head_dim=next((of["key"][2] or 0 for of in shapes if "key" in of), 0),
+            left_padding=not any(CONV_STATE in of for of in shapes),  # nothing masks what it convolves
             shared_kv=False,
+            convolved=max((of[CONV_STATE][-1] or 0 for of in shapes if CONV_STATE in of), default=0),
         )
+
+
+def _never(config: PreTrainedConfig) -> str:
+    """Why a model like this cannot be traced, where that is known."""
+    from slimexport.architectures import registry
+
+    return registry.get(config.model_type).no_graph if config.model_type in registry.names() else ""
 
 
 def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
@@ -61,21 +74,30 @@ def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel
     return copy.deepcopy(model).to(device="cpu", dtype=dtype)
 
 
-def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """(KV heads, head_dim) of every block, from the cache that one token leaves behind."""
+def _cache_shapes(model: PreTrainedModel) -> Shapes:
+    """From the cache that one token leaves behind."""
     import torch
 
     with torch.no_grad():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
-    keys = [getattr(layer, "keys", None) for layer in layers]
-    shapes = [(key.shape[1], key.shape[3]) for key in keys if key is not None and key.dim() == 4]
-    if not shapes or len(shapes) != len(keys):
-        raise BuilderUnsupportedError("its cache does not hold one key and one value tensor per block.")
+    shapes: Shapes = []
+    for layer in layers:
+        key = getattr(layer, "keys", None)
+        of: dict[str, tuple[int | None, ...]] = {}
+        if key is not None and key.dim() == 4:
+            of = dict.fromkeys(("key", "value"), (key.shape[1], None, key.shape[3]))
+        for name in (CONV_STATE, RECURRENT_STATE):
+            states = [state for state in getattr(layer, f"{name}s", {}).values() if state is not None]
+            if len(states) == 1:
+                of[name] = tuple(states[0].shape[1:])
+        shapes.append(of)
+    if not shapes or not all(shapes):
+        raise BuilderUnsupportedError("its cache does not hold key and value, or one state, of every block.")
     return shapes
 
 
-def _sample(shapes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]:
+def _sample(model: PreTrainedModel, shapes: Shapes) -> dict[str, Any]:
     """Inputs to trace with: every size that stays dynamic is above 1, and one row is really padded.
 
     torch.export would otherwise take a size of 1, or a mask that masks nothing, for a constant.
@@ -84,12 +106,18 @@ def _sample(shapes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]
     from transformers import DynamicCache
 
     batch, past, tokens = 2, 5, 3
-    cache: DynamicCache = DynamicCache()
-    for block, (heads, dim) in enumerate(shapes):
-        key = torch.zeros(batch, heads, past, dim, dtype=dtype)
-        cache.update(key, key.clone(), block)
     mask = torch.ones(batch, past + tokens, dtype=torch.int64)
     mask[0, :2] = 0
+    cache: DynamicCache = DynamicCache()
+    if all("key" in of for of in shapes):
+        for block, of in enumerate(shapes):
+            heads, _, dim = of["key"]
+            key = torch.zeros(batch, heads or 0, past, dim or 0, dtype=model.dtype)
+            cache.update(key, key.clone(), block)
+    else:  # only the model itself knows what kinds of states go where
+        with torch.no_grad():
+            ids = torch.zeros(batch, past, dtype=torch.int64)
+            cache = model(input_ids=ids, attention_mask=mask[:, :past], use_cache=True).past_key_values
     return {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
         "attention_mask": mask,
@@ -99,38 +127,39 @@ def _sample(shapes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, Any]
     }
 
 
-def _trace(model: PreTrainedModel, shapes: list[tuple[int, int]], options: ExportOptions) -> Any:
+def _trace(model: PreTrainedModel, shapes: Shapes, options: ExportOptions) -> Any:
     """The onnx_ir Model, fused for the provider."""
     import torch
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     auto = torch.export.Dim.AUTO
     dynamic: dict[str, Any] = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}
-    dynamic["past_key_values"] = [{0: auto, 2: auto} for _ in range(2 * len(shapes))]
+    dynamic["past_key_values"] = [{0: auto, **{i + 1: auto for i, size in enumerate(sizes) if size is None}}
+                                  for of in shapes for sizes in of.values()]  # fmt: skip
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, ort_fusions=options.provider)
-    return OnnxExporter().export(model, _sample(shapes, model.dtype), config=config).program
+    return OnnxExporter().export(model, _sample(model, shapes), config=config).program
 
 
 def _contract_name(theirs: str, plain: Sequence[str], prefix: str) -> str:
     """What the contract calls an input or output: what stands before `layers.N.keys` has changed from one release of
     transformers to the next (`input.past_key_values.` in 5.23, `past_key_values.` and `cache.` in 5.24)."""
-    found = re.fullmatch(r"(?:\w+\.)*layers\.(\d+)\.(key|value)s", theirs)
+    found = re.fullmatch(r"(?:\w+\.)*layers\.(\d+)\.(key|value|conv_state|recurrent_state)s(?:\.0)?", theirs)
     if theirs in plain or found is None:
         return theirs
     return f"{prefix}.{found[1]}.{found[2]}"
 
 
-def _rename(graph: Any, shapes: list[tuple[int, int]]) -> None:
+def _rename(graph: Any, shapes: Shapes) -> None:
     """Gives inputs and outputs the names and dimension names of the contract (targets/base.py)."""
     import onnx_ir as ir
 
-    pairs = [(block, part) for block in range(len(shapes)) for part in ("key", "value")]
+    held = [(block, part, sizes) for block, of in enumerate(shapes) for part, sizes in of.items()]
     for values, plain, prefix in (
         (graph.inputs, ("input_ids", "attention_mask", "position_ids"), "past_key_values"),
         (graph.outputs, ("logits",), "present"),
     ):
         ours = [_contract_name(value.name, plain, prefix) for value in values]
-        if sorted(ours) != sorted([*plain, *(f"{prefix}.{block}.{part}" for block, part in pairs)]):
+        if sorted(ours) != sorted([*plain, *(f"{prefix}.{block}.{part}" for block, part, _ in held)]):
             raise BuilderUnsupportedError(f"its graph has the inputs or outputs {[value.name for value in values]}.")
         for value, name in zip(values, ours, strict=True):
             value.name = name
@@ -141,10 +170,9 @@ def _rename(graph: Any, shapes: list[tuple[int, int]]) -> None:
         "attention_mask": [batch, total],
         "position_ids": [batch, tokens],
     }
-    for block, part in pairs:
-        heads, dim = shapes[block]
-        dims[f"past_key_values.{block}.{part}"] = [batch, heads, past, dim]
-        dims[f"present.{block}.{part}"] = [batch, heads, total, dim]
+    for block, part, sizes in held:
+        for prefix, length in (("past_key_values", past), ("present", total)):
+            dims[f"{prefix}.{block}.{part}"] = [batch, *(length if size is None else size for size in sizes)]
     for value in (*graph.inputs, *graph.outputs):
         wanted = dims.get(value.name) or [batch, tokens, value.shape[2]]
         fixed = [(index, dim) for index, dim in enumerate(value.shape) if isinstance(dim, int)]
@@ -168,14 +196,14 @@ def _forget_origin(program: Any) -> None:
             value.metadata_props.clear()
 
 
-def _query_heads(model: PreTrainedModel, shapes: list[tuple[int, int]]) -> int:
+def _query_heads(model: PreTrainedModel, shapes: Shapes) -> int:
     """The largest count of query heads, where the blocks show it; else the KV heads' (it is informative only)."""
     from slimexport.targets.builders.sizes import architecture
 
     try:
         return max(block.query_heads for block in architecture(model).blocks)
     except BuilderUnsupportedError:
-        return max(heads for heads, _ in shapes)
+        return max(of["key"][0] or 0 for of in shapes if "key" in of)
 
 
 def _head(error: Exception) -> str:

@@ -1,0 +1,14 @@
+"""IQuest-Coder."""
+
+from slimexport.architectures import registry
+from slimexport.architectures.family import Family
+from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, gated_decoder_block
+
+registry.register("iquestcoder")(
+    Family(
+        model_type="iquestcoder",
+        block_weights=gated_decoder_block(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+        model_weights=DECODER_MODEL_WEIGHTS,
+        heads_divide_hidden=True,
+    )
+)
