@@ -14,20 +14,28 @@ from slimexport.targets.base import ExportOptions
 from slimexport.targets.builders import mobius
 from slimexport.testing import CHECKS, kinds, tiny_config, tiny_model, tiny_tokenizer
 
-IN_CI = ("gpt2", "falcon", "phi3", "qwen2_moe")
+IN_CI = ("gpt2", "falcon", "phi3", "qwen2_moe", "lfm2")
+# Of these every check that takes a second or two is made each time; of the others those that find most.
+OFTEN = (
+    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gemma", "gemma2",
+    "gemma3_text", "phi", "phi3", "olmo2", "olmo3", "granite", "smollm3", "starcoder2", "cohere", "stablelm", "exaone4",
+    "gpt_neox", "opt", "gpt2", "gpt_bigcode", "falcon", "lfm2_moe", "glm4_moe", "qwen3_5_text", "apertus",
+)  # fmt: skip
+SELDOM = ("pruned again", "bfloat16")
 MODELS = kinds()
 
 
 def cases() -> list[object]:
-    """What takes longer than a second is slow: a graph that is traced (half a minute), another process (ten seconds).
-    Of these CI does a few kinds, `make test-full` all."""
+    """What takes longer than a second is slow: a graph that is traced (half a minute), another process (ten seconds);
+    so is what of 80 families adds up. Of these CI does a few kinds, `make test-full` all."""
     made = []
     for model, (family, changes) in MODELS.items():
         never = bool(registry.get(family).no_graph)
         traced = not mobius.knows(tiny_config(family, **changes))
         for check in (check for check in CHECKS if not never or check != "exported"):
             marks = []
-            if check == "fresh process" or (traced and check == "exported"):
+            often = model in OFTEN or check not in SELDOM
+            if check == "fresh process" or (traced and check == "exported") or not often:
                 marks = [pytest.mark.slow, *([] if model in IN_CI else [pytest.mark.long])]
             made.append(pytest.param(model, check, marks=marks))
     return made
