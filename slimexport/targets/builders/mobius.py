@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 # Families whose graphs were compared with torch, both layouts; mobius is silently wrong on some of the others.
 FAMILIES = (
-    "arcee", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gpt_neox", "granite", "granitemoe", "helium",
-    "llama", "ministral", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "apertus", "arcee", "biogpt", "cohere2", "cwm", "ernie4_5", "exaone", "exaone4", "flex_olmo", "gemma", "gemma2",
+    "gpt_neox", "granite", "granitemoe", "helium", "internlm3", "iquestcoder", "llama", "ministral", "ministral3",
+    "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
+# Families that mobius does not know, and others, of the same modules, that it does.
+_AS = {"cwm": "llama", "internlm3": "llama", "iquestcoder": "llama"}
 # Positions turn as in torch for every length; "dynamic" and "longrope" depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -79,15 +82,17 @@ class MobiusBuilder:
 
 def knows(config: PreTrainedConfig) -> bool:
     """Whether graphs of models like this one were found right."""
-    serial = config.model_type == "gpt_neox" and not config.use_parallel_residual
-    return config.model_type in FAMILIES and not serial and not architecture_of(config, "").block_flags
+    unlike = (config.model_type == "gpt_neox" and not config.use_parallel_residual) or (
+        config.model_type == "persimmon" and not config.qk_layernorm
+    )
+    return config.model_type in FAMILIES and not unlike and not architecture_of(config, "").block_flags
 
 
 def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
     """The mobius ModelPackage of `model`, weights applied, and notes."""
     import mobius
 
-    module_class = mobius.registry.get(model.config.model_type)
+    module_class = mobius.registry.get(_AS.get(model.config.model_type, model.config.model_type))
     config = _config(model, known, options, module_class)
     module = module_class(config)
     if known.family.model_type in _SCALED_EMBEDDINGS:
