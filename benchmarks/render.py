@@ -24,6 +24,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "pruning.md")
 TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
+    "quality-compared": ("quality.json", quality.compared),
     "quality-calibration": ("quality.json", quality.calibrations),
     "cost": ("cost.json", cost.render),
     "families": (families.CHECKED, families.render),
