@@ -37,6 +37,10 @@ class TransformersBuilder:
         try:
             model = _prepared(model, options)
             shapes = _cache_shapes(model)
+            if options.precision == "bf16" and not all("key" in of for of in shapes):
+                raise BuilderUnsupportedError(
+                    "its states begin with zeros, and ONNX Runtime's Python takes none in bf16: use fp16."
+                )
             program = _trace(model, shapes, options)
             _rename(program.graph, shapes)
         except (BuilderUnsupportedError, MemoryError):
