@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import ModelSource, sha256_file
+from slimexport.artifacts import ModelSource, read_json, sha256_file
 from slimexport.errors import BadInputError, nearest, reason
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: ModelSource
+    note: str = ""  # what of the source was left out
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,22 @@ def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:
         raise BadInputError(f"The config of {located.name} cannot be read: {reason(error)}") from error
     if found.model_type == "gguf":
         raise BadInputError(f"{located.name}: transformers does not know this GGUF architecture.")
-    return found
+    return text_part(found) or found
+
+
+# What the text model inside of a multimodal checkpoint calls its tensors, and what it calls them alone.
+TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The config of the text model in a multimodal one, where its family is known. Images and sound are left out."""
+    from slimexport.architectures import registry
+
+    inner = getattr(config, "text_config", None)
+    known = registry.names()
+    if config.model_type in known or getattr(inner, "model_type", None) not in known:
+        return None
+    return inner
 
 
 def _refuse_packed(located: Located) -> None:
@@ -184,6 +200,10 @@ def load_model(config: RunConfig) -> LoadedModel:
     stored = "float32" if located.gguf else _check_safetensors(located, _kept_in_float32(model_config))
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
+    said = "" if located.gguf else read_json(located.directory / "config.json")["model_type"]
+    whole = said if said != model_config.model_type else ""
+    if whole:
+        options |= {"config": model_config, "key_mapping": TEXT_NAMES}
     if located.gguf:
         options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
     try:
@@ -205,13 +225,18 @@ def load_model(config: RunConfig) -> LoadedModel:
         raise BadInputError(f"The weights of {located.name} cannot be loaded: {reason(error)}") from error
     # A tied lm_head is not stored, so transformers may list it; every other missing tensor was filled at random.
     missing = sorted(k for k in info.get("missing_keys", []) if not (architecture.tied and k == "lm_head.weight"))
+    if missing and whole:
+        raise BadInputError(
+            f"{located.name}: the text model ({model_config.model_type}) cannot be taken out of this {whole} model: "
+            f"{len(missing)} of its tensors are not found, the first is {missing[0]}."
+        )
     if missing:
         raise BadInputError(f"{located.name}: {len(missing)} tensors are missing, the first is {missing[0]}.")
     harmless = ("lm_head.weight",) if architecture.tied else ()
     surplus = sorted(
         k for k in info.get("unexpected_keys", []) if k not in harmless and not k.endswith("rotary_emb.inv_freq")
     )
-    if surplus:
+    if surplus and not whole:
         raise BadInputError(
             f"{located.name}: {len(surplus)} tensors have no place in the model that config.json describes, "
             f"the first is {surplus[0]}."
@@ -220,6 +245,8 @@ def load_model(config: RunConfig) -> LoadedModel:
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise BadInputError(f"{located.name}: the tokenizer has ids up to {largest}, the embedding only {rows} rows.")
+    if whole:
+        model.__dict__.pop("_weight_conversions", None)  # or it would be saved under the names it was found under
     # An unsupported loader would otherwise leave its marks in the saved config.
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, leftover):
@@ -238,7 +265,8 @@ def load_model(config: RunConfig) -> LoadedModel:
         fingerprint=fingerprint(located),
         stored_dtype=stored,
     )
-    return LoadedModel(model, tokenizer, architecture, source)
+    note = f"the text part ({model_config.model_type}) of a {whole} model, without images or sound" if whole else ""
+    return LoadedModel(model, tokenizer, architecture, source, note)
 
 
 def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:

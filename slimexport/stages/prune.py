@@ -267,6 +267,8 @@ def prune_stage(
         size = plan_made.dense_estimates.bytes // plan_made.dense_estimates.parameters
         shrunk = loaded.architecture.with_blocks(plan_made.blocks)
         plan_made = dataclasses.replace(plan_made, estimates=shrunk.estimates(size))
+    if loaded.note:
+        plan_made = dataclasses.replace(plan_made, notes=(loaded.note, *plan_made.notes))
     directory.write(PLAN, plan_made)
     key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):
