@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,7 +277,7 @@ def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> b
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
-    return any(f".{part}." in f".{name}." for part in kept)
+    return _has_part(name, kept)
 
 
 def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBase:
@@ -293,6 +294,10 @@ def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBa
     if not tokenizer.vocab_size:
         raise BadInputError(f"{located.name} has no usable tokenizer: its vocabulary is empty.")
     return tokenizer
+
+
+def _has_part(name: str, parts: Iterable[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:
@@ -358,11 +363,7 @@ def _check_safetensors_file(path: Path, apart: frozenset[str]) -> set[str]:
             raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
     if end != size:
         raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
-    types = {
-        str(v.get("dtype"))
-        for k, v in header.items()
-        if k != "__metadata__" and not any(f".{part}." in f".{k}." for part in apart)
-    }
+    types = {str(v.get("dtype")) for k, v in header.items() if k != "__metadata__" and not _has_part(k, apart)}
     return {t for t in types if t.startswith(("F", "BF"))}
 
 

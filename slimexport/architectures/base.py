@@ -58,7 +58,6 @@ class Architecture:
     residual_multiplier: float = 1.0  # of what the output matrices add to the residual
     experts: int = 1
     active_experts: int = 1  # that see a token
-    shared_channels: int = 0  # of an expert that sees every token and is left dense
     block_flags: tuple[frozenset[str], ...] = ()  # of every block, where blocks are of several kinds
     fixed_axes: Mapping[str, int] = field(default_factory=dict)
 
@@ -92,9 +91,8 @@ class Architecture:
             residual_multiplier=multiplier,
             experts=getattr(config, family.experts_field) if family.experts else 1,
             active_experts=config.num_experts_per_tok if family.experts else 1,
-            shared_channels=getattr(config, family.shared_channels_field) if family.shared_channels_field else 0,
             block_flags=_flags_of_blocks(family, config),
-            fixed_axes=dict(family.fixed_axes(config)) if family.fixed_axes else {},
+            fixed_axes=_fixed_axes(family, config),
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -142,7 +140,7 @@ class Architecture:
             return sum(self.axis_size(part, sizes) for part in axis.parts)
         fixed = {
             RESIDUAL: self.hidden, HEAD_DIM: self.head_dim, VOCAB: self.vocab, POSITIONS: self.positions,
-            EXPERTS: self.experts, SHARED: self.shared_channels, ONE: 1, **self.fixed_axes,
+            EXPERTS: self.experts, ONE: 1, **self.fixed_axes,
         }  # fmt: skip
         if axis in fixed:
             return fixed[axis]
@@ -316,11 +314,16 @@ class Architecture:
 
 
 def _flags_of_blocks(family: Family, config: Any) -> tuple[frozenset[str], ...]:
-    """Nothing where all blocks are of one kind."""
+    """Nothing where no block has any."""
     if family.block_flags is None:
         return ()
     flags = tuple(frozenset(family.block_flags(config, i)) for i in range(config.num_hidden_layers))
-    return flags if len(set(flags)) > 1 or any(flags) else ()
+    return flags if any(flags) else ()
+
+
+def _fixed_axes(family: Family, config: Any) -> dict[str, int]:
+    shared = {SHARED: getattr(config, family.shared_channels_field)} if family.shared_channels_field else {}
+    return shared | dict(family.fixed_axes(config) if family.fixed_axes else {})
 
 
 def _dense_heads(family: Family, config: Any) -> int:

@@ -43,9 +43,8 @@ class Family:
     head_dim_field: str | None = "head_dim"  # None: it is always hidden size / query heads
     positions: Callable[[Any], int] | None = None  # config -> rows of the table of learned positions
     channels: Callable[[Any], int] | None = None  # config -> channels, where channels_field does not say it alone
-    settled: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields of a pruned model's config: sizes are what they say
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a pruned model's config, by which its sizes mean what they say."""
     kv_groups: Callable[[Any], int] | None = None  # config -> groups, where kv_groups_field does not say it alone
     flags: Callable[[Any], Iterable[str]] | None = None  # config -> names for `Weight.when` that are no fields
     block_flags: Callable[[Any, int], Iterable[str]] | None = None  # config, block -> names for `Weight.when` there

@@ -128,7 +128,7 @@ def left_dense(architecture: Architecture) -> list[str]:
     notes = []
     if not architecture.family.heads_prunable:
         notes.append(f"all heads stay: {architecture.family.model_type} norms q and k over all of them together")
-    if architecture.shared_channels or SHARED in architecture.fixed_axes:
+    if architecture.fixed_axes.get(SHARED):
         notes.append("the expert that sees every token stays dense; it is no part of the ratio")
     family = architecture.family
     for part, of, why in (

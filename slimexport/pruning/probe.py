@@ -34,14 +34,16 @@ class Cut:
 
 
 @contextmanager
-def replaced(module: nn.Module, cut: Cut | None) -> Iterator[None]:
-    """Within it, `module` has its dense shape with the matrix of `cut`, zeros where columns went; None: it is itself.
+def replaced(block: nn.Module, name: str, cut: Cut | None) -> Iterator[None]:
+    """Within it, module `name` of `block` has its dense shape with the matrix of `cut`, zeros where columns went; None:
+    the block is as it is, and need not have such a module.
 
     Zero columns make the removed heads and channels invisible to the rest of the model.
     """
     if cut is None:
         yield
         return
+    module = block.get_submodule(name)
     old = matrix(module)
     new = torch.zeros_like(old)
     columns = cut.columns.to(old.device).unsqueeze(-2).expand(cut.W.shape)

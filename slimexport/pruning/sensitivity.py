@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -102,33 +101,32 @@ def measure_costs(
         searched = keep is not None
         with solvable(index):
             weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
-            whole = (dense.kv_groups, dense.heads_per_group)
-            pair = (_nothing_to_cut(whole), _nothing_to_cut(dense.channels))
+            of_heads = _nothing_to_cut((dense.kv_groups, dense.heads_per_group))
+            of_channels = _nothing_to_cut(dense.channels)
             if own.has_heads:
-                H = checked(heads, index, settings)
+                H = _checked(heads, index, settings)
                 W = matrix(work.get_submodule(family.attention_output)).double()
-                curve = head_curve(W, H, dense, own, settings.damping, weightings[0], searched=searched)
-                pair = (curve, pair[1])
+                of_heads = head_curve(W, H, dense, own, settings.damping, weightings[0], searched=searched)
             if own.has_channels:
-                of_channels = [checked(moments, index, settings) for moments in channels]
-                curve = joined([
+                each = [_checked(moments, index, settings) for moments in channels]
+                of_channels = joined([
                     channel_curve(V.double(), H, dense, round_to, settings.damping, weightings[1], searched=searched)
-                    for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), of_channels, strict=True)
+                    for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), each, strict=True)
                 ], [moments.tokens for moments in channels])  # fmt: skip
-                pair = (pair[0], curve)
+            pair = (of_heads, of_channels)
         if keep is not None:
             keep(index, *pair)
         fresh: set[Any] = set()
         for name, curve in zip(names, pair, strict=True):
             for size in curve.probed:
                 key = (index, name, size)
-                with replaced(work.get_submodule(name), curve.cuts[size]):
+                with replaced(work, name, curve.cuts[size]):
                     candidates.branch(key, lambda x: output(work(x, **probe_arguments(index))))  # noqa: B023
                 fresh.add(key)
         for name, curve in zip(names, pair, strict=True):
             for level in levels:
                 cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
-                with replaced(work.get_submodule(name), cut) if cut is not None else nullcontext():
+                with replaced(work, name, cut):
                     states_ = candidates.states[name, level]
                     candidates.states[name, level] = output(work(states_, **probe_arguments(index)))
                 fresh.add((name, level))
@@ -160,7 +158,7 @@ def measure_costs(
     )
 
 
-def checked(moments: Moments, index: int, settings: Settings) -> torch.Tensor:
+def _checked(moments: Moments, index: int, settings: Settings) -> torch.Tensor:
     """H, which is finite."""
     H = moments.H()
     check_finite(H, index, settings.dtype)

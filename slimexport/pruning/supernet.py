@@ -10,7 +10,6 @@ chosen is then pruned properly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +118,14 @@ class Supernet:
         return states
 
     def _through(self, work: Any, tensors: Any, index: int, sizes: BlockSizes, states: torch.Tensor) -> torch.Tensor:
-        own = self._architecture.by_block[index]
-        dense, family = own.blocks[index], own.family
+        dense, family = self._architecture.blocks[index], self._architecture.family
         heads, whole = (sizes.kv_groups, sizes.heads_per_group), (dense.kv_groups, dense.heads_per_group)
         of_heads = None if heads == whole else _read(tensors, heads)
         of_channels = None if sizes.channels == dense.channels else _read(tensors, sizes.channels)
-        with ExitStack() as cuts:
-            for name, cut in ((family.attention_output, of_heads), (family.ffn_output, of_channels)):
-                if name in own.outputs:
-                    cuts.enter_context(replaced(work.get_submodule(name), cut))
+        with (
+            replaced(work, family.attention_output, of_heads),
+            replaced(work, family.ffn_output, of_channels),
+        ):
             return output(work(states, **self._arguments(index)))
 
 

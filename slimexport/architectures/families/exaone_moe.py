@@ -3,16 +3,13 @@
 from dataclasses import replace
 
 from slimexport.architectures import registry
+from slimexport.architectures.families.glm4_moe import EXPERTS_OR_DENSE
 from slimexport.architectures.families.glm4_moe import FAMILY as GLM4_MOE
 from slimexport.architectures.weights import (
     DENSE,
     DENSE_CHANNELS,
-    EXPERTS,
     SHARED,
-    Weight,
     attention_weights,
-    gated_ffn,
-    mixed_ffn,
     norms,
 )
 
@@ -23,9 +20,7 @@ registry.register("exaone_moe")(
         block_weights=(
             *norms("input_layernorm", "post_attention_layernorm"),
             *attention_weights(head_norms=("q_norm", "k_norm")),
-            *mixed_ffn(
-                *gated_ffn("mlp.shared_experts", along=SHARED), Weight("mlp.gate.e_score_correction_bias", (EXPERTS,))
-            ),
+            *EXPERTS_OR_DENSE,
         ),
         experts_field="num_experts",
         block_flags=lambda config, block: [DENSE] if config.mlp_layer_types[block] != "sparse" else [],

@@ -17,6 +17,10 @@ from slimexport.architectures.weights import (
     where,
 )
 
+EXPERTS_OR_DENSE = mixed_ffn(
+    *gated_ffn("mlp.shared_experts", along=SHARED), Weight("mlp.gate.e_score_correction_bias", (EXPERTS,))
+)
+
 FAMILY = registry.register("glm4_moe")(
     Family(
         model_type="glm4_moe",
@@ -24,9 +28,7 @@ FAMILY = registry.register("glm4_moe")(
             *norms("input_layernorm", "post_attention_layernorm"),
             *attention_weights(qkv_bias="attention_bias"),
             *where("use_qk_norm", [Weight(f"self_attn.{name}.weight", (HEAD_DIM,)) for name in ("q_norm", "k_norm")]),
-            *mixed_ffn(
-                *gated_ffn("mlp.shared_experts", along=SHARED), Weight("mlp.gate.e_score_correction_bias", (EXPERTS,))
-            ),
+            *EXPERTS_OR_DENSE,
         ),
         model_weights=DECODER_MODEL_WEIGHTS,
         ffn_output="mlp.experts",

@@ -5,11 +5,11 @@ from typing import Any
 from slimexport.architectures import registry
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
-    CHANNELS,
     ONE,
     RESIDUAL,
     Weight,
     attention_weights,
+    gated_ffn,
     linear,
     model_weights,
     norm,
@@ -36,19 +36,24 @@ def convolution(config: Any) -> dict[str, int]:
     return {KERNEL: config.conv_L_cache, CONVOLVED: 3 * config.hidden_size}
 
 
+SHORT_CONVOLUTION = where(
+    "conv",
+    (
+        Weight("conv.conv.weight", (RESIDUAL, ONE, KERNEL)),
+        Weight("conv.conv.bias", (RESIDUAL,), when="conv_bias"),
+        *linear("conv.in_proj", CONVOLVED, RESIDUAL, "conv_bias"),
+        *linear("conv.out_proj", RESIDUAL, RESIDUAL, "conv_bias"),
+    ),
+)
+
 FAMILY = registry.register("lfm2")(
     Family(
         model_type="lfm2",
         block_weights=(
             *norms("operator_norm", "ffn_norm"),
             *where("full_attention", attention_weights(output="out_proj", head_norms=("q_layernorm", "k_layernorm"))),
-            *where("conv", [Weight("conv.conv.weight", (RESIDUAL, ONE, KERNEL))]),
-            *where("conv", [Weight("conv.conv.bias", (RESIDUAL,), when="conv_bias")]),
-            *where("conv", linear("conv.in_proj", CONVOLVED, RESIDUAL, "conv_bias")),
-            *where("conv", linear("conv.out_proj", RESIDUAL, RESIDUAL, "conv_bias")),
-            *linear("feed_forward.w1", CHANNELS, RESIDUAL),
-            *linear("feed_forward.w3", CHANNELS, RESIDUAL),
-            *linear("feed_forward.w2", RESIDUAL, CHANNELS),
+            *SHORT_CONVOLUTION,
+            *gated_ffn("feed_forward", names=("w1", "w3", "w2")),
         ),
         model_weights=model_weights("model.embed_tokens", *norm("model.embedding_norm")),
         attention_output="self_attn.out_proj",

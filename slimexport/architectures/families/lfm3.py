@@ -1,13 +1,11 @@
 """LFM3: short convolutions in most blocks, outputs normed, attention's also gated by head."""
 
 from slimexport.architectures import registry
-from slimexport.architectures.families.lfm2 import CONVOLVED, KERNEL, convolution
+from slimexport.architectures.families.lfm2 import SHORT_CONVOLUTION, convolution
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
-    ONE,
     QUERY_HEADS,
     RESIDUAL,
-    Weight,
     attention_weights,
     gated_ffn,
     linear,
@@ -31,10 +29,7 @@ registry.register("lfm3")(
                     *linear("self_attn.g_proj", QUERY_HEADS, RESIDUAL),
                 ),
             ),
-            *where("conv", [Weight("conv.conv.weight", (RESIDUAL, ONE, KERNEL))]),
-            *where("conv", [Weight("conv.conv.bias", (RESIDUAL,), when="conv_bias")]),
-            *where("conv", linear("conv.in_proj", CONVOLVED, RESIDUAL, "conv_bias")),
-            *where("conv", linear("conv.out_proj", RESIDUAL, RESIDUAL, "conv_bias")),
+            *SHORT_CONVOLUTION,
             *gated_ffn("feed_forward", names=("w1", "w3", "w2")),
         ),
         model_weights=model_weights("model.embed_tokens", *norm("model.embedding_norm")),
