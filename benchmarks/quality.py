@@ -43,8 +43,8 @@ PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left ou
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
 COMPARED = ("criteria", "allocations", "layout")
 COMPARED_WINDOWS = 32
-PART = {"wikitext2": 20_000}  # tokens of each text that rows of COMPARED and CALIBRATIONS are measured on
-PART_OF_OTHERS = 5_000
+PART = {"wikitext2": 10_240}  # tokens of each text that rows of COMPARED and CALIBRATIONS are measured on
+PART_OF_OTHERS = 2_560
 TAYLOR: dict[str, Any] = {"peer": "torch_pruning", "importance": "taylor"}
 PEERS: dict[str, Callable[[float], dict[str, Any]]] = {  # with the settings that did best on development text
     "torch-pruning taylor": lambda ratio: TAYLOR | ({"protected": (4, 2)} if ratio < 0.5 else {"ranking": "global"}),
