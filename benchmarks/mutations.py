@@ -78,7 +78,9 @@ def wrong(weight: Weight) -> Iterator[tuple[str, Weight]]:
         if isinstance(axis, Fused):
             orders = set(itertools.permutations(axis.parts)) - {axis.parts}
             others = [replace(axis, parts=order) for order in sorted(orders)]
-            others.append(replace(axis, by_group=not axis.by_group))
+            others.append(
+                replace(axis, turns=None if axis.turns else CHANNELS if CHANNELS in axis.parts else KV_GROUPS)
+            )
         elif axis in OTHER:
             others = [OTHER[axis]]
         for other in others:

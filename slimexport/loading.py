@@ -39,7 +39,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: ModelSource
-    note: str = ""  # what of the source was left out
+    note: str = ""  # what was left out of the source, or done to it
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _download(name: str, revision: str | None) -> Located:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED)
+        directory = snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"])
     except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
         raise BadInputError(
             f"Model {name!r} is no local directory, and the Hub did not give it ({reason(error)})."
@@ -108,7 +108,7 @@ def load_config(config: RunConfig, located: Located | None = None) -> tuple[PreT
     from slimexport.architectures import architecture_of
 
     located = located or locate(config)
-    _refuse_packed(located)
+    _packing(located)
     model_config = _read_config(located, config)
     return model_config, architecture_of(model_config, located.name, auto=config.architecture == "auto")
 
@@ -143,10 +143,16 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return inner
 
 
-def _refuse_packed(located: Located) -> None:
-    """Packed weights cannot be sliced; dequantise first. Said by name, before anything is read."""
+MXFP4 = "mxfp4"  # how GPT-OSS is published, and nothing else: 4 bits in blocks of 32, unpacked without loss
+
+
+def _packing(located: Located) -> str | None:
+    """How the weights are packed, if they are; refuses what cannot be unpacked to what it was made from.
+
+    Packed weights cannot be sliced. Said by name, before anything is read.
+    """
     if located.gguf:
-        return
+        return None
     path = located.directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -155,12 +161,15 @@ def _refuse_packed(located: Located) -> None:
     if not isinstance(raw, dict) or not raw.get("model_type"):
         raise BadInputError(f"{path} has no model_type: not a transformers model.")
     packed = raw.get("quantization_config")
-    if packed:
-        method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
-        raise BadInputError(
-            f"{located.name} is packed ({method}): pruning needs plain float weights. "
-            "Start from the unquantised model, and quantise after pruning."
-        )
+    if not packed:
+        return None
+    method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
+    if method == MXFP4:
+        return MXFP4
+    raise BadInputError(
+        f"{located.name} is packed ({method}): pruning needs plain float weights. "
+        "Start from the unquantised model, and quantise after pruning."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -193,7 +202,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     weights, NaN, shapes that contradict the config, no tokenizer, an absent device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig, Mxfp4Config
 
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
@@ -207,6 +216,9 @@ def load_model(config: RunConfig) -> LoadedModel:
         options |= {"config": model_config, "key_mapping": TEXT_NAMES}
     if located.gguf:
         options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    packed = _packing(located)
+    if packed:
+        options |= {"quantization_config": Mxfp4Config(dequantize=True)}
     try:
         if model_config.is_heterogeneous:
             from slimexport.checkpoint.load import load_weights
@@ -267,7 +279,7 @@ def load_model(config: RunConfig) -> LoadedModel:
         stored_dtype=stored,
     )
     note = f"the text part ({model_config.model_type}) of a {whole} model, without images or sound" if whole else ""
-    return LoadedModel(model, tokenizer, architecture, source, note)
+    return LoadedModel(model, tokenizer, architecture, source, note or (f"unpacked from {packed}" if packed else ""))
 
 
 def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:

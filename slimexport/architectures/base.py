@@ -272,9 +272,10 @@ class Architecture:
             size = self.axis_size(part, kept.of)
             index = self.axis_index(part, kept)
             index = list(range(size)) if index is None else index
-            if axis.by_group:
-                # A group's share of each part stands together: `size` of them in steps of the whole group's width.
-                share, width = size // kept.of.kv_groups, self.axis_size(axis, kept.of) // kept.of.kv_groups
+            if axis.turns:
+                # A turn's share of each part stands together: `size` of them in steps of the whole turn's width.
+                turns = self.axis_size(axis.turns, kept.of)
+                share, width = size // turns, self.axis_size(axis, kept.of) // turns
                 found.append((part, [i // share * width + start + i % share for i in index]))
                 start += share
             else:

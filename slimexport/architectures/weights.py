@@ -24,11 +24,11 @@ DENSE = "dense"  # the flag of blocks that have one
 
 @dataclass(frozen=True)
 class Fused:
-    """Several axes in one dimension: all of the first, then all of the second (Phi-3: q, k, v); or, `by_group`, what a
-    KV group has of each, then what the next group has (GPT-NeoX, Falcon 40B)."""
+    """Several axes in one dimension: all of the first, then all of the second (Phi-3: q, k, v); or in turns: what the
+    first KV group has of each, then what the next group has (GPT-NeoX, Falcon 40B), and so for channels (GPT-OSS)."""
 
     parts: tuple[str, ...]
-    by_group: bool = False
+    turns: str | None = None  # KV_GROUPS or CHANNELS
 
 
 Axis = str | Fused

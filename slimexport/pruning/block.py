@@ -299,7 +299,7 @@ class Block:
 
     def _shrink(self, weight: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`W` [out, kept], of experts one for each, becomes the matrix; `bias` [out] is added to its bias."""
-        tensors = {weight: W.T if self.architecture.is_transposed(weight) else W}
+        tensors = {weight: W.mT if self.architecture.is_transposed(weight) else W}
         if bias is not None:
             name = f"{weight.removesuffix('.weight')}.bias"
             old = self.home.get_parameter(name).to(self.settings.device, torch.float64)

@@ -24,7 +24,7 @@ def ffn_inputs(module: nn.Module, given: tuple[torch.Tensor, ...]) -> Iterator[t
 
     Args:
         module: the FFN's output matrix; or transformers' module of experts, with `gate_up_proj` [experts, 2 x channels,
-            hidden], `down_proj` and `act_fn`.
+            hidden] or transposed, a bias of it or none, and `_apply_gate`, which makes `channels` of twice as many.
         given: what it is called with: its inputs; or hidden states [tokens, hidden], and the router's choice and
             weights, each [tokens, experts per token].
     """
@@ -35,8 +35,11 @@ def ffn_inputs(module: nn.Module, given: tuple[torch.Tensor, ...]) -> Iterator[t
     hidden_states, index, weights = given
     for expert in index.unique().tolist():
         token, place = torch.where(index == expert)
-        gate, up = functional.linear(hidden_states[token], experts.gate_up_proj[expert]).chunk(2, -1)
-        yield expert, experts.act_fn(gate) * up * weights[token, place, None].to(up)
+        W = experts.gate_up_proj[expert]
+        bias = experts.gate_up_proj_bias[expert] if experts.has_bias else None
+        gate_up = functional.linear(hidden_states[token], W.T if experts.is_transposed else W, bias)
+        X = experts._apply_gate(gate_up)
+        yield expert, X * weights[token, place, None].to(X)
 
 
 def ffn_matrices(module: nn.Module) -> list[torch.Tensor]:

@@ -8,14 +8,18 @@ from transformers.pytorch_utils import Conv1D
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of a Linear, a view of that of a Conv1D, which is stored as [in, out], or the experts' down_proj."""
+    """The weight of a Linear, or the experts' down_proj; a view of it where it is stored as [in, out]."""
     weight = _parameter(module).data
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.mT if _is_transposed(module) else weight
 
 
 def set_matrix(module: nn.Module, W: torch.Tensor) -> None:
     """Puts W in place of what `matrix` gives; precision and device are those of W."""
-    _parameter(module).data = W.T.contiguous() if isinstance(module, Conv1D) else W
+    _parameter(module).data = W.mT.contiguous() if _is_transposed(module) else W
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def _parameter(module: nn.Module) -> nn.Parameter:

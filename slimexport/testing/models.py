@@ -129,6 +129,8 @@ _EXTRAS: dict[str, dict[str, Any]] = {
                  "layer_types": _SLIDING},
     "laguna": {**_MOE, "num_experts": 6, "shared_expert_intermediate_size": 56, "attention_bias": True,
                "sliding_window": 12, "layer_types": _SLIDING},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 12, "swiglu_limit": 1.5,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "lfm3": {"conv_bias": True, "attention_bias": True, "layer_types": ["conv", "full_attention", "conv"]},
     "apertus": {"attention_bias": True},

@@ -20,6 +20,7 @@ OFTEN = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gemma", "gemma2",
     "gemma3_text", "phi", "phi3", "olmo2", "olmo3", "granite", "smollm3", "starcoder2", "cohere", "stablelm", "exaone4",
     "gpt_neox", "opt", "gpt2", "gpt_bigcode", "falcon", "lfm2_moe", "glm4_moe", "qwen3_5_text", "apertus",
+    "gpt_oss",
 )  # fmt: skip
 SELDOM = ("pruned again", "bfloat16")
 MODELS = kinds()
@@ -27,7 +28,7 @@ MODELS = kinds()
 
 def cases() -> list[object]:
     """What takes longer than a second is slow: a graph that is traced (half a minute), another process (ten seconds);
-    so is what of 80 families adds up. Of these CI does a few kinds, `make test-full` all."""
+    so is what of so many families adds up. Of these CI does a few kinds, `make test-full` all."""
     made = []
     for model, (family, changes) in MODELS.items():
         never = bool(registry.get(family).no_graph)

@@ -7,6 +7,7 @@ from slimexport.architectures import registry
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
     KEY_VALUE,
+    KV_GROUPS,
     QUERY,
     RESIDUAL,
     Fused,
@@ -47,7 +48,10 @@ registry.register("falcon")(
             *_when(ONE_NORM, "input_layernorm"),
             *_when(TWO_NORMS, "ln_attn", "ln_mlp"),
             *linear(
-                "self_attention.query_key_value", Fused((QUERY, KEY_VALUE, KEY_VALUE), by_group=True), RESIDUAL, "bias"
+                "self_attention.query_key_value",
+                Fused((QUERY, KEY_VALUE, KEY_VALUE), turns=KV_GROUPS),
+                RESIDUAL,
+                "bias",
             ),
             *linear("self_attention.dense", RESIDUAL, QUERY, "bias"),
             *plain_ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", bias="bias"),

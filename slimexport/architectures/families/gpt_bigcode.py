@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from slimexport.architectures import registry
 from slimexport.architectures.families.gpt2 import GPT2
-from slimexport.architectures.weights import KEY_VALUE, QUERY, RESIDUAL, Fused, linear, norms, plain_ffn
+from slimexport.architectures.weights import KEY_VALUE, KV_GROUPS, QUERY, RESIDUAL, Fused, linear, norms, plain_ffn
 
 registry.register("gpt_bigcode")(
     replace(
@@ -12,7 +12,7 @@ registry.register("gpt_bigcode")(
         model_type="gpt_bigcode",
         block_weights=(
             *norms("ln_1", "ln_2", bias="always"),
-            *linear("attn.c_attn", Fused((QUERY, KEY_VALUE, KEY_VALUE), by_group=True), RESIDUAL, "always"),
+            *linear("attn.c_attn", Fused((QUERY, KEY_VALUE, KEY_VALUE), turns=KV_GROUPS), RESIDUAL, "always"),
             *linear("attn.c_proj", RESIDUAL, QUERY, "always"),
             *plain_ffn("mlp.c_fc", "mlp.c_proj", bias="always"),
         ),

@@ -4,6 +4,7 @@ from slimexport.architectures import registry
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
     KEY_VALUE,
+    KV_GROUPS,
     QUERY,
     RESIDUAL,
     Fused,
@@ -21,7 +22,7 @@ registry.register("gpt_neox")(
             *norms("input_layernorm", "post_attention_layernorm", bias="always"),
             *linear(
                 "attention.query_key_value",
-                Fused((QUERY, KEY_VALUE, KEY_VALUE), by_group=True),
+                Fused((QUERY, KEY_VALUE, KEY_VALUE), turns=KV_GROUPS),
                 RESIDUAL,
                 "attention_bias",
             ),

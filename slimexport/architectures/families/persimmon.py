@@ -5,6 +5,7 @@ from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
     HEAD_DIM,
     KEY_VALUE,
+    KV_GROUPS,
     QUERY,
     RESIDUAL,
     Fused,
@@ -22,7 +23,7 @@ registry.register("persimmon")(
         block_weights=(
             *norms("input_layernorm", "post_attention_layernorm", bias="always"),
             *linear(
-                "self_attn.query_key_value", Fused((QUERY, KEY_VALUE, KEY_VALUE), by_group=True), RESIDUAL, "always"
+                "self_attn.query_key_value", Fused((QUERY, KEY_VALUE, KEY_VALUE), turns=KV_GROUPS), RESIDUAL, "always"
             ),
             *linear("self_attn.dense", RESIDUAL, QUERY, "always"),
             *(
