@@ -60,8 +60,13 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
     }  # fmt: skip
     plain = tiny_config(family).to_dict()
     if known.kv_groups_field in plain:
-        changes[known.kv_groups_field] = GROUPS
-    for name, size in (("head_dim", HEAD_DIM), ("word_embed_proj_dim", WIDTH), ("max_position_embeddings", 1024)):
+        changes[known.kv_groups_field] = GROUPS if known.cached is None else HEADS
+    for name, size in (
+        ("head_dim", HEAD_DIM),
+        ("word_embed_proj_dim", WIDTH),
+        ("max_position_embeddings", 1024),
+        ("n_positions", 1024),
+    ):
         if name in plain:
             changes[name] = size
     if "sliding_window" not in plain:

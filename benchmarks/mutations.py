@@ -25,6 +25,8 @@ from slimexport.architectures.weights import (
     CHANNELS,
     KEY_VALUE,
     KV_GROUPS,
+    LATENT_KEY_VALUE,
+    LATENT_QUERY,
     QUERY,
     QUERY_HEADS,
     RESIDUAL,
@@ -35,7 +37,7 @@ from slimexport.testing import CHECKS, kinds, tiny_config
 
 OTHER = {
     QUERY: KEY_VALUE, KEY_VALUE: QUERY, CHANNELS: RESIDUAL, RESIDUAL: CHANNELS, QUERY_HEADS: KV_GROUPS,
-    KV_GROUPS: QUERY_HEADS,
+    KV_GROUPS: QUERY_HEADS, LATENT_QUERY: LATENT_KEY_VALUE, LATENT_KEY_VALUE: LATENT_QUERY,
 }  # fmt: skip
 CHEAP = ("table", "shrunk equals masked")
 

@@ -24,6 +24,7 @@ from slimexport.architectures.weights import (
     HEAD_DIM,
     KEY_VALUE,
     KV_GROUPS,
+    OF_HEADS,
     ONE,
     POSITIONS,
     QUERY,
@@ -60,6 +61,8 @@ class Architecture:
     active_experts: int = 1  # that see a token
     block_flags: tuple[frozenset[str], ...] = ()  # of every block, where blocks are of several kinds
     fixed_axes: Mapping[str, int] = field(default_factory=dict)
+    head_axes: Mapping[str, int] = field(default_factory=dict)  # of further axes, entries to each query head
+    cached: int | None = None  # entries that a token adds to a block's cache; None: as many as its keys and values have
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -78,7 +81,6 @@ class Architecture:
             flags |= set(family.flags(config))
         # Per block there is one head_dim and, where none is written down, the head count of the dense model.
         explicit = getattr(config, family.head_dim_field, None) if family.head_dim_field else None
-        multiplier = getattr(config, family.residual_multiplier_field) if family.residual_multiplier_field else 1.0
         return cls(
             family=family,
             hidden=config.hidden_size,
@@ -88,11 +90,13 @@ class Architecture:
             blocks=blocks,
             flags=frozenset(flags),
             positions=family.positions(config) if family.positions else 0,
-            residual_multiplier=multiplier,
+            residual_multiplier=family.residual_multiplier(config) if family.residual_multiplier else 1.0,
             experts=getattr(config, family.experts_field) if family.experts else 1,
             active_experts=config.num_experts_per_tok if family.experts else 1,
             block_flags=_flags_of_blocks(family, config),
             fixed_axes=_fixed_axes(family, config),
+            head_axes=family.head_axes(config) if family.head_axes else {},
+            cached=family.cached(config) if family.cached else None,
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -147,11 +151,15 @@ class Architecture:
         assert sizes is not None, f"axis {axis} belongs to a block"
         return self.named_sizes(sizes)[axis]
 
+    @property
+    def query_axes(self) -> dict[str, int]:
+        """Axes that run through the query heads, and the entries that each of these has there."""
+        return {QUERY: self.head_dim, GATED_QUERY: 2 * self.head_dim, **self.head_axes}
+
     def named_sizes(self, sizes: BlockSizes) -> dict[str, int]:
         """Everything that a block's axes and its modules' attributes can be as long as."""
         return {
-            QUERY: sizes.query_heads * self.head_dim,
-            GATED_QUERY: 2 * sizes.query_heads * self.head_dim,
+            **{axis: sizes.query_heads * width for axis, width in self.query_axes.items()},
             KEY_VALUE: sizes.kv_groups * self.head_dim,
             CHANNELS: sizes.channels,
             QUERY_HEADS: sizes.query_heads,
@@ -203,7 +211,7 @@ class Architecture:
 
     def attention_parameters(self, sizes: BlockSizes) -> int:
         """The part of `block_linear_parameters` that runs along heads."""
-        return self._entries(sizes, QUERY, GATED_QUERY, KEY_VALUE)
+        return self._entries(sizes, *OF_HEADS)
 
     def channel_parameters(self) -> int:
         """Matrix entries that one channel of one block costs."""
@@ -238,7 +246,7 @@ class Architecture:
         # A decoded token reads every weight once, except the embedding tables, of which it reads one row; a tied
         # table is read as lm_head. FLOPs: two per multiply-add.
         streamed = total - idle - (0 if self.tied else embedding) - self.positions * self.hidden
-        kv = sum(2 * sizes.kv_groups * self.head_dim for own, sizes in each if own.has_heads)
+        kv = sum(self.cached or 2 * sizes.kv_groups * self.head_dim for own, sizes in each if own.has_heads)
         return Estimates(
             parameters=total,
             block_parameters=linear,
@@ -258,9 +266,9 @@ class Architecture:
             return list(kept.channels)
         if axis in (QUERY_HEADS, KV_GROUPS):
             return list(kept.query_heads if axis == QUERY_HEADS else kept.kv_groups)
-        if axis in (QUERY, GATED_QUERY, KEY_VALUE):
+        if axis == KEY_VALUE or axis in self.query_axes:
             heads = kept.kv_groups if axis == KEY_VALUE else kept.query_heads
-            width = 2 * self.head_dim if axis == GATED_QUERY else self.head_dim
+            width = self.query_axes.get(axis, self.head_dim)
             return [h * width + d for h in heads for d in range(width)]
         return None
 

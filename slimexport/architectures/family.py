@@ -49,11 +49,15 @@ class Family:
     flags: Callable[[Any], Iterable[str]] | None = None  # config -> names for `Weight.when` that are no fields
     block_flags: Callable[[Any, int], Iterable[str]] | None = None  # config, block -> names for `Weight.when` there
     fixed_axes: Callable[[Any], Mapping[str, int]] | None = None  # config -> lengths of axes that are never sliced
+    head_axes: Callable[[Any], Mapping[str, int]] | None = None
+    """config -> entries of further axes that belong to each query head."""
+    cached: Callable[[Any], int] | None = None
+    """config -> entries that a token adds to a block's cache, where these are not keys and values of its KV groups."""
     refusal: Callable[[Any], str | None] | None = None  # config -> why a model like this cannot be pruned
 
     # How the block adds up
     outputs_normed: bool = False  # a norm stands between the output matrices and the residual
-    residual_multiplier_field: str | None = None  # what their outputs are multiplied by
+    residual_multiplier: Callable[[Any], float] | None = None  # config -> what their outputs are multiplied by
     heads_prunable: bool = True  # False: a norm over all heads together, which would change with their number
     guessed: bool = False  # nobody read whether a config without sizes per block may say other head counts
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).

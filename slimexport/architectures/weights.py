@@ -20,6 +20,12 @@ ONE = "one"
 SHARED = "shared_channels"  # of an expert that sees every token; never sliced
 DENSE_CHANNELS = "dense_channels"  # of an FFN without experts in a model of experts; never sliced
 DENSE = "dense"  # the flag of blocks that have one
+LATENT_QUERY = "latent_query"  # of attention by latents (latent.py): query heads x width of a query
+LATENT_KEY_VALUE = "latent_key_value"  # query heads x (key without positions, value)
+QUERY_RANK = "query_rank"  # width of the latent that queries come from; never sliced
+KEY_VALUE_RANK = "key_value_rank"
+
+OF_HEADS = (QUERY, GATED_QUERY, KEY_VALUE, LATENT_QUERY, LATENT_KEY_VALUE)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it stands between the residual and heads or channels: what `ratio` is a share of."""
-        return RESIDUAL in self.axes and self.runs_along(QUERY, GATED_QUERY, KEY_VALUE, CHANNELS)
+        """Whether it stands between the residual, or a latent, and heads or channels: what `ratio` is a share of."""
+        outer = (RESIDUAL, QUERY_RANK, KEY_VALUE_RANK)
+        return any(axis in outer for axis in self.axes) and self.runs_along(*OF_HEADS, CHANNELS)
 
     @property
     def is_per_expert(self) -> bool:

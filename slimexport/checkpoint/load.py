@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.weights import (
     CHANNELS,
-    GATED_QUERY,
-    KEY_VALUE,
     KV_GROUPS,
-    QUERY,
+    OF_HEADS,
     QUERY_HEADS,
     Axis,
     Fused,
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from slimexport.architectures.base import Architecture
 
 
-SIZES = (QUERY, GATED_QUERY, KEY_VALUE, CHANNELS, QUERY_HEADS, KV_GROUPS)  # axes whose lengths differ by block
+SIZES = (*OF_HEADS, CHANNELS, QUERY_HEADS, KV_GROUPS)  # axes whose lengths differ by block
 
 
 def load(
@@ -93,6 +91,7 @@ def per_block_table(architecture: Architecture) -> dict[str, Any]:
     return {
         "blocks": family.blocks,
         "head_dim": architecture.head_dim,
+        "query_axes": architecture.query_axes,
         "heads": family.query_heads_field,
         "groups": 1 if one_group else family.kv_groups_field,
         "channels": family.channels_field,

@@ -20,6 +20,7 @@ class PerBlockSizes:
 
     blocks: where the list of blocks lives.
     head_dim: of all heads.
+    query_axes: what runs through the query heads -> the entries that each of these has there.
     heads, groups, channels: the fields of a block's config; groups may be a number, or None for one to every head.
     weights: name -> what each dimension runs along: a size's name, a list of them one after the other, or None for what
         no block changes.
@@ -89,8 +90,7 @@ def named_sizes(table: dict[str, Any], own: Any) -> dict[str, int]:
     elif isinstance(groups, str):
         groups = getattr(own, groups)
     return {
-        "query": heads * table["head_dim"],
-        "gated_query": 2 * heads * table["head_dim"],
+        **{name: heads * width for name, width in table["query_axes"].items()},
         "key_value": groups * table["head_dim"],
         "channels": getattr(own, table["channels"]),
         "query_heads": heads,

@@ -10,12 +10,9 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
-from slimexport.architectures.weights import CHANNELS, GATED_QUERY, KEY_VALUE, QUERY, Fused, Weight
+from slimexport.architectures.weights import CHANNELS, OF_HEADS, QUERY, Fused, Weight
 
-_SOURCES = {
-    QUERY: (QUERY, GATED_QUERY, KEY_VALUE),
-    CHANNELS: (CHANNELS,),
-}  # axes whose rows make the inputs of an output matrix
+_SOURCES = {QUERY: OF_HEADS, CHANNELS: (CHANNELS,)}  # axes whose rows make the inputs of an output matrix
 
 
 def coupled(

@@ -75,7 +75,10 @@ def _export_with(
         graph = builder.build(model, directory, options)
         write_config(model, directory)
         write_tokenizer(tokenizer, directory)
-    write_json(directory / "genai_config.json", genai_config(model, tokenizer, graph, options))
+    if graph.no_genai:
+        notes = (*notes, f"No genai_config.json: {graph.no_genai}.")
+    else:
+        write_json(directory / "genai_config.json", genai_config(model, tokenizer, graph, options))
     artifact = ExportArtifact(
         path=str(directory),
         target="onnx",

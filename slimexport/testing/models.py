@@ -18,6 +18,10 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6, "q_lora_rank": 56, "kv_lora_rank": 48, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16,
+    "v_head_dim": 20, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
 _HALF_TURNED: dict[str, Any] = {  # half of a head, in pieces of 16, is what ONNX Runtime's attention can turn
     "hidden_size": 192, "intermediate_size": 176,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
@@ -129,6 +133,17 @@ _EXTRAS: dict[str, dict[str, Any]] = {
                  "layer_types": _SLIDING},
     "laguna": {**_MOE, "num_experts": 6, "shared_expert_intermediate_size": 56, "attention_bias": True,
                "sliding_window": 12, "layer_types": _SLIDING},
+    "youtu": {**_LATENT, "pad_token_id": None},  # transformers 5.24 makes the padding's row zero in loading
+    "minicpm3": {**_LATENT, "scale_emb": 3, "scale_depth": 1.2, "dim_model_base": 60, "mlp_bias": True},
+    "deepseek_v3": {**_LATENT, **_MOE, "n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1,
+                    "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {**_LATENT, **_MOE, "n_routed_experts": 5, "n_shared_experts": 2, "first_k_dense_replace": 1,
+                    "q_lora_rank": None, "mlp_bias": True},
+    "sarvam_mla": {**_LATENT, **_MOE, "n_routed_experts": 5, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "axk1": {**_LATENT, **_MOE, "n_routed_experts": 6, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+             "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm4_moe_lite": {**_LATENT, **_MOE, "n_routed_experts": 6, "n_shared_experts": 1,
+                      "mlp_layer_types": ["sparse", "dense", "sparse"]},
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 12, "swiglu_limit": 1.5,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2},

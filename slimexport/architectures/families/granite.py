@@ -9,6 +9,6 @@ registry.register("granite")(
         model_type="granite",
         block_weights=gated_decoder_block(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
         model_weights=DECODER_MODEL_WEIGHTS,
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
     )
 )

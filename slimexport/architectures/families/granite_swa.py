@@ -12,6 +12,6 @@ registry.register("granite_swa")(
             Weight("self_attn.sinks", (QUERY_HEADS,)),
         ),
         model_weights=DECODER_MODEL_WEIGHTS,
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
     )
 )

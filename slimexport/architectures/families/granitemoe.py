@@ -17,6 +17,6 @@ registry.register("granitemoe")(
         ffn_factors=(),
         experts=True,
         experts_field="num_local_experts",
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
     )
 )

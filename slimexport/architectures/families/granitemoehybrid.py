@@ -34,7 +34,7 @@ registry.register("granitemoehybrid")(
         ffn_output="shared_mlp.output_linear",
         ffn_factors=("shared_mlp.input_linear",),
         channels_field="shared_intermediate_size",
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
         refusal=_refusal,
     )
 )

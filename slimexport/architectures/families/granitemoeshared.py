@@ -36,6 +36,6 @@ GRANITEMOESHARED = registry.register("granitemoeshared")(
         experts=True,
         experts_field="num_local_experts",
         shared_channels_field="shared_intermediate_size",
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
     )
 )

@@ -15,7 +15,7 @@ registry.register("hyperclovax")(
         ),
         model_weights=DECODER_MODEL_WEIGHTS,
         outputs_normed=True,
-        residual_multiplier_field="residual_multiplier",
+        residual_multiplier=lambda config: config.residual_multiplier,
         heads_divide_hidden=True,
     )
 )

@@ -32,15 +32,10 @@ def head_scores(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     for name in site.sources:
         # Where there are as many KV groups as query heads, each group is one head and either way is the same.
         rows = _rows(site, name)
-        if (
-            len(rows) == 2 * site.dense.query_heads * site.head_dim
-        ):  # of each head its query, and the gate of its output
-            rows = rows.reshape(-1, 2, site.head_dim).sum(1).flatten()
-        scores = per_head(rows, site.head_dim)
-        if len(scores) == site.dense.query_heads:
-            heads = heads + scores
-        elif len(scores) == site.dense.kv_groups:
-            groups = groups + scores
+        if site.dense.kv_groups == len(heads) or len(rows) >= len(heads) * site.head_dim:
+            heads = heads + rows.reshape(len(heads), -1).sum(1)  # a head may have more rows than its query: a gate
+        elif len(rows) == len(groups) * site.head_dim:
+            groups = groups + per_head(rows, site.head_dim)
         else:
             raise ValueError(f"{name} has {len(site.sources[name])} rows: neither query heads nor KV groups")
     return heads, groups

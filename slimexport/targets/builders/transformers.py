@@ -21,6 +21,7 @@ CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"
 Shapes = list[dict[str, tuple[int | None, ...]]]
 """Of every block what its cache holds: key, value or a state -> its sizes after the batch, None where it grows."""
 
+_UNEQUAL = "onnxruntime-genai (0.18) makes cached values as wide as keys, and this model's are not"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -58,6 +59,7 @@ class TransformersBuilder:
             left_padding=not any(CONV_STATE in of for of in shapes),  # nothing masks what it convolves
             shared_kv=False,
             convolved=max((of[CONV_STATE][-1] or 0 for of in shapes if CONV_STATE in of), default=0),
+            no_genai="" if all(of.get("key") == of.get("value") for of in shapes) else _UNEQUAL,
         )
 
 
@@ -87,10 +89,11 @@ def _cache_shapes(model: PreTrainedModel) -> Shapes:
     layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
     shapes: Shapes = []
     for layer in layers:
-        key = getattr(layer, "keys", None)
         of: dict[str, tuple[int | None, ...]] = {}
-        if key is not None and key.dim() == 4:
-            of = dict.fromkeys(("key", "value"), (key.shape[1], None, key.shape[3]))
+        for name in ("key", "value"):
+            grown = getattr(layer, f"{name}s", None)
+            if grown is not None and grown.dim() == 4:
+                of[name] = (grown.shape[1], None, grown.shape[3])
         for name in (CONV_STATE, RECURRENT_STATE):
             states = [state for state in getattr(layer, f"{name}s", {}).values() if state is not None]
             if len(states) == 1:
@@ -115,9 +118,11 @@ def _sample(model: PreTrainedModel, shapes: Shapes) -> dict[str, Any]:
     cache: DynamicCache = DynamicCache()
     if all("key" in of for of in shapes):
         for block, of in enumerate(shapes):
-            heads, _, dim = of["key"]
-            key = torch.zeros(batch, heads or 0, past, dim or 0, dtype=model.dtype)
-            cache.update(key, key.clone(), block)
+            key, value = (
+                torch.zeros(batch, heads or 0, past, width or 0, dtype=model.dtype)
+                for heads, _, width in (of["key"], of["value"])
+            )
+            cache.update(key, value, block)
     else:  # only the model itself knows what kinds of states go where
         with torch.no_grad():
             ids = torch.zeros(batch, past, dtype=torch.int64)
