@@ -129,7 +129,10 @@ def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:
 
 
 # What the text model inside of a multimodal checkpoint calls its tensors, and what it calls them alone.
-TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+TEXT_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
+}
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -140,6 +143,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
     known = registry.names()
     if config.model_type in known or getattr(inner, "model_type", None) not in known:
         return None
+    inner.tie_word_embeddings = config.tie_word_embeddings  # the whole model's word counts, whatever the part says
     return inner
 
 

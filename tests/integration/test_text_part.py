@@ -21,14 +21,29 @@ def multimodal(kind: str) -> Any:
     from transformers import (
         Gemma3Config,
         Gemma3ForConditionalGeneration,
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
         Qwen3_5Config,
         Qwen3_5ForConditionalGeneration,
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
     )
 
     torch.manual_seed(0)
     seen = {"hidden_size": 32, "intermediate_size": 40, "patch_size": 14}
+    eyes = {**seen, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    if kind == "mistral3":
+        words = tiny_config("mistral").to_dict()
+        eyes |= {"model_type": "pixtral", "head_dim": 16}
+        return Mistral3ForConditionalGeneration(
+            Mistral3Config(text_config=words, vision_config=eyes, image_token_index=200)
+        )
+    if kind == "smolvlm":
+        words = tiny_config("llama").to_dict()
+        return SmolVLMForConditionalGeneration(
+            SmolVLMConfig(text_config=words, vision_config=eyes, image_token_id=200, tie_word_embeddings=True)
+        )
     if kind == "gemma3":
-        eyes = {**seen, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
         words = tiny_config("gemma3_text").to_dict()
         return Gemma3ForConditionalGeneration(
             Gemma3Config(text_config=words, vision_config=eyes, mm_tokens_per_image=4, image_token_index=200,
@@ -47,17 +62,20 @@ def saved(model: Any, place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+TEXTS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "mistral3": "mistral", "smolvlm": "llama"}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
 def test_the_text_model_is_taken_out(kind: str, tmp_path: Path) -> None:
     whole = multimodal(kind)
     ids = torch.arange(3, 40)[None]
     loaded = load_model(RunConfig(model=str(saved(whole, tmp_path / "whole"))))
-    assert loaded.architecture.family.model_type == f"{kind}_text"
+    assert loaded.architecture.family.model_type == TEXTS[kind]
     with torch.no_grad():
         assert torch.equal(loaded.model(ids).logits, whole(input_ids=ids).logits)
     loaded.model.save_pretrained(tmp_path / "text")
     again = load_weights(tmp_path / "text")
-    assert again.config.model_type == f"{kind}_text"
+    assert again.config.model_type == TEXTS[kind]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, whole(input_ids=ids).logits)
 
