@@ -141,7 +141,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
     inner = getattr(config, "text_config", None)
     known = registry.names()
-    if config.model_type in known or getattr(inner, "model_type", None) not in known:
+    if inner is None or config.model_type in known or inner.model_type not in known:
         return None
     inner.tie_word_embeddings = config.tie_word_embeddings  # the whole model's word counts, whatever the part says
     return inner
