@@ -143,7 +143,8 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
     known = registry.names()
     if inner is None or config.model_type in known or inner.model_type not in known:
         return None
-    inner.tie_word_embeddings = getattr(config, "tie_word_embeddings", inner.tie_word_embeddings)  # the whole model's word counts, whatever the part says
+    # The whole model's word counts, whatever the part says.
+    inner.tie_word_embeddings = getattr(config, "tie_word_embeddings", inner.tie_word_embeddings)
     return inner
 
 
