@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    traced = [n for n in registry.names() if n not in mobius.FAMILIES and not registry.get(n).no_graph]
+    traced = [n for n in registry.names() if n not in mobius.FAMILIES and not registry.get(n).no_trace]
     rows = load_rows(GRAPHS)
     with tempfile.TemporaryDirectory() as place:
         reference = exported("llama", Path(place, "llama"), options.threads)

@@ -63,7 +63,7 @@ class Family:
     # Llama's config refuses head counts that do not divide hidden_size, whatever head_dim says (transformers 46211).
     heads_divide_hidden: bool = False
 
-    no_graph: str = ""  # why no builder can write its graph
+    no_trace: str = ""  # why its graph cannot be traced, which leaves the builders that write it themselves
     without_heads: str = ""  # what blocks without attention heads have instead
     without_channels: str = ""  # why some blocks have no channels of the kind that is pruned
     channels_of_experts_alone: bool = True  # False: channels_field says the width of a shared expert too

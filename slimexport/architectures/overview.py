@@ -47,7 +47,8 @@ def overview() -> tuple[list[Row], dict[str, Any]]:
     for name in registry.names():
         family = registry.get(name)
         own = [row for row in checked["rows"] if row["family"] == name]
-        results = {check: all(row["checks"][check] for row in own) for check in (own[0]["checks"] if own else ())}
+        names = dict.fromkeys(check for row in own for check in row["checks"])
+        results = {check: all(row["checks"].get(check, True) for row in own) for check in names}
         rows.append(
             Row(
                 family=name,
@@ -56,7 +57,7 @@ def overview() -> tuple[list[Row], dict[str, Any]]:
                 uniform=(uniform := _uniform(family)),
                 vllm=_taken(elsewhere["vllm"]["families"].get(name), uniform),
                 llama_cpp=_taken(elsewhere["llama.cpp"]["families"].get(name), uniform),
-                exporter="none" if family.no_graph else "mobius" if name in FAMILIES else "transformers",
+                exporter="mobius" if name in FAMILIES else "none" if family.no_trace else "transformers",
                 slower=slower.get(name),
                 checks=results,
             )

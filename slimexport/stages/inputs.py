@@ -15,6 +15,8 @@ from slimexport.run_directory import BASELINE, RunDirectory
 from slimexport.texts import mix, sources
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from slimexport.architectures.base import Architecture
 
 
@@ -57,9 +59,11 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
-def check_exportable(architecture: Architecture) -> None:
-    """That no builder can write a graph of this family is said before minutes of pruning."""
-    if why := architecture.family.no_graph:
+def check_exportable(model_config: PreTrainedConfig, architecture: Architecture) -> None:
+    """That no builder can write the graph of a model like this is said before minutes of pruning."""
+    from slimexport.targets.builders import mobius
+
+    if (why := architecture.family.no_trace) and not mobius.knows(model_config):
         raise BadInputError(
             f"{architecture.family.model_type} models can be pruned, but not exported: {why}. "
             "`slimexport prune` makes the checkpoint."

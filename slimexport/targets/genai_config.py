@@ -54,7 +54,11 @@ def genai_config(
         "num_hidden_layers": len(graph.kv_heads),
         "num_key_value_heads": max(graph.kv_heads),
     }
-    if graph.convolved:
+    if any(name.endswith(".recurrent_state") for name in graph.inputs):
+        for key, prefix, root in (("inputs", "past", "past_key_values"), ("outputs", "present", "present")):
+            for state in ("conv", "recurrent"):
+                decoder[key][f"{prefix}_{state}_names"] = f"{root}.%d.{state}_state"
+    elif graph.convolved:
         for key, prefix in (("inputs", "past"), ("outputs", "present")):
             root = "past_key_values" if prefix == "past" else prefix
             decoder[key][f"{prefix}_conv_names"] = f"{root}.%d.conv_state"

@@ -30,6 +30,8 @@ _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _LINEAR: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
     "attention_bias": True, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 32, "hidden_size": 200,  # half of a head turns, as ONNX Runtime's attention can
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 _EXTRAS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -114,8 +116,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
                  "layer_types": ["conv", "full_attention", "conv"]},
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_LINEAR, **_MOE, "num_experts": 5, "shared_expert_intermediate_size": 56},
-    "qwen3_next": {**_LINEAR, **_MOE, "num_experts": 5, "shared_expert_intermediate_size": 56,
-                   "mlp_only_layers": [0]},
+    "qwen3_next": {**_LINEAR, **_MOE, "num_experts": 5, "shared_expert_intermediate_size": 56},
     "solar_open": {**_MOE, "n_routed_experts": 6, "n_shared_experts": 2, "attention_bias": True, "n_group": 2,
                    "topk_group": 1},
     "sarvam_moe": {**_MOE, "n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1,
@@ -173,6 +174,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # models of a family that d
     "persimmon, heads not normed": ("persimmon", {"qk_layernorm": False}),
     "qwen2_moe, one block without experts": ("qwen2_moe", {"mlp_only_layers": [1]}),
     "qwen3_moe, every second block without experts": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "qwen3_next, one block without experts": ("qwen3_next", {"mlp_only_layers": [0]}),
+    "qwen3_5_text, a narrow head": (
+        "qwen3_5_text",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    ),
     "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
 }
 

@@ -75,6 +75,6 @@ FAMILY = registry.register("qwen3_5_text")(
         block_flags=lambda config, block: (config.layer_types[block],),
         fixed_axes=axes,
         without_heads="they have linear attention",
-        no_graph="transformers computes linear attention by a loop whose length is that of the traced text",
+        no_trace="transformers computes linear attention by a loop whose length is that of the traced text",
     )
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,19 @@ FAMILIES = (
     "apertus", "arcee", "biogpt", "cohere2", "cwm", "ernie4_5", "exaone", "exaone4", "flex_olmo", "gemma", "gemma2",
     "gpt_neox", "granite", "granitemoe", "helium", "internlm3", "iquestcoder", "llama", "ministral", "ministral3",
     "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
+    "starcoder2",
 )  # fmt: skip
 # Families that mobius does not know, and others, of the same modules, that it does.
-_AS = {"cwm": "llama", "internlm3": "llama", "iquestcoder": "llama"}
+_AS = {"cwm": "llama", "internlm3": "llama", "iquestcoder": "llama", "qwen3_5_moe_text": "qwen3_5_moe"}
 # Positions turn as in torch for every length; "dynamic" and "longrope" depend on the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 _INTERLEAVED = ("cohere2", "ernie4_5", "helium")  # neighbours turn together, not halves of the head
 _TURNED_IN_WINDOWS = ("cohere2", "exaone4")  # blocks without a window have no positions
 _SCALED_EMBEDDINGS = ("gemma", "gemma2")  # by the root of the width, which mobius rounds
+
+_KINDS = ("full_attention", "linear_attention")  # of blocks, where a model has several
 
 _GQA_HEAD_DIM = 16  # GroupQueryAttention needs a multiple of this (a rotary half of 8)
 
@@ -65,16 +69,18 @@ class MobiusBuilder:
         graph = package["model"].graph
         operators = [node.op_type for node in graph]
         fused, plain = operators.count("GroupQueryAttention"), operators.count("Attention")
-        if fused + plain != len(sizes):
-            raise BuilderUnsupportedError(f"its graph has {fused + plain} attention operators for {len(sizes)} blocks.")
+        attending = sum(own.has_heads for own in known.by_block)
+        if fused + plain != attending:
+            raise BuilderUnsupportedError(f"its graph has {fused + plain} attention operators for {attending} blocks.")
         package.save(str(directory), progress_bar=False)
         return BuiltGraph(
             inputs=tuple(value.name for value in graph.inputs),
             outputs=tuple(value.name for value in graph.outputs),
-            kv_heads=tuple(block.kv_groups for block in sizes),
+            kv_heads=tuple(b.kv_groups if own.has_heads else 0 for own, b in zip(known.by_block, sizes, strict=True)),
             query_heads=max(block.query_heads for block in sizes),
             head_dim=known.head_dim,
-            left_padding=fused == 0,  # GroupQueryAttention takes the last positions from the mask's sum
+            # GroupQueryAttention takes the last positions from the mask's sum, and nothing masks linear attention.
+            left_padding=fused == 0 and attending == len(sizes),
             shared_kv=fused == len(sizes),
             notes=notes,
         )
@@ -85,7 +91,8 @@ def knows(config: PreTrainedConfig) -> bool:
     unlike = (config.model_type == "gpt_neox" and not config.use_parallel_residual) or (
         config.model_type == "persimmon" and not config.qk_layernorm
     )
-    return config.model_type in FAMILIES and not unlike and not architecture_of(config, "").block_flags
+    flags = {flag for of in architecture_of(config, "").block_flags for flag in of}
+    return config.model_type in FAMILIES and not unlike and flags <= set(_KINDS)
 
 
 def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
@@ -143,7 +150,7 @@ def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions,
     config = _config_from_hf(hf_config, module_class=module_class)
     if config.rope_type not in (*ROPE_TYPES, None):
         raise BuilderUnsupportedError(f"rope type {config.rope_type!r} is not among {', '.join(ROPE_TYPES)}.")
-    biases = [weight for weight in known.block_weights() if weight.name.endswith(".bias")]
+    biases = {w for own in known.by_block for w in own.block_weights() if w.name.endswith(".bias")}
     names = {weight.name for weight in biases}
     config = dataclasses.replace(
         config,
@@ -206,9 +213,12 @@ def _execution_provider(config: Any, options: ExportOptions) -> tuple[str, tuple
     provider = options.provider
     notes: tuple[str, ...] = ()
     fused = config.dtype in mobius.ep_registry.require(provider).gqa_dtypes
-    if fused and config.head_dim % _GQA_HEAD_DIM:
+    share = config.partial_rotary_factor
+    turned = int(config.head_dim * (1.0 if share is None else share))
+    if fused and (config.head_dim % _GQA_HEAD_DIM or turned % _GQA_HEAD_DIM):
         provider, fused = "default", False
-        notes = (f"head_dim {config.head_dim} is no multiple of {_GQA_HEAD_DIM}: without GroupQueryAttention.",)
+        widths = f"head_dim {config.head_dim}, of which {turned} turn with positions"
+        notes = (f"{widths}: not both multiples of {_GQA_HEAD_DIM}, so without GroupQueryAttention.",)
     return provider, notes
 
 
@@ -257,8 +267,6 @@ def _per_block_task(known: Architecture) -> Any:
     from mobius import ModelPackage, ModelTask
     from mobius.tasks._base import _make_graph, _make_model
 
-    sizes = known.blocks
-
     class PerBlockCausalLM(ModelTask):
         def build(self, module: Any, config: Any) -> Any:
             graph, builder = _make_graph()
@@ -269,20 +277,36 @@ def _per_block_task(known: Architecture) -> Any:
             mask = builder.input("attention_mask", dtype=integer, shape=[batch, total])
             positions = builder.input("position_ids", dtype=integer, shape=[batch, tokens])
             cache = []
-            for index, block in enumerate(sizes):
-                shape = [batch, block.kv_groups, past, known.head_dim]
-                names = (f"past_key_values.{index}.key", f"past_key_values.{index}.value")
-                cache.append(tuple(builder.input(name, dtype=config.dtype, shape=shape) for name in names))
+            for index, shapes in enumerate(_cache_shapes(known, module.config)):
+                names = [f"past_key_values.{index}.{part}" for part in shapes]
+                here = [[batch, *(past if size is None else size for size in shape)] for shape in shapes.values()]
+                values = zip(names, here, strict=True)
+                cache.append(tuple(builder.input(name, dtype=config.dtype, shape=shape) for name, shape in values))
             logits, present = module(
                 builder.op, input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache
             )
             builder.add_output(logits, "logits")
-            for index, (block, pair) in enumerate(zip(sizes, present, strict=True)):
-                for value, part in zip(pair, ("key", "value"), strict=True):
+            for index, (shapes, pair) in enumerate(zip(_cache_shapes(known, module.config), present, strict=True)):
+                for value, (part, shape) in zip(pair, shapes.items(), strict=True):
                     # Stated, not inferred: shape inference derives a wrong head_dim from packed QKV.
-                    value.shape = ir.Shape([batch, block.kv_groups, total, known.head_dim])
+                    value.shape = ir.Shape([batch, *(total if size is None else size for size in shape)])
                     value.type = ir.TensorType(config.dtype)
                     builder.add_output(value, f"present.{index}.{part}")
             return ModelPackage({"model": _make_model(graph)}, config=config)
 
     return PerBlockCausalLM()
+
+
+def _cache_shapes(known: Architecture, config: Any) -> Iterator[dict[str, tuple[int | None, ...]]]:
+    """What each block caches -> its sizes after the batch, None where it grows; `config` is mobius' own."""
+    for own, block in zip(known.by_block, known.blocks, strict=True):
+        if own.has_heads:
+            yield dict.fromkeys(("key", "value"), (block.kv_groups, None, known.head_dim))
+        else:
+            from mobius.tasks._cache_utils import linear_attention_dims
+
+            of = linear_attention_dims(config)
+            yield {
+                "conv_state": (of.conv_dim, of.conv_kernel - 1),
+                "recurrent_state": (of.num_v_heads, of.head_k_dim, of.head_v_dim),
+            }

@@ -67,7 +67,7 @@ def _never(config: PreTrainedConfig) -> str:
     """Why a model like this cannot be traced, where that is known."""
     from slimexport.architectures import registry
 
-    return registry.get(config.model_type).no_graph if config.model_type in registry.names() else ""
+    return registry.get(config.model_type).no_trace if config.model_type in registry.names() else ""
 
 
 def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
