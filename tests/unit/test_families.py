@@ -22,7 +22,7 @@ OFTEN = (
     "gpt_neox", "opt", "gpt2", "gpt_bigcode", "falcon", "lfm2_moe", "glm4_moe", "qwen3_5_text", "apertus",
     "gpt_oss", "youtu", "deepseek_v3", "qwen3_next",
 )  # fmt: skip
-SELDOM = ("pruned again", "bfloat16")
+SELDOM = ("pruned again", "bfloat16", "exported")
 MODELS = kinds()
 
 
