@@ -27,6 +27,8 @@ from slimexport.targets.builders import mobius
 from slimexport.testing import tiny_config, tiny_model, tiny_tokenizer
 
 WIDTH, HEADS, GROUPS, HEAD_DIM, CHANNELS = 768, 12, 4, 64, 2048
+LATENT = {"q_lora_rank": 384, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+          "num_key_value_heads": HEADS, "head_dim": 32}  # fmt: skip
 PROMPT, DECODED = 256, 24
 
 
@@ -60,7 +62,7 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
     }  # fmt: skip
     plain = tiny_config(family).to_dict()
     if known.kv_groups_field in plain:
-        changes[known.kv_groups_field] = GROUPS if known.cached is None else HEADS
+        changes[known.kv_groups_field] = GROUPS
     for name, size in (
         ("head_dim", HEAD_DIM),
         ("word_embed_proj_dim", WIDTH),
@@ -69,6 +71,8 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
     ):
         if name in plain:
             changes[name] = size
+    if known.cached is not None:
+        changes |= LATENT
     if "sliding_window" not in plain:
         del changes["sliding_window"]
     model = tiny_model(tiny_config(family, **changes))
