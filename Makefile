@@ -14,6 +14,8 @@ EXTRA ?= cpu
 OUT ?= out/demo
 # A quarter of the default's text: minutes on two cores. Empty for the run as it is without options.
 DEMO_TEXT ?= --calibration-tokens 16384 --probe-tokens 1024
+# One process for every core, of one thread each. Empty for all tests in one process.
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadgroup
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -41,8 +43,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5  # 5: no GPU test was collected
