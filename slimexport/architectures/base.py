@@ -230,7 +230,7 @@ class Architecture:
         return sum(
             math.prod(self.axis_size(axis, sizes) for axis in weight.axes)
             for weight in self.block_weights()
-            if len(weight.axes) > 1 and not weight.is_matrix
+            if len(weight.axes) > 1 and not weight.is_matrix and not weight.name.endswith("bias")
         )
 
     def estimates(self, bytes_per_parameter: int) -> Estimates:

@@ -40,7 +40,8 @@ class Family:
     channels_field: str = "intermediate_size"
     experts_field: str = "num_experts"
     shared_channels_field: str | None = None
-    head_dim_field: str | None = "head_dim"  # None: it is always hidden size / query heads
+    head_dim_field: str | None = "head_dim"
+    """Width of what a head gives to the output matrix; None: it is always hidden size / query heads."""
     positions: Callable[[Any], int] | None = None  # config -> rows of the table of learned positions
     channels: Callable[[Any], int] | None = None  # config -> channels, where channels_field does not say it alone
     settled: Mapping[str, Any] = field(default_factory=dict)

@@ -61,6 +61,12 @@ def _widths(config: Any) -> dict[str, int]:
 
 
 def _refusal(config: Any) -> str | None:
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    missing = next(
+        (name for name in sizes if not getattr(config, name)), "q_lora_rank" if config.q_lora_rank == 0 else ""
+    )
+    if missing:
+        return f"its config has {missing} {getattr(config, missing)!r}"
     if config.num_key_value_heads == config.num_attention_heads:
         return None
     return "its KV heads are not as many as its query heads, while each of these has a key of its own"

@@ -294,7 +294,10 @@ class Block:
             return None
         if any(w.name == f"{name}.bias" for w in self.architecture.block_weights()):
             return selection.bias
-        self.notes.append(f"{name} has no bias: what it would have compensated is lost")
+        lacks = (
+            "weighs biases by the router" if name == self.family.ffn_output and self.family.experts else "has no bias"
+        )
+        self.notes.append(f"{name} {lacks}: what it would have compensated is lost")
         return None
 
     def _shrink(self, weight: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:

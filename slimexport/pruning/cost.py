@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
+from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
@@ -68,7 +69,7 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
     hidden = architecture.hidden
     for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
         heads, channels = _columns(dense, own), dense.channels
-        scores = 2 * tokens * length * heads  # causal: half of QK^T and of PV
+        scores = 2 * tokens * length * _scored(dense, own)  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
             single += 2 * tokens * own.attention_parameters(dense) + scores + 2 * tokens * heads**2
             double += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
@@ -132,7 +133,7 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
     for index, (own, dense) in enumerate(zip(architecture.by_block, architecture.blocks, strict=True)):
         heads = _columns(dense, own)
         passed = known + probes * (1 + each * (index + 2))
-        single += 2 * passed * (_passed(own, dense) + config.sequence_length * heads)
+        single += 2 * passed * (_passed(own, dense) + config.sequence_length * _scored(dense, own))
         single += 2 * known * (heads**2 + architecture.active_experts * dense.channels**2)
         double += _solve(heads, architecture.hidden, heads)
         double += architecture.experts * _solve(dense.channels, architecture.hidden, dense.channels)
@@ -154,6 +155,12 @@ def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
     # All experts of a block are looked at together, and then solved one by one.
     others = (architecture.experts - 1) * 8 * max(b.channels for b in plan.dense) ** 2
     return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2 + others
+
+
+def _scored(sizes: BlockSizes, own: Architecture) -> float:
+    """Entries of a token's queries and values, on average of both: they differ with latents."""
+    widths = own.query_axes
+    return _columns(sizes, own) * (widths.get(LATENT_QUERY, widths[QUERY]) / widths[QUERY] + 1) / 2
 
 
 def _columns(sizes: BlockSizes, own: Architecture) -> int:

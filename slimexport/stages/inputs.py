@@ -59,11 +59,13 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
-def check_exportable(model_config: PreTrainedConfig, architecture: Architecture) -> None:
-    """That no builder can write the graph of a model like this is said before minutes of pruning."""
+def check_exportable(model_config: PreTrainedConfig, architecture: Architecture, exporter: str) -> None:
+    """That no builder (`exporter`: auto, or the only one asked for) can write the graph of a model like this is said
+    before minutes of pruning."""
     from slimexport.targets.builders import mobius
 
-    if (why := architecture.family.no_trace) and not mobius.knows(model_config):
+    written = exporter != "transformers" and mobius.knows(model_config)
+    if (why := architecture.family.no_trace) and not written:
         raise BadInputError(
             f"{architecture.family.model_type} models can be pruned, but not exported: {why}. "
             "`slimexport prune` makes the checkpoint."

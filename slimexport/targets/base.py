@@ -88,7 +88,7 @@ class BuiltGraph:
     left_padding: bool
     shared_kv: bool  # every block writes its KV in place (GroupQueryAttention), so past and present may share memory
     notes: tuple[str, ...] = ()
-    convolved: int = 0  # positions that the state of a convolution holds
+    convolved: int = 0  # positions that the state of a convolution holds, in blocks that have no other state
     no_genai: str = ""  # why onnxruntime-genai cannot call it
 
 
@@ -103,7 +103,8 @@ class Builder(Protocol):
         inputs   input_ids int64 [b, t], attention_mask int64 [b, p + t], position_ids int64 [b, t] (only where the
                  graph reads it), past_key_values.n.key and .value [b, kv_heads of n, p, head_dim]
         outputs  logits [b, t, vocabulary], present.n.key and .value [b, kv_heads of n, p + t, head_dim]
-    Where keys and values come from a latent, that is the key, and the key that turns with positions is the value.
+    Where keys and values come from a latent, that is the key, and the key that turns with positions is the value, each
+    of its own width (`BuiltGraph.head_dim` is that of the key).
     A block with a convolution or linear attention has past_key_values.n.conv_state or .recurrent_state, of fixed sizes
     and zero at the beginning, and the same as present.
     b, t and p are dynamic and p may be 0: one graph serves prefill, decode and chunked prefill.

@@ -1,4 +1,4 @@
-"""Checkpoints in MXFP4 (GPT-OSS): unpacked on loading, pruned and saved as plain floats."""
+"""Checkpoints in MXFP4 (GPT-OSS) and FP8 (DeepSeek V3): unpacked on loading, pruned and saved as plain floats."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import slimexport
 from slimexport.config import RunConfig
+from slimexport.errors import BadInputError
 from slimexport.loading import load_model
 from slimexport.testing import tiny_config, tiny_model, tiny_tokenizer
 
@@ -75,3 +76,48 @@ def test_pruned_and_saved_without_a_trace_of_the_packing(packed: tuple[Path, Any
     model = AutoModelForCausalLM.from_pretrained(str(out / "checkpoint"))
     assert model.dtype == torch.bfloat16
     assert model.model.layers[0].mlp.experts.down_proj.shape[1] < 64
+
+
+def test_fp8_is_unpacked_by_its_scales(tmp_path: Path) -> None:
+    config = tiny_config("deepseek_v3", hidden_size=128)
+    model = tiny_model(config).to(torch.bfloat16)
+    for place in ("plain", "packed"):
+        model.save_pretrained(str(tmp_path / place))
+        tiny_tokenizer().save_pretrained(str(tmp_path / place))
+    tensors = load_file(str(tmp_path / "plain" / "model.safetensors"))
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        scale = torch.rand(2, 2, generator=torch.Generator().manual_seed(len(name))) + 0.5
+        spread = scale.repeat_interleave(rows // 2, 0).repeat_interleave(columns // 2, 1)
+        code = (tensors[name].float() / spread).to(torch.float8_e4m3fn)
+        packed |= {name: code, f"{name}_scale_inv": scale}
+        tensors[name] = (code.float() * spread).to(torch.bfloat16)
+    assert any(".experts.0." in name for name in packed), list(packed)
+    save_file(tensors, str(tmp_path / "plain" / "model.safetensors"), metadata={"format": "pt"})
+    save_file(packed, str(tmp_path / "packed" / "model.safetensors"), metadata={"format": "pt"})
+    path = tmp_path / "packed" / "config.json"
+    kept = ["lm_head", "model.layers.1.mlp.gate"]
+    how = {"quant_method": "fp8", "weight_block_size": [64, 64], "modules_to_not_convert": kept}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
+    expected = load_model(RunConfig(model=str(tmp_path / "plain"))).model.state_dict()
+    loaded = load_model(RunConfig(model=str(tmp_path / "packed")))
+    assert (loaded.note, loaded.source.stored_dtype) == ("unpacked from fp8", "bfloat16")
+    found = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_blocks_for_later_tokens_are_left_out(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("deepseek_v3", num_nextn_predict_layers=1))
+    model.save_pretrained(str(tmp_path))
+    tiny_tokenizer().save_pretrained(str(tmp_path))
+    path = str(tmp_path / "model.safetensors")
+    tensors = load_file(path) | {"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert load_model(RunConfig(model=str(tmp_path))).note == "without the 1 tensors that predict tokens further ahead"
+    save_file(tensors | {"model.layers.4.eh_proj.weight": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
+    with pytest.raises(BadInputError, match=r"no place in the model .* model.layers.4.eh_proj.weight"):
+        load_model(RunConfig(model=str(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def test_the_text_model_is_taken_out(kind: str, tmp_path: Path) -> None:
     assert again.config.model_type == TEXTS[kind]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, whole(input_ids=ids).logits)
+
+
+def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
+    """Mistral 3's config says that embedding and head are one where the checkpoint says nothing."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    config = multimodal("mistral3").config
+    whole = Mistral3ForConditionalGeneration(Mistral3Config(**{**config.to_dict(), "tie_word_embeddings": False}))
+    place = saved(whole, tmp_path / "whole")
+    raw = json.loads((place / "config.json").read_text())
+    for part in (raw, raw["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (place / "config.json").write_text(json.dumps(raw))
+    loaded = load_model(RunConfig(model=str(place)))
+    assert not loaded.architecture.tied
+    assert not loaded.model.config.tie_word_embeddings
+    stored = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert loaded.architecture.estimates(4).parameters == stored
 
 
 def test_it_is_pruned_and_what_is_left_out_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,9 +49,39 @@ def test_conformance(model: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](tiny_config(family, **changes), tmp_path)
 
 
-def test_a_model_without_a_graph_is_refused_before_and_after(tmp_path: Path) -> None:
-    config = tiny_config("qwen3_next", mlp_only_layers=[0])
+@pytest.mark.parametrize(
+    ("changes", "exporter"),
+    [
+        ({"mlp_only_layers": [0]}, "auto"),
+        ({}, "transformers"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "auto"),
+    ],
+)
+def test_a_model_without_a_graph_is_refused_before_and_after(
+    changes: dict[str, Any], exporter: str, tmp_path: Path
+) -> None:
+    config = tiny_config("qwen3_next", **changes)
     with pytest.raises(BadInputError, match=r"qwen3_next models .* not exported: .*`slimexport prune`"):
-        check_exportable(config, architecture_of(config, "tiny"))
+        check_exportable(config, architecture_of(config, "tiny"), exporter)
     with pytest.raises(BadInputError, match="loop whose length is that of the traced text"):
-        targets.get("onnx").export(tiny_model(config), tiny_tokenizer(), tmp_path, ExportOptions())
+        targets.get("onnx").export(tiny_model(config), tiny_tokenizer(), tmp_path, ExportOptions(builder=exporter))
+
+
+def test_a_family_without_a_table_is_left_to_the_builder_that_traces() -> None:
+    from transformers import CodeGenConfig
+
+    config = CodeGenConfig(vocab_size=64, n_positions=64, n_embd=64, n_layer=1, n_head=4, rotary_dim=8)
+    assert not mobius.knows(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"num_key_value_heads": 3}, "a key of its own"),
+        ({"v_head_dim": None}, "v_head_dim"),
+        ({"q_lora_rank": 0}, "q_lora_rank"),
+    ],
+)
+def test_latents_that_cannot_be(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadInputError, match=f"This youtu model cannot be pruned: .*{why}"):
+        architecture_of(tiny_config("youtu", **changes), "tiny")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slimexport.architectures import architecture_of
 from slimexport.architectures.weights import KEY_VALUE
 from slimexport.artifacts import BlockSizes
+from slimexport.loading import is_tied
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
 from slimexport.targets.builders.sizes import architecture, plain_config
 
@@ -91,8 +92,16 @@ def knows(config: PreTrainedConfig) -> bool:
     unlike = (config.model_type == "gpt_neox" and not config.use_parallel_residual) or (
         config.model_type == "persimmon" and not config.qk_layernorm
     )
-    flags = {flag for of in architecture_of(config, "").block_flags for flag in of}
-    return config.model_type in FAMILIES and not unlike and flags <= set(_KINDS)
+    if config.model_type not in FAMILIES or unlike or not _rope_types(config) <= {*ROPE_TYPES, None}:
+        return False
+    return {flag for of in architecture_of(config, "").block_flags for flag in of} <= set(_KINDS)
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str | None]:
+    """Of all blocks: some families have parameters by the kind of the block."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [of for of in rope.values() if isinstance(of, dict)] or [rope]
+    return {of.get("rope_type") for of in each}
 
 
 def _build(model: PreTrainedModel, known: Architecture, options: ExportOptions) -> tuple[Any, tuple[str, ...]]:
@@ -160,7 +169,7 @@ def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions,
         attn_qkv_bias=any(weight.runs_along(KEY_VALUE) for weight in biases),
         attn_o_bias=f"{known.family.attention_output}.bias" in names,
         mlp_bias=f"{known.family.ffn_output}.bias" in names,
-        tie_word_embeddings=_is_tied(model),
+        tie_word_embeddings=is_tied(model),
         quantization=None,
         sliding_window=None,  # see _correct_attention
     )
@@ -220,11 +229,6 @@ def _execution_provider(config: Any, options: ExportOptions) -> tuple[str, tuple
         widths = f"head_dim {config.head_dim}, of which {turned} turn with positions"
         notes = (f"{widths}: not both multiples of {_GQA_HEAD_DIM}, so without GroupQueryAttention.",)
     return provider, notes
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
 def _weights(model: PreTrainedModel, module: Any, known: Architecture, config: Any) -> dict[str, torch.Tensor]:
