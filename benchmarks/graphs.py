@@ -3,7 +3,7 @@
     python benchmarks/graphs.py [--only falcon,glm] [--rounds 9]
 
 Random models of a few blocks, wide enough that weights decide. Both graphs decode and read prompts in turn in one
-process; the factor is the ratio of medians over that of the bytes (for prompts, the FLOPs) that the two models need by
+process; the factor is the median of each turn's ratio over that of the bytes (for prompts, the FLOPs) that the two models need by
 their sizes: 1 is as fast as mobius' graph. `slimexport architectures` shows the factor of decoding.
 """
 
@@ -63,12 +63,9 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
     plain = tiny_config(family).to_dict()
     if known.kv_groups_field in plain:
         changes[known.kv_groups_field] = GROUPS
-    for name, size in (
-        ("head_dim", HEAD_DIM),
-        ("word_embed_proj_dim", WIDTH),
-        ("max_position_embeddings", 1024),
-        ("n_positions", 1024),
-    ):
+    if "max_position_embeddings" in plain or "n_positions" in plain:
+        changes["max_position_embeddings"] = 1024
+    for name, size in (("head_dim", HEAD_DIM), ("word_embed_proj_dim", WIDTH)):
         if name in plain:
             changes[name] = size
     if known.cached is not None:
@@ -85,21 +82,22 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
 
 def factors(other: tuple[OnnxDecoder, Any], reference: tuple[OnnxDecoder, Any], rounds: int) -> dict[str, float]:
     prompt = np.arange(PROMPT, dtype=np.int64) % 200 + 3
-    decoding: dict[int, list[float]] = {0: [], 1: []}
-    reading: dict[int, list[float]] = {0: [], 1: []}
+    decoding, reading = [], []
     for turn in range(-1, rounds):
+        timed = {}
         for which in (0, 1) if turn % 2 else (1, 0):
-            timed = (other, reference)[which][0].timed_greedy(prompt, DECODED)
-            if turn >= 0:  # the first warms up
-                decoding[which] += timed.token_seconds
-                reading[which].append(timed.ttft_seconds)
+            timed[which] = (other, reference)[which][0].timed_greedy(prompt, DECODED)
+        if turn >= 0:  # the first warms up
+            first, second = (statistics.median(timed[which].token_seconds) for which in (0, 1))
+            decoding.append(first / second)
+            reading.append(timed[0].ttft_seconds / timed[1].ttft_seconds)
     ours, theirs = other[1], reference[1]
     context = PROMPT + DECODED / 2
     needed = [e.decode_bytes_per_token + context * e.kv_cache_bytes_per_token for e in (ours, theirs)]
     flops = ours.prefill_flops_per_token / theirs.prefill_flops_per_token
     return {
-        "decode": round(statistics.median(decoding[0]) / statistics.median(decoding[1]) * needed[1] / needed[0], 2),
-        "prefill": round(statistics.median(reading[0]) / statistics.median(reading[1]) / flops, 2),
+        "decode": round(statistics.median(decoding) * needed[1] / needed[0], 2),
+        "prefill": round(statistics.median(reading) / flops, 2),
     }
 
 
