@@ -3,8 +3,8 @@
     python benchmarks/graphs.py [--only falcon,glm] [--rounds 9]
 
 Random models of a few blocks, wide enough that weights decide. Both graphs decode and read prompts in turn in one
-process; the factor is the median of each turn's ratio over that of the bytes (for prompts, the FLOPs) that the two models need by
-their sizes: 1 is as fast as mobius' graph. `slimexport architectures` shows the factor of decoding.
+process; the factor is the median of each turn's ratio over that of the bytes (for prompts, the FLOPs) that the two
+models need by their sizes: 1 is as fast as mobius' graph. `slimexport architectures` shows the factor of decoding.
 """
 
 from __future__ import annotations
