@@ -55,10 +55,8 @@ class MobiusBuilder:
     name = "mobius"
 
     def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
-        if not knows(model.config):
-            raise BuilderUnsupportedError(
-                f"{model.config.model_type!r} (of this kind) is not among those checked: {', '.join(FAMILIES)}."
-            )
+        if why := why_not(model.config):
+            raise BuilderUnsupportedError(why)
         known = architecture(model)
         sizes = known.blocks
         try:
@@ -89,12 +87,20 @@ class MobiusBuilder:
 
 def knows(config: PreTrainedConfig) -> bool:
     """Whether graphs of models like this one were found right."""
+    return not why_not(config)
+
+
+def why_not(config: PreTrainedConfig) -> str:
+    """What it is that was not found right; nothing where all was."""
     unlike = (config.model_type == "gpt_neox" and not config.use_parallel_residual) or (
         config.model_type == "persimmon" and not config.qk_layernorm
     )
-    if config.model_type not in FAMILIES or unlike or not _rope_types(config) <= {*ROPE_TYPES, None}:
-        return False
-    return {flag for of in architecture_of(config, "").block_flags for flag in of} <= set(_KINDS)
+    unlike |= config.model_type not in FAMILIES
+    if unlike or not {flag for of in architecture_of(config, "").block_flags for flag in of} <= set(_KINDS):
+        return f"{config.model_type!r} (of this kind) is not among those checked: {', '.join(FAMILIES)}."
+    if others := _rope_types(config) - {*ROPE_TYPES, None}:
+        return f"rope type {others.pop()!r} is not among {', '.join(ROPE_TYPES)}."
+    return ""
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str | None]:
@@ -157,8 +163,6 @@ def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions,
 
     hf_config = plain_config(model)
     config = _config_from_hf(hf_config, module_class=module_class)
-    if config.rope_type not in (*ROPE_TYPES, None):
-        raise BuilderUnsupportedError(f"rope type {config.rope_type!r} is not among {', '.join(ROPE_TYPES)}.")
     biases = {w for own in known.by_block for w in own.block_weights() if w.name.endswith(".bias")}
     names = {weight.name for weight in biases}
     config = dataclasses.replace(
