@@ -68,7 +68,7 @@ def exported(family: str, place: Path, threads: int) -> tuple[OnnxDecoder, Any]:
     for name, size in (("head_dim", HEAD_DIM), ("word_embed_proj_dim", WIDTH)):
         if name in plain:
             changes[name] = size
-    if known.cached is not None:
+    if known.head_axes is not None:
         changes |= LATENT
     if "sliding_window" not in plain:
         del changes["sliding_window"]

@@ -62,7 +62,6 @@ class Architecture:
     block_flags: tuple[frozenset[str], ...] = ()  # of every block, where blocks are of several kinds
     fixed_axes: Mapping[str, int] = field(default_factory=dict)
     head_axes: Mapping[str, int] = field(default_factory=dict)  # of further axes, entries to each query head
-    cached: int | None = None  # entries that a token adds to a block's cache; None: as many as its keys and values have
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -96,7 +95,6 @@ class Architecture:
             block_flags=_flags_of_blocks(family, config),
             fixed_axes=_fixed_axes(family, config),
             head_axes=family.head_axes(config) if family.head_axes else {},
-            cached=family.cached(config) if family.cached else None,
         )
 
     def with_blocks(self, blocks: tuple[BlockSizes, ...]) -> Architecture:
@@ -246,7 +244,8 @@ class Architecture:
         # A decoded token reads every weight once, except the embedding tables, of which it reads one row; a tied
         # table is read as lm_head. FLOPs: two per multiply-add.
         streamed = total - idle - (0 if self.tied else embedding) - self.positions * self.hidden
-        kv = sum(self.cached or 2 * sizes.kv_groups * self.head_dim for own, sizes in each if own.has_heads)
+        cached = self.family.cached or _keys_and_values
+        kv = sum(cached(own, sizes) for own, sizes in each if own.has_heads)
         return Estimates(
             parameters=total,
             block_parameters=linear,
@@ -320,6 +319,11 @@ class Architecture:
                 raise BadInputError(
                     f"{where}: tensor {name} has shape {list(shapes[name])}, but the config asks for {list(shape)}."
                 )
+
+
+def _keys_and_values(own: Architecture, sizes: BlockSizes) -> int:
+    """Entries that a token adds to the cache of a block."""
+    return 2 * sizes.kv_groups * own.head_dim
 
 
 def _flags_of_blocks(family: Family, config: Any) -> tuple[frozenset[str], ...]:

@@ -52,8 +52,9 @@ class Family:
     fixed_axes: Callable[[Any], Mapping[str, int]] | None = None  # config -> lengths of axes that are never sliced
     head_axes: Callable[[Any], Mapping[str, int]] | None = None
     """config -> entries of further axes that belong to each query head."""
-    cached: Callable[[Any], int] | None = None
-    """config -> entries that a token adds to a block's cache, where these are not keys and values of its KV groups."""
+    cached: Callable[[Any, BlockSizes], int] | None = None
+    """Architecture of a block, its sizes -> entries that a token adds to its cache, where these are not keys and values
+    of its KV groups."""
     refusal: Callable[[Any], str | None] | None = None  # config -> why a model like this cannot be pruned
 
     # How the block adds up

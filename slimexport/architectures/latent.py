@@ -76,7 +76,7 @@ LATENT: dict[str, Any] = {
     "attributes": {"self_attn.num_heads": "query_heads"},
     "head_dim_field": "v_head_dim",
     "head_axes": _widths,
-    "cached": lambda config: config.kv_lora_rank + config.qk_rope_head_dim,
+    "cached": lambda own, _: own.fixed_axes[COMPRESSED],
     "refusal": _refusal,
 }
 """The fields of `Family` by which such attention differs; `fixed_axes` are `ranks` and what else the family has."""

@@ -1,9 +1,11 @@
 """Falcon 7B (one KV group), 40B and 180B (several), RW (one for each head)."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from slimexport.architectures import registry
+from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
     KEY_VALUE,
@@ -17,18 +19,27 @@ from slimexport.architectures.weights import (
     norm,
     plain_ffn,
 )
+from slimexport.artifacts import BlockSizes
 
 SERIAL, ONE_NORM, TWO_NORMS = "one after the other", "side by side, one norm", "side by side, two norms"
+SPREAD = "keys and values are repeated for every query head before they are cached"
 
 
-def _flags(config: Any) -> tuple[str]:
+def _flags(config: Any) -> Iterator[str]:
+    if config.new_decoder_architecture:
+        yield SPREAD
     if not config.parallel_attn:
-        return (SERIAL,)
+        yield SERIAL
+        return
     # 40B leaves the number of norms to the code.
     two = config.num_ln_in_parallel_attn == 2 or (
         config.num_ln_in_parallel_attn is None and config.new_decoder_architecture
     )
-    return (TWO_NORMS if two else ONE_NORM,)
+    yield TWO_NORMS if two else ONE_NORM
+
+
+def _cached(own: Architecture, sizes: BlockSizes) -> int:
+    return 2 * own.head_dim * (sizes.query_heads if SPREAD in own.flags else sizes.kv_groups)
 
 
 def _kv_groups(config: Any) -> int:
@@ -71,6 +82,7 @@ registry.register("falcon")(
         channels_field="ffn_hidden_size",
         head_dim_field=None,
         flags=_flags,
+        cached=_cached,
         refusal=lambda config: "alibi gives every head a slope of its own" if config.alibi else None,
     )
 )
