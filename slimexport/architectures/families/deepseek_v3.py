@@ -1,22 +1,12 @@
 """DeepSeek V3 and R1, Kimi K2: attention by latents, GLM 4.5's experts."""
 
 from dataclasses import replace
-from typing import Any
 
 from slimexport.architectures import registry
-from slimexport.architectures.families.glm4_moe import EXPERTS_OR_DENSE
+from slimexport.architectures.families.glm4_moe import EXPERTS_OR_DENSE, axes
 from slimexport.architectures.families.glm4_moe import FAMILY as GLM4_MOE
 from slimexport.architectures.latent import LATENT, latent_attention_weights, ranks
-from slimexport.architectures.weights import DENSE_CHANNELS, SHARED, norms
-
-
-def axes(config: Any) -> dict[str, int]:
-    return {
-        **ranks(config),
-        DENSE_CHANNELS: config.intermediate_size,
-        SHARED: config.to_dict()["moe_intermediate_size"] * config.n_shared_experts,
-    }
-
+from slimexport.architectures.weights import norms
 
 FAMILY = registry.register("deepseek_v3")(
     replace(
@@ -27,7 +17,7 @@ FAMILY = registry.register("deepseek_v3")(
             *latent_attention_weights(),
             *EXPERTS_OR_DENSE,
         ),
-        fixed_axes=axes,
+        fixed_axes=lambda config: ranks(config) | axes(config),
         **LATENT,
     )
 )

@@ -1,5 +1,7 @@
 """GLM 4.5 and its successors: experts behind a few blocks without, one or more shared ones, which are left dense."""
 
+from typing import Any
+
 from slimexport.architectures import registry
 from slimexport.architectures.family import Family
 from slimexport.architectures.weights import (
@@ -21,6 +23,14 @@ EXPERTS_OR_DENSE = mixed_ffn(
     *gated_ffn("mlp.shared_experts", along=SHARED), Weight("mlp.gate.e_score_correction_bias", (EXPERTS,))
 )
 
+
+def axes(config: Any) -> dict[str, int]:
+    return {
+        DENSE_CHANNELS: config.intermediate_size,
+        SHARED: config.to_dict()["moe_intermediate_size"] * config.n_shared_experts,
+    }
+
+
 FAMILY = registry.register("glm4_moe")(
     Family(
         model_type="glm4_moe",
@@ -38,10 +48,7 @@ FAMILY = registry.register("glm4_moe")(
         channels_field="moe_intermediate_size",
         channels_of_experts_alone=False,
         block_flags=lambda config, block: [DENSE] if block < config.first_k_dense_replace else [],
-        fixed_axes=lambda config: {
-            DENSE_CHANNELS: config.intermediate_size,
-            SHARED: config.to_dict()["moe_intermediate_size"] * config.n_shared_experts,
-        },
+        fixed_axes=axes,
         without_channels="their FFN has no experts",
     )
 )

@@ -284,8 +284,8 @@ def _per_block_task(known: Architecture) -> Any:
             input_ids = builder.input("input_ids", dtype=integer, shape=[batch, tokens])
             mask = builder.input("attention_mask", dtype=integer, shape=[batch, total])
             positions = builder.input("position_ids", dtype=integer, shape=[batch, tokens])
-            cache = []
-            for index, shapes in enumerate(_cache_shapes(known, module.config)):
+            cache, held = [], list(_cache_shapes(known, module.config))
+            for index, shapes in enumerate(held):
                 names = [f"past_key_values.{index}.{part}" for part in shapes]
                 here = [[batch, *(past if size is None else size for size in shape)] for shape in shapes.values()]
                 values = zip(names, here, strict=True)
@@ -294,7 +294,7 @@ def _per_block_task(known: Architecture) -> Any:
                 builder.op, input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache
             )
             builder.add_output(logits, "logits")
-            for index, (shapes, pair) in enumerate(zip(_cache_shapes(known, module.config), present, strict=True)):
+            for index, (shapes, pair) in enumerate(zip(held, present, strict=True)):
                 for value, (part, shape) in zip(pair, shapes.items(), strict=True):
                     # Stated, not inferred: shape inference derives a wrong head_dim from packed QKV.
                     value.shape = ir.Shape([batch, *(total if size is None else size for size in shape)])
