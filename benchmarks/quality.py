@@ -42,9 +42,8 @@ CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "rando
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths", "more")  # groups of rows that differ in the text alone
 COMPARED = ("criteria", "allocations", "layout")
-COMPARED_WINDOWS = 32
-PART = {"wikitext2": 10_240}  # tokens of each text that rows of COMPARED and CALIBRATIONS are measured on
-PART_OF_OTHERS = 2_560
+COMPARED_WINDOWS = 16
+PART = {"wikitext2": 10, "articles": 3, "arc": 3}  # windows that rows of COMPARED and CALIBRATIONS are measured on
 TAYLOR: dict[str, Any] = {"peer": "torch_pruning", "importance": "taylor"}
 PEERS: dict[str, Callable[[float], dict[str, Any]]] = {  # with the settings that did best on development text
     "torch-pruning taylor": lambda ratio: TAYLOR | ({"protected": (4, 2)} if ratio < 0.5 else {"ranking": "global"}),
@@ -103,16 +102,16 @@ def wanted() -> Iterator[Row]:
     for layout in ("per_layer", "uniform"):
         for ratio in RATIOS:
             yield Row("layout", f"slimexport --layout {layout}", ratio, options={"layout": layout}, **few)
-    for seed in (0, 1, 2):
-        yield Row("seeds", "slimexport", 0.3, calibration=f"seed-{seed}", windows=64)
     fast: dict[str, Any] = {"options": {"fast": True}}
+    for seed in (0, 1, 2):
+        yield Row("seeds", "slimexport --fast", 0.3, calibration=f"seed-{seed}", windows=64, **fast)
     for windows in (16, 32, 64, 128):
         yield Row("sizes", "slimexport --fast", 0.3, windows=windows, **fast)
     for source in ("default", "wikipedia", "self"):
-        yield Row("sources", "slimexport --fast", 0.3, calibration=source, windows=64, **fast)
+        yield Row("sources", "slimexport --fast", 0.3, calibration=source, windows=32, **fast)
     for length in (128, 1024):
-        yield Row("lengths", "slimexport --fast", 0.3, windows=64 * WINDOW // length, length=length, **fast)
-    for windows in (128, 512):
+        yield Row("lengths", "slimexport --fast", 0.3, windows=32 * WINDOW // length, length=length, **fast)
+    for windows in (128,):
         yield Row("more", "slimexport --fast", 0.3, calibration="wikipedia", windows=windows, **fast)
 
 
@@ -160,7 +159,8 @@ class Bench:
             if row.ratio not in (*ratios, 0.0) or (only and not any(o == row.group or o in row.name for o in only)):
                 continue
             record = next((r for r in self.rows if r["key"] == row.key), None)
-            missing = [n for n in names if row.ratio and n not in (record or {}).get("texts", {})]
+            asked = [n for n in names if row.ratio and (n in PART or not row.part)]
+            missing = [n for n in asked if n not in (record or {}).get("texts", {})]
             task = self.options.arc_easy and "arc_easy" not in (record or {})
             if not missing and not task:
                 continue
@@ -293,9 +293,10 @@ class Bench:
     def beside(self, name: str, part: bool) -> tuple[torch.Tensor, int, Reference]:
         """A text, or its part, the length of its windows, and what the dense model says to it."""
         ids, key = self.texts[name], name
-        if part:
-            tokens = PART.get(name, PART_OF_OTHERS)
-            ids, key = ids[:tokens], f"{name}-{tokens}"
+        if part:  # from all over the text: its first windows may be one odd article
+            windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+            taken = torch.arange(PART[name]) * len(windows) // PART[name]
+            ids, key = windows[taken].reshape(-1), f"{name}-{PART[name]}"
         if key not in self.references:
             path = self.options.work / f"dense-{key}.safetensors"
             if not path.is_file():
