@@ -115,6 +115,13 @@ class Estimates:
     decode_bytes_per_token: int  # weights streamed for one decoded token (batch 1), without the KV cache
     prefill_flops_per_token: int  # linear layers and lm_head, without the attention scores
     kv_cache_bytes_per_token: int
+    head_flops: int = 0  # of prefill_flops_per_token, lm_head's: a graph may do that for the last token alone
+
+    def prefill_flops(self, tokens: int, all_logits: bool) -> int:
+        """Of a prompt of `tokens`, for all its logits or the last token's."""
+        return (self.prefill_flops_per_token - self.head_flops) * tokens + self.head_flops * (
+            tokens if all_logits else 1
+        )
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,7 @@ class ExportArtifact:
     kv_heads: tuple[int, ...]  # per block; 0: it has states instead
     head_dim: int
     left_padding: bool  # whether the graph is right with left padding; where not, the runtime refuses it
+    passes: tuple[str, ...] = ()  # over the graph, those that changed it
     notes: tuple[str, ...] = ()
 
 

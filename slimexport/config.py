@@ -155,6 +155,9 @@ class RunConfig(BaseModel):
         default="auto", description="Graph builder; auto tries in order."
     )
     provider: Literal["cpu", "cuda"] = Field(default="cpu", description="ONNX Runtime execution provider.")
+    without_pass: tuple[Literal["gate_up", "last_logits"], ...] = Field(
+        default=(), description="A pass over the graph to leave out."
+    )
     baseline: bool = Field(default=True, description="Export and measure the dense model beside the shrunk one.")
     baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
 
@@ -186,7 +189,7 @@ class RunConfig(BaseModel):
         default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
     )
 
-    @field_validator("target", "prompt_lengths", "gates", mode="before")
+    @field_validator("target", "without_pass", "prompt_lengths", "gates", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | Mapping) else value

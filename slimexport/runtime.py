@@ -96,13 +96,24 @@ class OnnxDecoder:
         past: KVState | None = None,
         attention_mask: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], KVState]:
-        """Runs the graph once.
+        """Runs the graph once, for the logits of every token.
 
         `input_ids` is int64 [b, t]; `attention_mask` int64 [b, past + t], ones by default. Returns logits float32
         [b, t, vocab] (they may share the graph's memory: treat as read-only) and the cache after these tokens.
         Raises BadInputError for impossible inputs, and for left padding where the graph is silently wrong with it.
         """
         return self._step(input_ids, past, attention_mask, last=False)
+
+    def last_logits(
+        self,
+        input_ids: NDArray[np.int64],
+        past: KVState | None = None,
+        attention_mask: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], KVState]:
+        """Like `forward`, for the last token of each sequence alone: logits are float32 [b, vocab]. Which one is last
+        where the mask pads on the right only a graph knows that picks it itself (`signature.all_logits`)."""
+        logits, grown = self._step(input_ids, past, attention_mask, last=True)
+        return logits[:, -1], grown
 
     def greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> Greedy:
         """Decodes `steps` tokens greedily after `prompt_ids` int64 [t]; equal logits go to the lowest token id."""
@@ -141,6 +152,8 @@ class OnnxDecoder:
         binding = self._session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
+        if self.signature.all_logits and not last:
+            binding.bind_ortvalue_input(self.signature.all_logits, _true())
         for cache, value in zip(self.signature.caches, past_values, strict=True):
             binding.bind_ortvalue_input(cache.past, value)
         for name in (self.signature.logits, *(cache.present for cache in self.signature.caches)):
@@ -270,3 +283,9 @@ def _max_positions(directory: Path) -> int | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:300]
+
+
+def _true() -> Any:
+    from onnxruntime import OrtValue
+
+    return OrtValue.ortvalue_from_numpy(np.array(True))

@@ -17,6 +17,7 @@ from slimexport.errors import BadInputError
 # ONNX Runtime's type string -> (TensorProto code, bytes per element), for the types a cache can have.
 _FLOATS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+ALL_LOGITS = "all_logits"  # targets/passes/last_logits.py
 _ROLES = ("input_ids", "attention_mask", "position_ids")
 # past_key_values.0.key and present.0.value (mobius), past_key_values.layers.0.keys (transformers.exporters)
 _CACHE_NAME = re.compile(r"\.(\d+)\.(?:\w+\.)*(?:(key|value)s?|(conv_state|recurrent_state))$")
@@ -45,6 +46,7 @@ class Signature:
     logits: str
     caches: tuple[CacheInput, ...]  # ordered by block, a key before its value
     fixed_batch: int | None  # None: any
+    all_logits: str | None  # the input that asks for every logit; None: the graph always gives them all
     vocab_size: int | None  # None: symbolic
 
     @property
@@ -83,6 +85,7 @@ def read_signature(session: Any, path: Path, artifact: ExportArtifact | None) ->
         inputs=tokens,
         logits=logits[0],
         caches=caches,
+        all_logits=next((v.name for v in session.get_overridable_initializers() if v.name == ALL_LOGITS), None),
         fixed_batch=batch if isinstance(batch, int) else None,
         vocab_size=vocab if isinstance(vocab, int) else None,
     )

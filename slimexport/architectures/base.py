@@ -253,6 +253,7 @@ class Architecture:
             decode_bytes_per_token=streamed * bytes_per_parameter,
             prefill_flops_per_token=2 * (linear + left_dense - idle + embedding),
             kv_cache_bytes_per_token=kv * bytes_per_parameter,
+            head_flops=2 * embedding,
         )
 
     # ----------------------------------------------------------------------------------------------------- slicing

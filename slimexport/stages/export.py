@@ -134,7 +134,9 @@ def _export_model(model: Any, tokenizer: Any, place: Path, target: str, config: 
         numerics.clear()
         numerics.update(check_export(decoder, model, seed=config.seed))
 
-    options = ExportOptions(builder=config.exporter, precision=PRECISION, provider=config.provider)
+    options = ExportOptions(
+        builder=config.exporter, precision=PRECISION, provider=config.provider, without=config.without_pass
+    )
     with staged_directory(place) as partial:
         registry.get(target).export(model, tokenizer, partial, options, check)
     return numerics
@@ -162,5 +164,6 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
 def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
-    data = [source.fingerprint, target, config.exporter, config.provider, PRECISION, config.seed, versions]
+    how = [target, config.exporter, config.provider, config.without_pass, PRECISION]
+    data = [source.fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

@@ -12,6 +12,7 @@ from slimexport.artifacts import ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILDERS = ("auto", "mobius", "transformers")
@@ -26,11 +27,13 @@ when ONNX Runtime cannot open it."""
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for."""
+    """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
+    `without` names passes over the graph (`targets/passes/`) that are left out."""
 
     builder: str = "auto"
     precision: str = "fp32"
     provider: str = "cpu"
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -78,8 +81,9 @@ def load_artifact(directory: Path) -> ExportArtifact:
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """What a builder put into `model.onnx`, and how to call it."""
+    """The graph with its weights, in memory, and how to call it."""
 
+    model: ir.Model
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     kv_heads: tuple[int, ...]  # per block; 0: it has states instead
@@ -97,7 +101,7 @@ class BuilderUnsupportedError(BadInputError):
 
 
 class Builder(Protocol):
-    """Turns a model into `model.onnx` + `model.onnx.data`.
+    """Turns a model into a graph.
 
     The graph's contract, whoever builds it (b = batch, t = new tokens, p = past tokens, n = block):
         inputs   input_ids int64 [b, t], attention_mask int64 [b, p + t], position_ids int64 [b, t] (only where the
@@ -112,6 +116,6 @@ class Builder(Protocol):
 
     name: str
 
-    def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
+    def build(self, model: PreTrainedModel, options: ExportOptions) -> BuiltGraph:
         """Raises BuilderUnsupportedError with the reason, in words for the user."""
         ...

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ExportArtifact, remove, sha256_tree, to_dict, write_json
 from slimexport.errors import BadInputError, NotReproducedError
-from slimexport.targets import registry
+from slimexport.targets import passes, registry
 from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, Check, ExportOptions
 from slimexport.targets.builders.mobius import MobiusBuilder
 from slimexport.targets.builders.transformers import TransformersBuilder
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BUILDERS: tuple[Builder, ...] = (MobiusBuilder(), TransformersBuilder())
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "mobius")
 
 
@@ -71,8 +72,12 @@ def _export_with(
     options: ExportOptions,
     notes: tuple[str, ...],
 ) -> ExportArtifact:
+    import onnx_ir
+
     with quiet():
-        graph = builder.build(model, directory, options)
+        graph = builder.build(model, options)
+        done, left = passes.apply(graph.model, options.without)
+        onnx_ir.save(graph.model, str(directory / GRAPH), external_data=WEIGHTS)
         write_config(model, directory)
         write_tokenizer(tokenizer, directory)
     if graph.no_genai:
@@ -91,7 +96,8 @@ def _export_with(
         kv_heads=graph.kv_heads,
         head_dim=graph.head_dim,
         left_padding=graph.left_padding,
-        notes=notes + graph.notes,
+        passes=done,
+        notes=(*notes, *graph.notes, *left),
     )
     # "." because the directory moves (staging, a copy to a server), and so that the same model gives the same bytes.
     write_json(directory / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))

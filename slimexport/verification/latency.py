@@ -45,6 +45,14 @@ class _Times:
     itl: list[list[float]]
 
 
+@dataclass(frozen=True)
+class _Ideals:
+    """Ratios that the removed FLOPs (by prompt length) and the removed bytes would give."""
+
+    prefill: dict[int, float]
+    decode: float | None
+
+
 def measure_latency(
     shrunk: OnnxDecoder,
     baseline: OnnxDecoder | None,
@@ -100,7 +108,14 @@ def measure_latency(
     share = (time.process_time() - cpu) / (time.perf_counter() - wall) / shrunk.threads
     if shrunk.provider == "cpu" and share < MIN_CPU_SHARE:
         notes.append(f"The machine was busy: the latency runs had {share:.0%} of their {shrunk.threads} cores.")
-    figures = _figures(times, prompt_tokens, decode_tokens, shrunk_estimates, baseline_estimates)
+    ideals = _Ideals({}, None)
+    if baseline and shrunk_estimates and baseline_estimates:
+        flops = {length: _prefill_flops(shrunk, shrunk_estimates, length) for length in lengths}
+        dense = {length: _prefill_flops(baseline, baseline_estimates, length) for length in lengths}
+        context = prompt_tokens + (decode_tokens - 1) / 2
+        streamed = _decode_bytes(shrunk_estimates, context) / _decode_bytes(baseline_estimates, context)
+        ideals = _Ideals({length: flops[length] / dense[length] for length in lengths}, streamed)
+    figures = _figures(times, ideals)
     details = {
         "runs": runs,
         "warm_up_rounds": 1,
@@ -125,26 +140,16 @@ def _ttft(decoder: OnnxDecoder, prompt: NDArray[np.int64]) -> float:
     return decoder.timed_greedy(prompt, 0).ttft_seconds
 
 
-def _figures(
-    times: dict[str, _Times],
-    prompt_tokens: int,
-    decode_tokens: int,
-    shrunk_estimates: Estimates | None,
-    baseline_estimates: Estimates | None,
-) -> tuple[Figure, ...]:
+def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:
     own, dense = times["shrunk"], times.get("baseline")
-    prefill, decode = None, None
-    if shrunk_estimates and baseline_estimates:
-        prefill = shrunk_estimates.prefill_flops_per_token / baseline_estimates.prefill_flops_per_token
-        context = prompt_tokens + (decode_tokens - 1) / 2
-        decode = _decode_bytes(shrunk_estimates, context) / _decode_bytes(baseline_estimates, context)
+    decode = ideals.decode
     figures = [
         paired_figure(
             f"prefill.ttft_ms.{length}",
             "ms",
             [1e3 * value for value in seconds],
             [1e3 * value for value in dense.ttft[length]] if dense else None,
-            ideal=prefill,
+            ideal=ideals.prefill.get(length),
         )
         for length, seconds in own.ttft.items()
     ]
@@ -165,6 +170,10 @@ def _figures(
         paired_figure("decode.tokens_per_s", "tokens/s", *rate, ideal=1 / decode if decode else None, better="higher")
     )
     return tuple(figures)
+
+
+def _prefill_flops(decoder: OnnxDecoder, estimates: Estimates, length: int) -> int:
+    return estimates.prefill_flops(length, all_logits=decoder.signature.all_logits is None)
 
 
 def _decode_bytes(estimates: Estimates, context: float) -> float:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 48  # of each random prompt: 35 for the prefill, 1 for the decode step, 12 for the chunk
-STEPS = ("prefill", "decode", "chunk", "greedy")
+STEPS = ("prefill", "decode", "chunk", "greedy", "last")
 SHORTEST_PROMPT = 4  # 1 for the prefill, 1 for the decode step, 2 for the chunk
 
 
@@ -66,10 +66,11 @@ def compare_export(
 
     For each prompt (two of random ids by default) the graph takes most of it as prefill, one token as decode step, the
     rest as a chunk, and then decodes `steps` tokens greedily, one by one, on its KV cache (fewer if the model's
-    positions end). Torch then sees prompt and tokens in *one* uncached forward: the definition of what each of those
-    calls should have given, without trusting torch's own cache, and 20 times cheaper than decoding. Each greedy token
-    must be torch's choice too, which makes both sequences equal by induction; or it is a *tie*, a token whose torch
-    logit is within the tolerance of the best. The steps after a tie are checked on the graph's token.
+    positions end). Where it can give the last token's logits alone it is asked for those too, of a padded batch. Torch
+    then sees prompt and tokens in *one* uncached forward: the definition of what each of those calls should have given,
+    without trusting torch's own cache, and 20 times cheaper than decoding. Each greedy token must be torch's choice
+    too, which makes both sequences equal by induction; or it is a *tie*, a token whose torch logit is within the
+    tolerance of the best. The steps after a tie are checked on the graph's token.
 
     The tolerance (`TOLERANCES`) is the coarser of the graph's precision and the model's dtype, times the spread of
     torch's logits. Returns plain data; `failure` is None or says which step differs and by how much. Raises
@@ -138,6 +139,8 @@ class _Found:
         self.spreads.append(spread)
         for name, part in run.parts.items():
             self.tracks[name].add(run.logits[part], expected[part])
+        for place, row in run.last.items():
+            self.tracks["last"].add(row, expected[place])
         choosing = expected[prompt - 1 :]  # the prompt's last position chooses the first token
         self.checked += len(run.chosen)
         for step in np.flatnonzero(run.chosen != choosing.argmax(-1)):
@@ -195,6 +198,7 @@ class _GraphRun:
     logits: NDArray[np.float32]  # [ids, vocab], pieced together from the calls
     chosen: NDArray[np.int64]
     parts: dict[str, slice]
+    last: dict[int, NDArray[np.float32]]  # position -> what it said when asked for the last token's logits alone
 
 
 def _run_graph(decoder: OnnxDecoder, prompt: NDArray[np.int64], steps: int) -> _GraphRun:
@@ -215,7 +219,20 @@ def _run_graph(decoder: OnnxDecoder, prompt: NDArray[np.int64], steps: int) -> _
     # The first choice is made on the chunk's last logits, which are compared as the chunk's.
     parts["greedy"] = slice(size, None)
     ids = np.concatenate([prompt, np.array(chosen[:-1], np.int64)])
-    return _GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts)
+    return _GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, _last(decoder, prompt, one))
+
+
+def _last(decoder: OnnxDecoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:
+    """Of the prompt and, beside it in one batch, of its first `shorter` tokens and padding; nothing where the graph
+    gives all logits always."""
+    if decoder.signature.all_logits is None:
+        return {}
+    if decoder.signature.fixed_batch not in (None, 2):
+        return {len(prompt) - 1: decoder.last_logits(prompt[None])[0][0]}
+    both, mask = np.stack([prompt, prompt]), np.ones((2, len(prompt)), np.int64)
+    mask[1, shorter:] = 0
+    rows, _ = decoder.last_logits(both, None, mask)
+    return {len(prompt) - 1: rows[0], shorter - 1: rows[1]}
 
 
 @torch.no_grad()

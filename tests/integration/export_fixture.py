@@ -119,6 +119,8 @@ class Loop:
         if "position_ids" in self.artifact.inputs:
             count = np.tile(np.arange(start, start + tokens), (batch, 1))
             feed["position_ids"] = count if positions is None else positions
+        if self.session.get_overridable_initializers():
+            feed["all_logits"] = np.array(True)
         logits, *present = self.session.run(list(self.artifact.outputs), feed)
         names = [name.replace("present", "past_key_values") for name in self.artifact.outputs[1:]]
         return logits, dict(zip(names, present, strict=True))

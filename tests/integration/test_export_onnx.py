@@ -60,7 +60,11 @@ def assert_contract(artifact: Any, kv_heads: tuple[int, ...]) -> None:
     assert inputs.pop("input_ids") == ("tensor(int64)", [batch, tokens])
     assert inputs.pop("attention_mask") == ("tensor(int64)", [batch, total])
     assert inputs.pop("position_ids", ("tensor(int64)", [batch, tokens])) == ("tensor(int64)", [batch, tokens])
-    assert outputs.pop("logits") == ("tensor(float)", [batch, tokens, VOCAB])
+    assert outputs.pop("logits") == ("tensor(float)", [batch, 1, VOCAB])  # of the last token, unless all are asked for
+    assert [(v.name, v.type, v.shape) for v in session.get_overridable_initializers()] == [
+        ("all_logits", "tensor(bool)", [])
+    ]
+    assert "last_logits" in artifact.passes
     pairs = [(block, heads, part) for block, heads in enumerate(kv_heads) for part in ("key", "value")]
     shape = {(block, part): [batch, heads, "?", HEAD_DIM] for block, heads, part in pairs}
     for values, name, length in ((inputs, "past_key_values", past), (outputs, "present", total)):
@@ -79,7 +83,7 @@ def test_mobius_contract(mobius_export: Any) -> None:
     _, artifact, layout = mobius_export
     assert_contract(artifact, KV_HEADS[layout])
     assert artifact.builder == "mobius"
-    assert artifact.notes == ()
+    assert (artifact.passes, artifact.notes) == (("gate_up", "last_logits"), ())
     found = operators(artifact)
     assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"]) == (4, 8)
     assert not artifact.left_padding

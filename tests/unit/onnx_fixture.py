@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +45,8 @@ def tiny_llama(seed: int = 0, channels: int = 80, kv_heads: int = 2, scale: floa
 def export_tiny(model: LlamaForCausalLM, directory: Path) -> ExportArtifact:
     """Writes model.onnx, config.json and export.json into `directory`: an export without a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    graph = MobiusBuilder().build(model, directory, ExportOptions())
+    graph = MobiusBuilder().build(model, ExportOptions())
+    onnx_ir.save(graph.model, str(directory / "model.onnx"), external_data="model.onnx.data")
     write_config(model, directory)
     artifact = ExportArtifact(
         path=str(directory),

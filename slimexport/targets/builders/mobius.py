@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures import architecture_of
@@ -54,7 +53,7 @@ class MobiusBuilder:
 
     name = "mobius"
 
-    def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
+    def build(self, model: PreTrainedModel, options: ExportOptions) -> BuiltGraph:
         if why := why_not(model.config):
             raise BuilderUnsupportedError(why)
         known = architecture(model)
@@ -71,8 +70,8 @@ class MobiusBuilder:
         attending = sum(own.has_heads for own in known.by_block)
         if fused + plain != attending:
             raise BuilderUnsupportedError(f"its graph has {fused + plain} attention operators for {attending} blocks.")
-        package.save(str(directory), progress_bar=False)
         return BuiltGraph(
+            model=package["model"],
             inputs=tuple(value.name for value in graph.inputs),
             outputs=tuple(value.name for value in graph.outputs),
             kv_heads=tuple(b.kv_groups if own.has_heads else 0 for own, b in zip(known.by_block, sizes, strict=True)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
@@ -30,9 +29,7 @@ class TransformersBuilder:
 
     name = "transformers"
 
-    def build(self, model: PreTrainedModel, directory: Path, options: ExportOptions) -> BuiltGraph:
-        import onnx_ir
-
+    def build(self, model: PreTrainedModel, options: ExportOptions) -> BuiltGraph:
         if why := _never(model.config):
             raise BuilderUnsupportedError(why)
         try:
@@ -49,8 +46,8 @@ class TransformersBuilder:
         except Exception as error:  # tracing runs the model's own code: anything can be raised there
             raise BuilderUnsupportedError(f"it failed with {type(error).__name__}: {_head(error)}") from error
         _forget_origin(program)
-        onnx_ir.save(program, str(directory / "model.onnx"), external_data="model.onnx.data")
         return BuiltGraph(
+            model=program,
             inputs=tuple(value.name for value in program.graph.inputs),
             outputs=tuple(value.name for value in program.graph.outputs),
             kv_heads=tuple(of["key"][0] or 0 if "key" in of else 0 for of in shapes),
