@@ -155,6 +155,10 @@ class RunConfig(BaseModel):
         default="auto", description="Graph builder; auto tries in order."
     )
     provider: Literal["cpu", "cuda"] = Field(default="cpu", description="ONNX Runtime execution provider.")
+    precision: tuple[Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-mixed"], ...] = Field(
+        default=("fp32",),
+        description="Of the graph; int8, int4: of its weights alone (mixed: 8 bits for embedding and lm_head).",
+    )
     without_pass: tuple[Literal["gate_up", "last_logits"], ...] = Field(
         default=(), description="A pass over the graph to leave out."
     )
@@ -189,7 +193,7 @@ class RunConfig(BaseModel):
         default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
     )
 
-    @field_validator("target", "without_pass", "prompt_lengths", "gates", mode="before")
+    @field_validator("target", "precision", "without_pass", "prompt_lengths", "gates", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | Mapping) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimexport.artifacts import Figure, VerificationReport
 from slimexport.config import Gate
@@ -19,6 +19,7 @@ class GateResult:
     passed: bool
     message: str  # one line: "decode.tpot_ms speedup 1.31 >= 1.2"
     undecidable: bool = False
+    export: str = ""  # which of several exports it is about, where not the first: "onnx-int8"
 
 
 def parse(spec: str) -> Gate:
@@ -29,9 +30,12 @@ def parse(spec: str) -> Gate:
         raise UsageError(str(error)) from error
 
 
-def evaluate(gates: tuple[Gate, ...], report: VerificationReport) -> tuple[GateResult, ...]:
-    """Compares every gate with the report, in order; raises nothing."""
-    return tuple(_evaluate(gate, report) for gate in gates)
+def evaluate(gates: tuple[Gate, ...], report: VerificationReport, export: str = "") -> tuple[GateResult, ...]:
+    """Compares every gate with the report, in order; raises nothing. `export` names which one the report is about."""
+    found = (_evaluate(gate, report) for gate in gates)
+    if not export:
+        return tuple(found)
+    return tuple(replace(result, message=f"{export}: {result.message}", export=export) for result in found)
 
 
 def failed(results: tuple[GateResult, ...]) -> tuple[GateResult, ...]:

@@ -5,7 +5,7 @@ plan.json           PruningPlan
 costs.json          CostTable, where the allocation is planned from one
 prune.json          trace per block, calibration text
 checkpoint/         the shrunk Hugging Face directory
-onnx/               the exported graph (one directory per target)
+onnx/               the exported graph (one directory per target and precision: onnx-int8/)
 baseline/onnx/      the dense model, same export
 numerics.json       logits of the graphs against torch
 verification.json   VerificationReport
@@ -15,9 +15,9 @@ report/             report.json, report.md, report.html, junit.xml
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class VerifyRecord:
 
     report: VerificationReport
     evaluation: TextSource
+    others: Mapping[str, VerificationReport] = field(default_factory=dict)  # of the exports but the first, by name
 
 
 class RunDirectory:

@@ -62,6 +62,17 @@ def render(report: Report) -> str:
         f'<header class="verdict {state}"><h1>{escape(report.headline)}</h1>'
         f"{_list(r.message for r in failed(report.gates))}<p>{escape(view.sentence(report))}</p></header>",
         _section("Figures", _figures(first), _soft(view.LEGEND), _list(view.notes(report)), _more(rest)),
+        *(
+            [
+                _section(
+                    "Every export",
+                    _scroll(_table(view.EXPORT_COLUMNS, several, "figures", right=range(1, 6))),
+                    _soft(view.EXPORT_LEGEND),
+                )
+            ]
+            if (several := view.exports(report))
+            else []
+        ),
         _section(
             "What was removed",
             _table(view.REMOVED_COLUMNS, view.removed(report.plan), "figures", right=(1, 2, 3)),

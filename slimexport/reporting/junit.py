@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+from slimexport.gate import GateResult
 from slimexport.reporting.schema import Report
 
 # XML 1.0 has no form for these; a model's name may hold them.
@@ -21,7 +22,7 @@ def render(report: Report) -> str:
         ET.SubElement(properties, "property", {"name": name, "value": _clean(value)})
     for result in report.gates:
         case = ET.SubElement(
-            suite, "testcase", {"classname": "slimexport.gate", "name": _clean(str(result.gate)), "time": "0"}
+            suite, "testcase", {"classname": "slimexport.gate", "name": _clean(_name(result)), "time": "0"}
         )
         if not result.passed:
             kind = "undecidable" if result.undecidable else "failed"
@@ -31,6 +32,10 @@ def render(report: Report) -> str:
             ET.SubElement(case, "system-out").text = _clean(result.message)
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _name(result: GateResult) -> str:
+    return f"{result.export}: {result.gate}" if result.export else str(result.gate)
 
 
 def _clean(text: str) -> str:

@@ -20,6 +20,8 @@ def render(report: Report) -> str:
         view.LEGEND,
     ]
     parts += [f"- {_text(note)}" for note in view.notes(report)]
+    if several := view.exports(report):
+        parts += ["## Every export", _table(view.EXPORT_COLUMNS, several, right=range(1, 6)), view.EXPORT_LEGEND]
     if rest:
         parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=(1, 2, 3, 4))))
     parts += [

@@ -98,6 +98,7 @@ class Report:
     calibration: TextSource | None = None
     evaluation: TextSource | None = None
     exports: Mapping[str, ExportArtifact] = field(default_factory=dict)
+    others: Mapping[str, VerificationReport] = field(default_factory=dict)  # of the exports but the first
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     command: str | None = None

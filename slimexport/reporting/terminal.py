@@ -15,6 +15,8 @@ def summary(report: Report, directory: Path | None = None) -> str:
     """The lines at the end of `slimexport run`: verdict, figures, and where the report lies."""
     first, _ = view.tables(report)
     lines = [report.verdict, view.sentence(report), "", _figures(first)]
+    if several := view.exports(report):
+        lines += ["", _table(view.EXPORT_COLUMNS, several), view.EXPORT_LEGEND]
     if directory is not None:
         lines += ["", f"report: {directory / 'report.md'} (also .html, .json, junit.xml)"]
     return "\n".join(lines)

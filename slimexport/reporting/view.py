@@ -40,8 +40,14 @@ LEGEND = (
     "Ratio is shrunk / dense, with its confidence interval where one was measured; ideal is the ratio that the "
     "removed bytes or FLOPs would give."
 )
+EXPORT_LEGEND = (
+    "In brackets the ratio to the dense model: in the same precision where time and size are concerned, in full "
+    "precision, where that was exported, where accuracy is."
+)
 COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "gate")
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
+EXPORT_COLUMNS = ("export", "MB", "token perplexity", "KL", "TTFT 128 (ms)", "TPOT (ms)")
+_EXPORT_FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms.128", "decode.tpot_ms")
 BLOCK_COLUMNS = ("block", "query heads", "KV groups", "channels", "attention error", "FFN error")
 
 
@@ -79,17 +85,34 @@ def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
 
 def tables(report: Report) -> tuple[list[Row], list[Row]]:
     """(the rows to read first, all others). A figure with a gate is always among the first."""
-    gated = {r.gate.figure for r in report.gates}
+    gates = tuple(r for r in report.gates if not r.export)
+    gated = {r.gate.figure for r in gates}
     first: list[Row] = []
     rest: list[Row] = []
     for figure in report.verification.figures:
         wanted = figure.name in gated or not figure.name.endswith(_DETAILS)
-        row = figure_row(figure, report.gates)
+        row = figure_row(figure, gates)
         (first if wanted and (figure.name in gated or len(first) < _HEADLINES) else rest).append(row)
     known = {f.name for f in report.verification.figures}
-    lost = [r for r in report.gates if r.gate.figure not in known]
+    lost = [r for r in gates if r.gate.figure not in known]
     first += [Row(r.gate.figure, DASH, DASH, DASH, DASH, _gate(r), "failed") for r in lost]
     return first, rest
+
+
+def exports(report: Report) -> list[tuple[str, ...]]:
+    """Rows of EXPORT_COLUMNS, one for each export, where there are several: shrunk, and in brackets the ratio to the
+    dense model (latency: in the same precision; accuracy: in full precision, where that was exported)."""
+    if not report.others:
+        return []
+    first = next(iter(report.exports), "")
+    each = {first: report.verification, **report.others}
+    return [(name, *(_brief(made.figure(figure)) for figure in _EXPORT_FIGURES)) for name, made in each.items()]
+
+
+def _brief(figure: Figure | None) -> str:
+    if figure is None or not figure.valid or figure.shrunk is None:
+        return DASH
+    return number(figure.shrunk) + (f" ({figure.ratio:.3f})" if figure.ratio is not None else "")
 
 
 def sentence(report: Report) -> str:

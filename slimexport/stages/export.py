@@ -22,13 +22,12 @@ from slimexport.artifacts import (
 from slimexport.environment import version
 from slimexport.errors import BadInputError
 from slimexport.run_directory import BASELINE, CHECKPOINT, NUMERICS, PRUNE, PruneRecord, RunDirectory, lock_file
-from slimexport.stages.inputs import check_files, export_names, fields_of
+from slimexport.stages.inputs import check_files, export_names, export_options, exports, fields_of
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
     from slimexport.progress import Progress
 
-PRECISION = "fp32"
 GRAPH_PACKAGES = ("slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch")
 CACHE_WAIT = 900.0  # seconds for another run that is just making the same baseline
 
@@ -51,54 +50,56 @@ def export_stage(
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
     with progress.stage("export"):
-        for target in config.target:
-            numerics[target] = export_checkpoint(directory / CHECKPOINT, directory / target, target, config, progress)
+        for name, kind in exports(config).items():
+            numerics[name] = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress)
             if config.baseline:
-                place = f"{BASELINE}/{target}"
-                numerics[place] = baseline_for(source, directory / place, target, config, progress)
+                place = f"{BASELINE}/{name}"
+                numerics[place] = baseline_for(source, directory / place, kind, config, progress)
     write_json(directory / NUMERICS, numerics)
     directory.save_config(fields_of(config, "export"))
     directory.finish("export", key, time.monotonic() - started)
     return {name: load_artifact(directory / name) for name in names}
 
 
+Kind = tuple[str, str]
+"""Target and precision."""
+
+
 def export_checkpoint(
-    checkpoint: Path, place: Path, target: str, config: RunConfig, progress: Progress
+    checkpoint: Path, place: Path, kind: Kind, config: RunConfig, progress: Progress
 ) -> dict[str, Any]:
     """Exports the shrunk model to `place` and returns how its logits compare with torch."""
     from slimexport.checkpoint import load
 
-    progress.note(f"{target}: shrunk model")
+    progress.note(f"{place.name}: shrunk model")
     model, tokenizer = load(checkpoint)
-    return _export_model(model, tokenizer, place, target, config)
+    return _export_model(model, tokenizer, place, kind, config)
 
 
-def baseline_for(
-    source: ModelSource, place: Path, target: str, config: RunConfig, progress: Progress
-) -> dict[str, Any]:
+def baseline_for(source: ModelSource, place: Path, kind: Kind, config: RunConfig, progress: Progress) -> dict[str, Any]:
     """The dense model through the same export, in `place`; taken from there, or from the cache, where it is already.
 
     Raises BadInputError where the model is no longer the one that was pruned.
     """
-    key = _baseline_key(source, target, config)
+    key = _baseline_key(source, kind, config)
     numerics = _intact(place, key)
     if numerics is not None:
-        progress.note(f"{target}: baseline is there already")
+        progress.note(f"{place.name}: baseline is there already")
         return numerics
     if config.baseline_cache is None:
-        return _make_baseline(source, place, key, target, config, progress)
+        return _make_baseline(source, place, key, kind, config, progress)
     cache = config.baseline_cache
     cache.mkdir(parents=True, exist_ok=True)
-    kept = cache / key / target
+    kept = cache / key / place.name
     busy = f"The baseline cache {cache} has been locked by another run for {CACHE_WAIT:.0f} s."
     if (cache / f"{key}.lock").exists():
-        progress.note(f"{target}: waiting for another run that may be writing to {cache}")
+        progress.note(f"{place.name}: waiting for another run that may be writing to {cache}")
     with lock_file(cache / f"{key}.lock", busy, CACHE_WAIT):
         numerics = _intact(kept, key)
         if numerics is None:
-            numerics = _make_baseline(source, kept, key, target, config, progress)
+            numerics = _make_baseline(source, kept, key, kind, config, progress)
         else:
-            progress.note(f"{target}: baseline from {cache}")
+            progress.note(f"{place.name}: baseline from {cache}")
         with staged_directory(place) as partial:
             shutil.copytree(kept, partial, dirs_exist_ok=True)
         write_json(_record(place), read_json(_record(kept)))
@@ -106,37 +107,39 @@ def baseline_for(
 
 
 def _make_baseline(
-    source: ModelSource, place: Path, key: str, target: str, config: RunConfig, progress: Progress
+    source: ModelSource, place: Path, key: str, kind: Kind, config: RunConfig, progress: Progress
 ) -> dict[str, Any]:
     from slimexport.loading import load_model
 
-    progress.note(f"{target}: dense baseline")
+    progress.note(f"{place.name}: dense baseline")
     loaded = load_model(config)
     if loaded.source.fingerprint != source.fingerprint:
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
     _record(place).unlink(missing_ok=True)
-    numerics = _export_model(loaded.model, loaded.tokenizer, place, target, config)
+    numerics = _export_model(loaded.model, loaded.tokenizer, place, kind, config)
     write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
     return numerics
 
 
-def _export_model(model: Any, tokenizer: Any, place: Path, target: str, config: RunConfig) -> dict[str, Any]:
+def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: RunConfig) -> dict[str, Any]:
     from slimexport.runtime import OnnxDecoder
     from slimexport.targets import registry
-    from slimexport.targets.base import ExportOptions
     from slimexport.verification.numerics import check_export
 
     numerics: dict[str, Any] = {}
     model = model.float()
 
-    def check(artifact: ExportArtifact) -> None:
-        decoder = OnnxDecoder(Path(artifact.path), config.provider, config.threads)
-        numerics.clear()
-        numerics.update(check_export(decoder, model, seed=config.seed))
+    def opened(artifact: ExportArtifact) -> OnnxDecoder:
+        return OnnxDecoder(Path(artifact.path), config.provider, config.threads)
 
-    options = ExportOptions(
-        builder=config.exporter, precision=PRECISION, provider=config.provider, without=config.without_pass
-    )
+    def check(artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
+        found = check_export(opened(artifact), opened(reference) if reference else model, seed=config.seed)
+        before = {"float": dict(numerics)} if reference else {}
+        numerics.clear()
+        numerics.update({**found, **before})
+
+    target, precision = kind
+    options = export_options(config, precision)
     with staged_directory(place) as partial:
         registry.get(target).export(model, tokenizer, partial, options, check)
     return numerics
@@ -161,9 +164,9 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
     return data["numerics"]
 
 
-def _baseline_key(source: ModelSource, target: str, config: RunConfig) -> str:
+def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
-    how = [target, config.exporter, config.provider, config.without_pass, PRECISION]
+    how = [*kind, config.exporter, config.provider, config.without_pass]
     data = [source.fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from slimexport.architectures.base import Architecture
+    from slimexport.targets.base import ExportOptions
 
 
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
@@ -53,8 +54,11 @@ def check_targets(config: RunConfig) -> None:
     require_provider(config.provider)
     for name in config.target:
         targets.get(name)
-    if len(set(config.target)) < len(config.target):
-        raise BadInputError(f"A target is named twice: {', '.join(config.target)}.")
+    for precision in config.precision:
+        export_options(config, precision)
+    for what, named in (("target", config.target), ("precision", config.precision)):
+        if len(set(named)) < len(named):
+            raise BadInputError(f"A {what} is named twice: {', '.join(named)}.")
     if config.baseline_cache and config.baseline_cache.exists() and not config.baseline_cache.is_dir():
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
@@ -79,9 +83,24 @@ def fields_of(config: RunConfig, *stages: str) -> dict[str, Any]:
     return {name: data[name] for name in names}
 
 
+def exports(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """The exported directories of a run -> target and precision; the first is the one that the report is about."""
+    each = [(target, precision) for target in config.target for precision in config.precision]
+    return {target if precision == "fp32" else f"{target}-{precision}": (target, precision)
+            for target, precision in each}  # fmt: skip
+
+
 def export_names(config: RunConfig) -> list[str]:
-    """The exported directories of a run, the first of them being the one that is measured."""
-    return [*config.target, *(f"{BASELINE}/{t}" for t in config.target if config.baseline)]
+    """`exports`, and the dense model's."""
+    names = list(exports(config))
+    return [*names, *(f"{BASELINE}/{name}" for name in names if config.baseline)]
+
+
+def export_options(config: RunConfig, precision: str) -> ExportOptions:
+    """Raises BadInputError for a precision that the provider does not compute in."""
+    from slimexport.targets.base import ExportOptions
+
+    return ExportOptions(config.exporter, precision, config.provider, config.without_pass)
 
 
 def check_files(place: Path, files: Mapping[str, str]) -> None:

@@ -30,7 +30,11 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
         plan=directory.read(PLAN, PruningPlan),
         checkpoint=record.checkpoint,
         verification=verified.report,
-        gates=gate.evaluate(config.all_gates(), verified.report),
+        gates=(
+            *gate.evaluate(config.all_gates(), verified.report),
+            *(result for name, of in verified.others.items() for result in gate.evaluate(config.all_gates(), of, name)),
+        ),
+        others=verified.others,
         pruning=_summary(record),
         calibration=record.calibration,
         evaluation=verified.evaluation,

@@ -20,7 +20,7 @@ from slimexport.run_directory import (
     RunDirectory,
     VerifyRecord,
 )
-from slimexport.stages.inputs import check_files, fields_of
+from slimexport.stages.inputs import check_files, export_names, exports, fields_of
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -53,31 +53,36 @@ def verify_stage(
             raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
         check_overlap(calibration, text)
         far = warn_if_far(calibration.input_ids, text.input_ids)
-    target = config.target[0]
-    shrunk = load_artifact(directory / target)
-    baseline = load_artifact(directory / BASELINE / target) if config.baseline else None
-    for artifact in (shrunk, baseline):
-        if artifact:
-            check_files(Path(artifact.path), artifact.files)
+    made_of = {name: load_artifact(directory / name) for name in export_names(config)}
+    for artifact in made_of.values():
+        check_files(Path(artifact.path), artifact.files)
     numerics = read_json(directory / NUMERICS)
+    # Accuracy is held to the dense model in full precision, where that was exported.
+    full = next((n for n, (_, precision) in exports(config).items() if not precision.startswith("int")), None)
+    found: dict[str, VerificationReport] = {}
     directory.begin("verify")
     started = time.monotonic()
     with progress.stage("verify"):
-        made = verification.verify(
-            shrunk,
-            baseline,
-            text,
-            config,
-            plan_made.estimates,
-            plan_made.dense_estimates,
-            numerics[target],
-            numerics[f"{BASELINE}/{target}"] if baseline else None,
-            progress.update,
-        )
+        for name in exports(config):
+            progress.note(f"{name}: measuring")
+            found[name] = verification.verify(
+                made_of[name],
+                made_of.get(f"{BASELINE}/{name}"),
+                text,
+                config,
+                plan_made.estimates,
+                plan_made.dense_estimates,
+                numerics[name],
+                numerics.get(f"{BASELINE}/{name}"),
+                progress.update,
+                dense=made_of.get(f"{BASELINE}/{full or name}"),
+            )
+    made, *_ = found.values()
     if far:
         progress.note(far)
         made = replace(made, notes=(*made.notes, far))
-    directory.write(VERIFICATION, VerifyRecord(made, text.source))
+    others = dict(list(found.items())[1:])
+    directory.write(VERIFICATION, VerifyRecord(made, text.source, others))
     directory.save_config(fields_of(config, "verify"))
     directory.finish("verify", key, time.monotonic() - started)
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,19 +15,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILDERS = ("auto", "mobius", "transformers")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4-mixed")
 PROVIDERS = ("cpu", "cuda")
 MANIFEST = "export.json"
 
-Check = Callable[[ExportArtifact], None]
-"""Raises NotReproducedError when the graph in `artifact.path` does not compute what the model computes, BadInputError
-when ONNX Runtime cannot open it."""
+
+class Check(Protocol):
+    def __call__(self, artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
+        """Raises NotReproducedError when the graph in `artifact.path` does not compute what the model computes, or what
+        the graph `reference` computes where there is one; BadInputError when ONNX Runtime cannot open it."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
-    `without` names passes over the graph (`targets/passes/`) that are left out."""
+    `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
+    weights alone: `float_precision` is everything else's."""
 
     builder: str = "auto"
     precision: str = "fp32"
@@ -45,6 +47,16 @@ class ExportOptions:
                 raise BadInputError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
         if self.precision == "bf16" and self.provider == "cpu":
             raise BadInputError("ONNX Runtime does not compute in bf16 on the CPU: use fp32, or the provider cuda.")
+
+    @property
+    def quantised(self) -> bool:
+        return self.precision.startswith("int")
+
+    @property
+    def float_precision(self) -> str:
+        if not self.quantised:
+            return self.precision
+        return "fp32" if self.provider == "cpu" else "fp16"
 
 
 class Target(Protocol):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ExportArtifact, remove, sha256_tree, to_dict, write_json
 from slimexport.errors import BadInputError, NotReproducedError
-from slimexport.targets import passes, registry
-from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, Check, ExportOptions
+from slimexport.targets import passes, quantise, registry
+from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, BuiltGraph, Check, ExportOptions
 from slimexport.targets.builders.mobius import MobiusBuilder
 from slimexport.targets.builders.transformers import TransformersBuilder
 from slimexport.targets.files import write_config, write_tokenizer
@@ -44,19 +45,13 @@ class OnnxTarget:
             last = builder is builders[-1]
             _empty(directory)
             try:
-                artifact = _export_with(builder, model, tokenizer, directory, options, tuple(notes))
+                return _export_with(builder, model, tokenizer, directory, options, check, tuple(notes))
             except BuilderUnsupportedError as error:
                 if last:
                     tried = " ".join(notes)
                     message = f"The {builder.name} builder cannot export this model: {error} {tried}"
                     raise BadInputError(message) from error
                 notes.append(f"The {builder.name} builder was not used: {error}")
-                continue
-            if check is None:
-                return artifact
-            try:
-                check(artifact)
-                return artifact
             except (NotReproducedError, BadInputError) as error:  # BadInputError: ONNX Runtime cannot open the graph
                 if last:
                     raise
@@ -70,38 +65,87 @@ def _export_with(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     options: ExportOptions,
+    check: Check | None,
     notes: tuple[str, ...],
 ) -> ExportArtifact:
-    import onnx_ir
-
     with quiet():
         graph = builder.build(model, options)
         done, left = passes.apply(graph.model, options.without)
-        onnx_ir.save(graph.model, str(directory / GRAPH), external_data=WEIGHTS)
-        write_config(model, directory)
-        write_tokenizer(tokenizer, directory)
+    notes = (*notes, *graph.notes, *left)
     if graph.no_genai:
         notes = (*notes, f"No genai_config.json: {graph.no_genai}.")
-    else:
-        write_json(directory / "genai_config.json", genai_config(model, tokenizer, graph, options))
-    artifact = ExportArtifact(
-        path=str(directory),
-        target="onnx",
-        builder=builder.name,
-        precision=options.precision,
-        provider=options.provider,
-        files=sha256_tree(directory),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        kv_heads=graph.kv_heads,
-        head_dim=graph.head_dim,
-        left_padding=graph.left_padding,
-        passes=done,
-        notes=(*notes, *graph.notes, *left),
-    )
-    # "." because the directory moves (staging, a copy to a server), and so that the same model gives the same bytes.
-    write_json(directory / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
+
+    def written(place: Path, precision: str) -> ExportArtifact:
+        place.mkdir(exist_ok=True)
+        _write_files(graph, model, tokenizer, place, options)
+        artifact = ExportArtifact(
+            path=str(place),
+            target="onnx",
+            builder=builder.name,
+            precision=precision,
+            provider=options.provider,
+            files=sha256_tree(place),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            kv_heads=graph.kv_heads,
+            head_dim=graph.head_dim,
+            left_padding=graph.left_padding,
+            passes=done,
+            notes=notes,
+        )
+        # "." because the directory moves (staging, a copy to a server): the same model gives the same bytes.
+        write_json(place / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
+        return artifact
+
+    if options.quantised:
+        return _quantised(graph, directory, options, check, written)
+    artifact = written(directory, options.precision)
+    if check:
+        check(artifact)
     return artifact
+
+
+def _quantised(
+    graph: BuiltGraph,
+    directory: Path,
+    options: ExportOptions,
+    check: Check | None,
+    written: Callable[[Path, str], ExportArtifact],
+) -> ExportArtifact:
+    """Three checks, each with the tolerance that it can have: the float graph against the model, every quantised weight
+    against its own, and the quantised graph against one of the numbers that its weights stand for."""
+    aside = directory / ".float"
+    try:
+        if check:
+            check(written(aside, options.float_precision))
+            remove(aside)
+        with quiet():
+            sources = quantise.quantise(graph.model, quantise.SCHEMES[options.precision])
+        artifact = written(directory, options.precision)
+        quantise.check_quantised(directory / GRAPH, sources)
+        if check:
+            quantise.dequantise(graph.model)
+            check(artifact, written(aside, options.float_precision))
+    finally:
+        remove(aside)
+    return artifact
+
+
+def _write_files(
+    graph: BuiltGraph,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    options: ExportOptions,
+) -> None:
+    import onnx_ir
+
+    with quiet():
+        onnx_ir.save(graph.model, str(place / GRAPH), external_data=WEIGHTS)
+        write_config(model, place)
+        write_tokenizer(tokenizer, place)
+    if not graph.no_genai:
+        write_json(place / "genai_config.json", genai_config(model, tokenizer, graph, options))
 
 
 def _require(*packages: str) -> None:

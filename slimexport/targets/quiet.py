@@ -13,7 +13,12 @@ _LIBRARIES = ("mobius", "onnxscript", "onnx_ir", "onnx_shape_inference", "torch.
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what libraries print to stdout, their warnings, and their log records below ERROR."""
+    """Drops what libraries print to stdout, their warnings, and their log records below ERROR.
+
+    What importing them does to the root logger is undone (onnxruntime.quantization makes it print everything).
+    """
+    root = logging.getLogger()
+    handlers, level_of_root = list(root.handlers), root.level
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
     levels = [logger.level for logger in loggers]
     try:
@@ -23,5 +28,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        root.handlers[:] = handlers
+        root.setLevel(level_of_root)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -153,8 +153,9 @@ def check_exported(config: PreTrainedConfig, place: Path) -> None:
         directory = place / layout
         directory.mkdir()
 
-        def check(artifact: Any, model: Any = small) -> None:
-            check_export(OnnxDecoder(Path(artifact.path), threads=1), model, steps=16)
+        def check(artifact: Any, reference: Any = None, model: Any = small) -> None:
+            against = OnnxDecoder(Path(reference.path), threads=1) if reference else model
+            check_export(OnnxDecoder(Path(artifact.path), threads=1), against, steps=16)
 
         artifact = registry.get("onnx").export(small, tiny_tokenizer(), directory, ExportOptions(), check)
         assert mobius.knows(config) == (artifact.builder == "mobius"), artifact.notes

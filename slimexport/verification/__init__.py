@@ -38,8 +38,11 @@ def verify(
     shrunk_numerics: dict[str, Any],
     baseline_numerics: dict[str, Any] | None,
     progress: Progress | None = None,
+    dense: ExportArtifact | None = None,
 ) -> VerificationReport:
     """Measures both graphs: footprint, accuracy on `eval_text`, latency. No torch model is needed.
+
+    Accuracy is held to `dense`, or the baseline: of a quantised graph to the dense model in full precision.
 
     The numerics were found at the export, where the torch models were in memory (`numerics.check_export`); they become
     figures here. Without a baseline all ratios and the KL divergence are missing. Raises BadInputError if a graph
@@ -65,15 +68,18 @@ def verify(
     if config.latency_runs:  # before this process fills the memory with both graphs
         processes, footprint = process_figures(*places, config.provider, threads, telling("loads"))
     own = OnnxDecoder(places[0], config.provider, threads)
-    dense = OnnxDecoder(places[1], config.provider, threads) if places[1] else None
+    other = OnnxDecoder(places[1], config.provider, threads) if places[1] else None
     if own.max_positions is not None and config.eval_window > own.max_positions:
         raise BadInputError(
             f"eval_window {config.eval_window} is longer than the model's {own.max_positions} positions."
         )
-    scored = accuracy(own, dense, ids, config.eval_window, telling("tokens of evaluation text"))
+    same = dense is None or (baseline is not None and dense.path == baseline.path)
+    reference = other if same or dense is None else OnnxDecoder(Path(dense.path), config.provider, threads)
+    scored = accuracy(own, reference, ids, config.eval_window, telling("tokens of evaluation text"))
+    del reference
     latency = measure_latency(
         own,
-        dense,
+        other,
         ids,
         prompt_lengths=config.prompt_lengths,
         decode_tokens=config.decode_tokens,
@@ -88,7 +94,7 @@ def verify(
         *latency.figures,
         size_figure(*places),
         *processes,
-        _kv_figure(own, dense),
+        _kv_figure(own, other),
         *_numerics_figures(shrunk_numerics, baseline_numerics),
     )
     return VerificationReport(

@@ -34,14 +34,19 @@ class Tolerance:
 # and 0.005, in bfloat16 by 0.7 and 0.04 (the largest at the first token, whose residual is huge). A bound is a few
 # times that in half precision and thirty times that in float32; a wrong block gives differences of the order of 1.
 # The mean is the sharper test in half precision, where single logits stray.
-TOLERANCES = {"fp32": Tolerance(2e-3, 2e-4), "fp16": Tolerance(0.25, 0.02), "bf16": Tolerance(2.0, 0.15)}
+TOLERANCES = {
+    "fp32": Tolerance(2e-3, 2e-4),
+    "fp16": Tolerance(0.25, 0.02),
+    "bf16": Tolerance(2.0, 0.15),
+    **dict.fromkeys(("int8", "int4", "int4-mixed"), Tolerance(0.5, 0.05)),
+}
 _BY_ELEMENT = {1: "fp32", 10: "fp16", 16: "bf16"}  # TensorProto codes
 _BY_DTYPE = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def check_export(
     decoder: OnnxDecoder,
-    model: PreTrainedModel,
+    model: PreTrainedModel | OnnxDecoder,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
@@ -56,13 +61,14 @@ def check_export(
 
 def compare_export(
     decoder: OnnxDecoder,
-    model: PreTrainedModel,
+    model: PreTrainedModel | OnnxDecoder,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     steps: int = 64,
 ) -> dict[str, Any]:
-    """Runs graph and torch model on the same token ids and says how far they are apart.
+    """Runs graph and torch model on the same token ids and says how far they are apart. Of a quantised graph `model` is
+    the graph with the numbers that its weights stand for: what is written of torch here holds for that then.
 
     For each prompt (two of random ids by default) the graph takes most of it as prefill, one token as decode step, the
     rest as a chunk, and then decodes `steps` tokens greedily, one by one, on its KV cache (fewer if the model's
@@ -77,7 +83,7 @@ def compare_export(
     BadInputError for prompts that are too short or too long.
     """
     if prompts is None:
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = _vocabulary(model)
         prompts = np.random.default_rng(seed).integers(0, vocabulary, (2, _prompt_length(decoder))).tolist()
     precision = _precision(decoder, model)
     limits = TOLERANCES[precision]
@@ -91,7 +97,7 @@ def compare_export(
         except BadInputError as error:  # the tokens are valid, so it is the graph that cannot do this
             failure = str(error)
             break
-        found.add(number, len(prompt), run, _torch_logits(model, run.ids))
+        found.add(number, len(prompt), run, _expected_logits(model, run.ids))
     return {
         "precision": precision,
         "prompts": len(prompts),
@@ -236,8 +242,10 @@ def _last(decoder: OnnxDecoder, prompt: NDArray[np.int64], shorter: int) -> dict
 
 
 @torch.no_grad()
-def _torch_logits(model: PreTrainedModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def _expected_logits(model: PreTrainedModel | OnnxDecoder, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """float32 [ids, vocab] of one uncached forward."""
+    if isinstance(model, OnnxDecoder):
+        return model.forward(ids[None])[0][0]
     logits = model(torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
     array: NDArray[np.float32] = logits[0].float().cpu().numpy()
     return array
@@ -249,9 +257,18 @@ def _spread(logits: NDArray[np.float32]) -> float:
     return float(np.nanstd(finite, axis=-1, dtype=np.float64).mean())
 
 
-def _precision(decoder: OnnxDecoder, model: PreTrainedModel) -> str:
+def _vocabulary(model: PreTrainedModel | OnnxDecoder) -> int:
+    if isinstance(model, OnnxDecoder):
+        assert model.signature.vocab_size is not None, "our own graph states it"
+        return model.signature.vocab_size
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _precision(decoder: OnnxDecoder, model: PreTrainedModel | OnnxDecoder) -> str:
     """The coarser of the graph's precision and the model's."""
     graph = decoder.artifact.precision if decoder.artifact else _BY_ELEMENT[decoder.signature.caches[0].element]
+    if isinstance(model, OnnxDecoder):
+        return graph
     return max(graph, _BY_DTYPE[model.dtype], key=list(TOLERANCES).index)
 
 

@@ -166,7 +166,7 @@ def _config(model: PreTrainedModel, known: Architecture, options: ExportOptions,
     names = {weight.name for weight in biases}
     config = dataclasses.replace(
         config,
-        dtype=onnx_ir.DataType[_DTYPES[options.precision]],
+        dtype=onnx_ir.DataType[_DTYPES[options.float_precision]],
         head_dim=known.head_dim,
         # Biases as the weights have them: mobius does not read Llama's `mlp_bias`, for one.
         attn_qkv_bias=any(weight.runs_along(KEY_VALUE) for weight in biases),

@@ -35,7 +35,7 @@ class TransformersBuilder:
         try:
             model = _prepared(model, options)
             shapes = _cache_shapes(model)
-            if options.precision == "bf16" and not all("key" in of for of in shapes):
+            if options.float_precision == "bf16" and not all("key" in of for of in shapes):
                 raise BuilderUnsupportedError(
                     "its states begin with zeros, and ONNX Runtime's Python takes none in bf16: use fp16."
                 )
@@ -71,7 +71,7 @@ def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel
     """`model` on the CPU in the export's precision; a copy wherever that is a change."""
     import torch
 
-    dtype = getattr(torch, _DTYPES[options.precision])
+    dtype = getattr(torch, _DTYPES[options.float_precision])
     if model.device.type == "cpu" and model.dtype == dtype:
         return model
     return copy.deepcopy(model).to(device="cpu", dtype=dtype)
