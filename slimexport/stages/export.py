@@ -134,9 +134,9 @@ def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: R
 
     def check(artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
         found = check_export(opened(artifact), opened(reference) if reference else model, seed=config.seed)
-        before = {"float": dict(numerics)} if reference else {}
+        before = [*numerics.pop("before", ()), dict(numerics)] if reference else []
         numerics.clear()
-        numerics.update({**found, **before})
+        numerics.update({**found, "before": before} if before else found)
 
     target, precision = kind
     options = export_options(config, precision)

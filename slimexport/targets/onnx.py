@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +77,7 @@ def _export_with(
     if graph.no_genai:
         notes = (*notes, f"No genai_config.json: {graph.no_genai}.")
 
-    def written(place: Path, precision: str) -> ExportArtifact:
+    def written(graph: BuiltGraph, place: Path, precision: str) -> ExportArtifact:
         place.mkdir(exist_ok=True)
         _write_files(graph, model, tokenizer, place, options)
         artifact = ExportArtifact(
@@ -99,7 +101,7 @@ def _export_with(
 
     if options.quantised:
         return _quantised(graph, directory, options, check, written)
-    artifact = written(directory, options.precision)
+    artifact = written(graph, directory, options.precision)
     if check:
         check(artifact)
     return artifact
@@ -110,25 +112,49 @@ def _quantised(
     directory: Path,
     options: ExportOptions,
     check: Check | None,
-    written: Callable[[Path, str], ExportArtifact],
+    written: Callable[[BuiltGraph, Path, str], ExportArtifact],
 ) -> ExportArtifact:
-    """Three checks, each with the tolerance that it can have: the float graph against the model, every quantised weight
-    against its own, and the quantised graph against one of the numbers that its weights stand for."""
-    aside = directory / ".float"
+    """Four checks, each with the tolerance that it can have: the float graph against the model; every quantised weight
+    against its own; the file's graph, but for the rounding of activations, against the float graph with the numbers
+    that the weights stand for; and with that rounding, whose noise says little about single faults."""
+    first, second = directory / ".first", directory / ".second"
     try:
         if check:
-            check(written(aside, options.float_precision))
-            remove(aside)
+            check(written(graph, first, options.float_precision))
+            remove(first)
+        plain = graph.model.clone()
         with quiet():
             sources = quantise.quantise(graph.model, quantise.SCHEMES[options.precision])
-        artifact = written(directory, options.precision)
+        artifact = written(graph, directory, options.precision)
         quantise.check_quantised(directory / GRAPH, sources)
         if check:
-            quantise.dequantise(graph.model)
-            check(artifact, written(aside, options.float_precision))
+            quantise.put_levels(plain, graph.model)
+            reference = written(dataclasses.replace(graph, model=plain), first, options.float_precision)
+            check(_exact(artifact, second, options.float_precision), reference)
+            check(artifact, reference)
     finally:
-        remove(aside)
+        remove(first)
+        remove(second)
     return artifact
+
+
+def _exact(artifact: ExportArtifact, place: Path, precision: str) -> ExportArtifact:
+    """In `place` the same files and weights, with activations that are not rounded."""
+    import onnx_ir
+
+    place.mkdir()
+    directory = Path(artifact.path)
+    for name in artifact.files:
+        if name == WEIGHTS:
+            os.link(directory / name, place / name)  # the very bytes
+        elif name != GRAPH:
+            shutil.copy2(directory / name, place / name)
+    model = onnx_ir.load(directory / GRAPH)
+    quantise.without_rounded_activations(model)
+    onnx_ir.save(model, place / GRAPH)
+    exact = dataclasses.replace(artifact, path=str(place), precision=precision)
+    write_json(place / MANIFEST, to_dict(exact))
+    return exact
 
 
 def _write_files(

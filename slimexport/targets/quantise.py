@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLOCK = 32
 _DOMAIN = "com.microsoft"
 _QUANTISED = ("MatMulNBits", "GatherBlockQuantized")
-_INT8_ACTIVATIONS = 4  # `accuracy_level`
+_FULL_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4  # values of `accuracy_level`
 _ROUNDING = 1e-4  # of a level: in float32 a weight half way between two may go to either
 
 
@@ -182,41 +182,54 @@ def _is_embedding(node: ir.Node) -> bool:
     return axis == 0 and len(table.const_value.shape) == 2 and rows.name == "input_ids"
 
 
-def dequantise(model: ir.Model) -> None:
-    """Changes a quantised `model` in place: plain products and gathers of the weights that its levels stand for.
-
-    What it computes is what `model` would without 8-bit activations; the weights are made when they are read.
-    """
+def without_rounded_activations(model: ir.Model) -> None:
+    """Changes a quantised `model` in place: the same weights, activations in full precision. Many times slower."""
     import onnx_ir as ir
 
-    graph = model.graph
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FULL_ACTIVATIONS)
+
+
+def put_levels(plain: ir.Model, quantised: ir.Model) -> None:
+    """Changes `plain`, what `quantised` was made from: each weight becomes the numbers that its levels stand for.
+
+    What it computes is what the quantised graph would with activations that are not rounded, and by other operators.
+    """
+    known = quantised.graph.initializers
+    gathered = {codes.name for node in quantised.graph if node.op_type == "GatherBlockQuantized"
+                for codes in _stored(node)[:1]}  # fmt: skip
     made: dict[str, ir.Value] = {}
-    for node in [node for node in graph if node.op_type in _QUANTISED]:
-        codes, scales, zero_points = _stored(node)
-        bits = node.attributes.get_int("bits", 4)
-        gathers = node.op_type == "GatherBlockQuantized"
-        name = f"{codes.name}.{'rows' if gathers else 'columns'}"
+
+    def levels(weight: ir.Value, turned: bool) -> ir.Value | None:
+        """[K, N], or [N, K] where not `turned`; None for a weight that was left alone."""
+        if f"{weight.name}.codes" not in known:
+            return None
+        name = f"{weight.name}.levels{'' if turned else '.rows'}"
         if name not in made:
-            parts = _array(codes), _array(scales), _array(zero_points)
-            shape = (len(parts[0]), node.attributes.get_int("K", parts[1].shape[1] * BLOCK))
-            array = _levels(*parts, bits)[:, : shape[1]].astype(parts[1].dtype)
-            made[name] = _initializer(graph, name, array if gathers else np.ascontiguousarray(array.T))
-        if gathers:
-            new = ir.node("Gather", [made[name], node.inputs[1]], name=node.name)
-        else:
-            new = ir.node("MatMul", [node.inputs[0], made[name]], name=node.name)
-            if len(node.inputs) > 5 and node.inputs[5] is not None:
-                graph.insert_before(node, new)
-                new = ir.node("Add", [new.outputs[0], node.inputs[5]])
-        _take_place(graph, node, new)
-    _drop_unused(graph)
+            parts = [_array(known[f"{weight.name}.{part}"]) for part in ("codes", "scales", "zero_points")]
+            source = _array(weight)
+            array = _levels(*parts)[:, : source.size // len(parts[0])].astype(source.dtype)
+            made[name] = _initializer(plain.graph, name, np.ascontiguousarray(array.T) if turned else array)
+        return made[name]
+
+    for node in [node for node in plain.graph if is_product(node)]:
+        weight = weight_of(node)
+        assert weight is not None
+        if (new := levels(weight, turned=not node.attributes.get_int("transB", 0))) is not None:
+            node.replace_input_with(1, new)
+    for node in [node for node in plain.graph if node.op_type == "Gather" and _is_embedding(node)]:
+        table = node.inputs[0]
+        assert table is not None
+        if f"{table.name}.codes" in gathered and (new := levels(table, turned=False)) is not None:
+            node.replace_input_with(0, new)
+    _drop_unused(plain.graph)
 
 
-def _levels(
-    codes: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[np.uint8], bits: int
-) -> NDArray[np.float64]:
+def _levels(codes: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[np.uint8]) -> NDArray[np.float64]:
     """[N, K] (K in whole blocks): the numbers that the codes stand for."""
     outputs, blocks = scales.shape
+    bits = codes.shape[-1] * 8 // BLOCK
     zero = unpacked(zero_points.reshape(outputs, -1), bits)[:, :blocks, None].astype(np.float64)
     found = (unpacked(codes.reshape(outputs, -1), bits).reshape(outputs, blocks, BLOCK) - zero) * scales[..., None]
     return np.asarray(found, np.float64).reshape(outputs, -1)

@@ -126,6 +126,7 @@ def _numerics_figures(own: dict[str, Any], dense: dict[str, Any] | None) -> tupl
         return data["greedy_equal"] / data["greedy_tokens"] if data and data.get("greedy_tokens") else None
 
     ties = len(own.get("ties", ()))
+    what = "graph against the numbers that its weights stand for" if own.get("before") else "graph against torch"
     return (
         *(
             Figure(
@@ -133,7 +134,7 @@ def _numerics_figures(own: dict[str, Any], dense: dict[str, Any] | None) -> tupl
                 "logits",
                 shrunk=pair(own, key),
                 baseline=pair(dense, key),
-                note="graph against torch",
+                note=what,
             )
             for key in ("max_logit_difference", "mean_logit_difference")
         ),
@@ -143,6 +144,6 @@ def _numerics_figures(own: dict[str, Any], dense: dict[str, Any] | None) -> tupl
             shrunk=agreement(own),
             baseline=agreement(dense),
             better="higher",
-            note=f"greedy tokens of graph and torch; {ties} ties within the tolerance",
+            note=f"greedy tokens, {what}; {ties} ties within the tolerance",
         ),
     )

@@ -24,6 +24,16 @@ PERCENTILES = (50, 90, 99)
 # this share other work had the cores, and ratios are pressed toward 1 although they look steady.
 MIN_CPU_SHARE = 0.75
 
+# Of a weight, of one of lm_head, of a number in the cache. 32 weights share a scale of 32 bits and a zero point.
+BITS = {
+    "fp32": (32, 32, 32),
+    "fp16": (16, 16, 16),
+    "bf16": (16, 16, 16),
+    "int8": (9.25, 9.25, 32),
+    "int4": (5.125, 5.125, 32),
+    "int4-mixed": (5.125, 9.25, 32),
+}
+
 Progress = Callable[[int, int], None]
 """Called with rounds done and rounds in all."""
 
@@ -113,7 +123,10 @@ def measure_latency(
         flops = {length: _prefill_flops(shrunk, shrunk_estimates, length) for length in lengths}
         dense = {length: _prefill_flops(baseline, baseline_estimates, length) for length in lengths}
         context = prompt_tokens + (decode_tokens - 1) / 2
-        streamed = _decode_bytes(shrunk_estimates, context) / _decode_bytes(baseline_estimates, context)
+        precision = shrunk.artifact.precision if shrunk.artifact else "fp32"
+        streamed = decode_bytes(shrunk_estimates, context, precision) / decode_bytes(
+            baseline_estimates, context, precision
+        )
         ideals = _Ideals({length: flops[length] / dense[length] for length in lengths}, streamed)
     figures = _figures(times, ideals)
     details = {
@@ -176,9 +189,15 @@ def _prefill_flops(decoder: OnnxDecoder, estimates: Estimates, length: int) -> i
     return estimates.prefill_flops(length, all_logits=decoder.signature.all_logits is None)
 
 
-def _decode_bytes(estimates: Estimates, context: float) -> float:
-    """Bytes read for one token: the streamed weights once, and the cache of `context` tokens."""
-    return estimates.decode_bytes_per_token + estimates.kv_cache_bytes_per_token * context
+def decode_bytes(estimates: Estimates, context: float, precision: str) -> float:
+    """Bytes that a graph of this precision reads for one token: the streamed weights once, scales and zero points with
+    them, and the cache of `context` tokens."""
+    each = estimates.bytes / estimates.parameters  # the estimates are in the checkpoint's dtype
+    weights = estimates.decode_bytes_per_token / each
+    head = min(estimates.head_flops / 2, weights)
+    cached = estimates.kv_cache_bytes_per_token / each * context
+    bits, head_bits, cache_bits = BITS[precision]
+    return ((weights - head) * bits + head * head_bits + cached * cache_bits) / 8
 
 
 def _pooled(times: _Times, q: int) -> float:

@@ -33,12 +33,14 @@ class Tolerance:
 # float32 graph differs by 6e-5 at most and 4e-6 in the mean; torch in float16 differs from torch in float32 by 0.06
 # and 0.005, in bfloat16 by 0.7 and 0.04 (the largest at the first token, whose residual is huge). A bound is a few
 # times that in half precision and thirty times that in float32; a wrong block gives differences of the order of 1.
-# The mean is the sharper test in half precision, where single logits stray.
+# The mean is the sharper test in half precision, where single logits stray. Of quantised graphs this is about
+# activations in 8 bits alone, which move SmolLM2's logits on random tokens by 0.1 in the mean and single ones by 2.5:
+# what is wrong in one place is seen without that rounding (targets/onnx.py), and what it costs on text is measured.
 TOLERANCES = {
     "fp32": Tolerance(2e-3, 2e-4),
     "fp16": Tolerance(0.25, 0.02),
     "bf16": Tolerance(2.0, 0.15),
-    **dict.fromkeys(("int8", "int4", "int4-mixed"), Tolerance(0.5, 0.05)),
+    **dict.fromkeys(("int8", "int4", "int4-mixed"), Tolerance(10.0, 0.5)),
 }
 _BY_ELEMENT = {1: "fp32", 10: "fp16", 16: "bf16"}  # TensorProto codes
 _BY_DTYPE = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -18,7 +18,7 @@ from slimexport.runtime import OnnxDecoder
 from slimexport.targets import passes
 from slimexport.targets.base import ExportOptions
 from slimexport.targets.builders.mobius import MobiusBuilder
-from slimexport.targets.quantise import BLOCK, SCHEMES, Scheme, check_quantised, dequantise, quantise, unpacked
+from slimexport.targets.quantise import BLOCK, SCHEMES, Scheme, check_quantised, put_levels, quantise, unpacked
 
 RNG = np.random.default_rng(0)
 
@@ -72,11 +72,11 @@ def test_levels_are_the_nearest_ones(bits: int, inputs: int) -> None:
     weight[3, :32] = 0  # a block of nothing
     weight[5] = abs(weight[5])  # zero is a level all the same
     model = product(weight.T.copy())
+    plain = model.clone()
     quantise(model, Scheme(bits, bits))
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
-    dequantise(model)
-    assert [node.op_type for node in model.graph] == ["MatMul"]
-    found = run(model, np.eye(inputs, dtype=np.float32)).T
+    put_levels(plain, model)
+    found = run(plain, np.eye(inputs, dtype=np.float32)).T
     level = (weight.max() - weight.min()) / (2**bits - 1)
     assert np.abs(found - nearest(weight, bits)).max() < 1e-4 * level
     assert np.abs(found[3, :32]).max() == 0
@@ -90,13 +90,16 @@ def test_products_of_all_forms(kind: str, bias: bool) -> None:
     model = product(stored, kind, added)
     x = RNG.normal(size=(5, 96)).astype(np.float32)
     expected = run(model, x)
+    plain = model.clone()
     quantise(model, Scheme(8, 8))
     assert "MatMulNBits" in [node.op_type for node in model.graph]
     assert "w" not in model.graph.initializers
     got = run(model, x)
     assert np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
-    dequantise(model)
-    assert np.abs(run(model, x) - got).max() < 0.03 * np.abs(expected).max()
+    put_levels(plain, model)
+    assert "w" not in plain.graph.initializers
+    assert np.abs(run(plain, x) - expected).max() > 0
+    assert np.abs(run(plain, x) - got).max() < 0.03 * np.abs(expected).max()
 
 
 def test_four_bits_are_unpacked_low_first() -> None:
@@ -128,6 +131,7 @@ def save(model: Any, place: Path) -> Path:
 def test_every_matrix_of_a_decoder_is_taken(precision: str, tied: bool, tmp_path: Path) -> None:
     model = decoder_model(tied)
     floats = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    plain = model.clone()
     sources = quantise(model, SCHEMES[precision])
     left = Counter(node.op_type for node in model.graph)
     assert left["MatMul"] == left["Gemm"] == left["Transpose"] == 0
@@ -139,8 +143,8 @@ def test_every_matrix_of_a_decoder_is_taken(precision: str, tied: bool, tmp_path
     assert (tmp_path / "graph" / "model.onnx.data").stat().st_size < 0.7 * floats
     ids = np.random.default_rng(1).integers(0, VOCAB, (1, 12))
     got, _ = OnnxDecoder(path.parent, threads=1).forward(ids)
-    dequantise(model)
-    expected, _ = OnnxDecoder(save(model, tmp_path / "reference").parent, threads=1).forward(ids)
+    put_levels(plain, model)
+    expected, _ = OnnxDecoder(save(plain, tmp_path / "reference").parent, threads=1).forward(ids)
     assert 0 < np.abs(got - expected).mean() < 0.05 * expected.std()
 
 
@@ -153,7 +157,10 @@ def test_a_tied_embedding_is_stored_once() -> None:
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, max_position_embeddings=32,
     )  # fmt: skip
     model = MobiusBuilder().build(LlamaForCausalLM(config).eval(), ExportOptions()).model
+    plain = model.clone()
     quantise(model, SCHEMES["int4-mixed"])
+    put_levels(plain, model)
+    assert plain.graph.node(0).inputs[0].name == "model.embed_tokens.weight.levels.rows"
     codes = [v for v in model.graph.initializers.values() if v.name.endswith(".codes") and VOCAB in v.const_value.shape]
     assert [value.const_value.nbytes for value in codes] == [VOCAB * 64]  # 8 bits, once
     assert not [v for v in model.graph.initializers.values() if v.const_value.nbytes >= VOCAB * 64 * 4]

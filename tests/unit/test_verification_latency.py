@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ DENSE = Estimates(200, 160, 800, 600, 500, 8)
 class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
-    provider, threads = "scripted", 2
+    provider, threads, artifact = "scripted", 2, None
+    signature = SimpleNamespace(all_logits=None)
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
@@ -34,6 +36,22 @@ class FakeDecoder:
     def timed_greedy(self, prompt, steps):
         self.calls.append((self.name, len(prompt), steps, tuple(prompt[:3])))
         return TimedGreedy(self.seconds * len(prompt), tuple([self.seconds] * steps), tuple(range(steps + 1)))
+
+
+def test_bytes_of_a_token_by_precision():
+    half = Estimates(
+        100, 80, 200, 160, 0, 4, head_flops=40
+    )  # 2 bytes each: 80 weights, 20 of lm_head; 2 numbers cached
+    assert latency_module.decode_bytes(half, 10, "fp32") == 80 * 4 + 20 * 4
+    assert latency_module.decode_bytes(half, 10, "fp16") == 80 * 2 + 20 * 2
+    assert latency_module.decode_bytes(half, 10, "int8") == 80 * 9.25 / 8 + 20 * 4
+    assert latency_module.decode_bytes(half, 10, "int4-mixed") == (60 * 5.125 + 20 * 9.25) / 8 + 20 * 4
+
+
+def test_ideal_of_a_prompt_of_which_only_the_last_logits_are_made():
+    own, dense = Estimates(1, 1, 4, 4, 60, 4, head_flops=20), Estimates(1, 1, 4, 4, 100, 4, head_flops=20)
+    assert own.prefill_flops(8, all_logits=True) / dense.prefill_flops(8, all_logits=True) == 0.6
+    assert own.prefill_flops(8, all_logits=False) / dense.prefill_flops(8, all_logits=False) == 340 / 660
 
 
 def measured(runs=4, lengths=(8, 32), baseline=True, positions=None, **options):
