@@ -39,9 +39,7 @@ class FakeDecoder:
 
 
 def test_bytes_of_a_token_by_precision():
-    half = Estimates(
-        100, 80, 200, 160, 0, 4, head_flops=40
-    )  # 2 bytes each: 80 weights, 20 of lm_head; 2 numbers cached
+    half = Estimates(100, 80, 200, 160, 0, 4, head_flops=40)  # 2 bytes each; 20 of 80 weights are lm_head
     assert latency_module.decode_bytes(half, 10, "fp32") == 80 * 4 + 20 * 4
     assert latency_module.decode_bytes(half, 10, "fp16") == 80 * 2 + 20 * 2
     assert latency_module.decode_bytes(half, 10, "int8") == 80 * 9.25 / 8 + 20 * 4
