@@ -266,6 +266,7 @@ class ExportArtifact:
     kv_heads: tuple[int, ...]  # per block; 0: it has states instead
     head_dim: int
     left_padding: bool  # whether the graph is right with left padding; where not, the runtime refuses it
+    shared_kv: bool = False  # whether past and present of every block may be one buffer
     passes: tuple[str, ...] = ()  # over the graph, those that changed it
     notes: tuple[str, ...] = ()
 

@@ -8,9 +8,10 @@ so that a process which measures the graph's memory holds nothing else.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,17 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 @dataclass(frozen=True)
 class KVState:
     """A cache on the session's device: one OrtValue per cache input, [batch, kv_heads, length, head_dim] where it
-    holds keys or values."""
+    holds keys or values.
+
+    One with a `capacity` has room for that many tokens, and each call writes its own into it: what was made from it
+    before by other calls is overwritten then, while it itself stays what it was.
+    """
 
     values: tuple[Any, ...]
     batch: int
     length: int
+    capacity: int = 0
+    binding: Any = None  # of one with a capacity: its buffers, bound once
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class OnnxDecoder:
     def greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> Greedy:
         """Decodes `steps` tokens greedily after `prompt_ids` int64 [t]; equal logits go to the lowest token id."""
         tokens, margins = np.empty(steps, np.int64), np.empty(steps, np.float32)
-        ids, past = np.asarray(prompt_ids, np.int64)[None], None
+        ids = np.asarray(prompt_ids, np.int64)[None]
+        past: KVState | None = self.room(1, ids.shape[1] + steps)
         for step in range(steps):
             logits, past = self._step(ids, past, None, last=True)
             row = logits[0, -1]
@@ -130,9 +138,11 @@ class OnnxDecoder:
     def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
         """Like `greedy`, with the wall clock read after each token is known on the host.
 
-        The first token belongs to the prefill (TTFT); `steps` further tokens are decoded, one call each.
+        The first token belongs to the prefill (TTFT); `steps` further tokens are decoded, one call each. Memory for
+        the cache is there before the clock starts, as it is in a server.
         """
-        ids, past = np.asarray(prompt_ids, np.int64)[None], None
+        ids = np.asarray(prompt_ids, np.int64)[None]
+        past: KVState | None = self.room(1, ids.shape[1] + steps)
         tokens: list[int] = []
         clock = [time.perf_counter()]
         for _ in range(steps + 1):
@@ -143,28 +153,48 @@ class OnnxDecoder:
         seconds = [after - before for before, after in pairwise(clock)]
         return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
 
+    def room(self, batch: int, tokens: int) -> KVState | None:
+        """An empty cache with memory for `tokens`, so that no call has to copy it; None where the graph cannot have
+        past and present in one place. Pass it as the `past` of the first call."""
+        if self.artifact is None or not self.artifact.shared_kv:
+            return None
+        values = self._empty_cache(batch, tokens)
+        binding = self._session.io_binding()
+        for cache, value in zip(self.signature.caches, values, strict=True):
+            binding.bind_ortvalue_input(cache.past, value)
+            binding.bind_ortvalue_output(cache.present, value)
+        return KVState(values, batch, 0, tokens, binding)
+
     def _step(
         self, input_ids: NDArray[np.int64], past: KVState | None, mask: NDArray[np.int64] | None, *, last: bool
     ) -> tuple[NDArray[np.float32], KVState]:
         feeds, batch, total = self._token_feeds(input_ids, past, mask)
-        past_values = past.values if past else self._empty_cache(batch)
-        # A fresh binding each time: a kept one would offer the last call's outputs as this call's buffers.
-        binding = self._session.io_binding()
+        if past and past.capacity:
+            if total > past.capacity:
+                raise BadInputError(f"{total} tokens are more than the {past.capacity} that there is room for.")
+            binding = past.binding
+        else:
+            # A fresh binding each time: a kept one would offer the last call's outputs as this call's buffers.
+            binding = self._session.io_binding()
+            for cache, value in zip(
+                self.signature.caches, past.values if past else self._empty_cache(batch), strict=True
+            ):
+                binding.bind_ortvalue_input(cache.past, value)
+                binding.bind_output(cache.present, self._device)
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        if self.signature.all_logits and not last:
-            binding.bind_ortvalue_input(self.signature.all_logits, _true())
-        for cache, value in zip(self.signature.caches, past_values, strict=True):
-            binding.bind_ortvalue_input(cache.past, value)
-        for name in (self.signature.logits, *(cache.present for cache in self.signature.caches)):
-            binding.bind_output(name, self._device)
+        if self.signature.all_logits:
+            binding.bind_ortvalue_input(self.signature.all_logits, _scalar(not last))
+        binding.bind_output(self.signature.logits, self._device)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises a dozen types of its own
             shape = f"input_ids {list(input_ids.shape)} on a past of {past.length if past else 0} tokens"
             raise BadInputError(f"{self.path}: ONNX Runtime failed on {shape}: {_first_line(error)}") from error
-        logits, *present = binding.get_outputs()
-        return _to_float32(logits, last), KVState(tuple(present), batch, total)
+        outputs = binding.get_outputs()  # in the order in which they were first bound
+        if past and past.capacity:
+            return _to_float32(outputs[-1], last), replace(past, length=total)
+        return _to_float32(outputs[-1], last), KVState(tuple(outputs[:-1]), batch, total)
 
     def _token_feeds(
         self, input_ids: NDArray[np.int64], past: KVState | None, mask: NDArray[np.int64] | None
@@ -205,10 +235,11 @@ class OnnxDecoder:
                 f"{self.path} is wrong with left padding (a 0 before a 1 in attention_mask): pad on the right."
             )
 
-    def _empty_cache(self, batch: int) -> tuple[Any, ...]:
+    def _empty_cache(self, batch: int, length: int = 0) -> tuple[Any, ...]:
+        """Memory for the cache of `length` tokens; what is in it counts for nothing, but for states."""
         from onnxruntime import OrtValue
 
-        shapes = [[batch, *(size or 0 for size in c.shape)] for c in self.signature.caches]
+        shapes = [[batch, *(length if size is None else size for size in c.shape)] for c in self.signature.caches]
         empty = tuple(
             OrtValue.ortvalue_from_shape_and_type(shape, c.element, self._device)
             for shape, c in zip(shapes, self.signature.caches, strict=True)
@@ -285,7 +316,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:300]
 
 
-def _true() -> Any:
+@functools.cache
+def _scalar(value: bool) -> Any:
     from onnxruntime import OrtValue
 
-    return OrtValue.ortvalue_from_numpy(np.array(True))
+    return OrtValue.ortvalue_from_numpy(np.array(value))

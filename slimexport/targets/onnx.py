@@ -92,6 +92,7 @@ def _export_with(
             kv_heads=graph.kv_heads,
             head_dim=graph.head_dim,
             left_padding=graph.left_padding,
+            shared_kv=graph.shared_kv,
             passes=done,
             notes=notes,
         )

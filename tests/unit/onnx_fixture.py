@@ -60,6 +60,7 @@ def export_tiny(model: LlamaForCausalLM, directory: Path) -> ExportArtifact:
         kv_heads=graph.kv_heads,
         head_dim=graph.head_dim,
         left_padding=graph.left_padding,
+        shared_kv=graph.shared_kv,
     )
     write_json(directory / "export.json", to_dict(artifact))
     return artifact

@@ -64,6 +64,41 @@ def test_a_cache_can_be_used_twice(decoder):
     np.testing.assert_array_equal(first, again)
 
 
+def test_a_cache_with_room_is_written_in_place(model, decoder):
+    expected = torch_logits(model, IDS)
+    room = decoder.room(1, 12)
+    addresses = [value.data_ptr() for value in room.values]
+    prefill, cache = decoder.forward(IDS[:, :5], room)
+    step, cache = decoder.forward(IDS[:, 5:6], cache)
+    chunk, cache = decoder.forward(IDS[:, 6:], cache)
+    np.testing.assert_allclose(np.concatenate([prefill, step, chunk], 1), expected, atol=1e-4 * expected.std())
+    assert [value.data_ptr() for value in cache.values] == addresses
+    assert (cache.length, cache.capacity) == (10, 12)
+    with pytest.raises(BadInputError, match="13 tokens are more than the 12 that there is room for"):
+        decoder.forward(IDS[:, :3], cache)
+    # An earlier state is still what it was, whatever was written after it.
+    again, shorter = decoder.forward(IDS[:, :5], room)
+    np.testing.assert_array_equal(again, prefill)
+    decoder.forward(IDS[:, 7:8], shorter)
+    np.testing.assert_array_equal(decoder.forward(IDS[:, 5:6], shorter)[0], step)
+
+
+def test_batches_have_room_too(model, decoder):
+    ids = np.concatenate([IDS, IDS[:, ::-1]])
+    _, cache = decoder.forward(ids[:, :8], decoder.room(2, 10))
+    got, _ = decoder.forward(ids[:, 8:9], cache)
+    np.testing.assert_allclose(got[:, 0], torch_logits(model, ids)[:, 8], atol=1e-3)
+
+
+def test_no_room_where_the_manifest_does_not_say_so(directory, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "onnx")
+    write_json(copy / "export.json", {**read_json(copy / "export.json"), "shared_kv": False})
+    assert OnnxDecoder(copy).room(1, 8) is None
+    assert (
+        OnnxDecoder(copy).greedy(IDS[0], 5).tokens.tolist() == OnnxDecoder(directory).greedy(IDS[0], 5).tokens.tolist()
+    )
+
+
 def test_greedy_matches_transformers(model, decoder):
     with torch.no_grad():
         expected = model.generate(torch.from_numpy(IDS), max_new_tokens=12, min_new_tokens=12, do_sample=False)
