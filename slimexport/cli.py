@@ -321,6 +321,42 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
 
 @main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option("--prompts", default="32,128,512", metavar="N,...", show_default=True, help="Prompt lengths, for TTFT.")
+@click.option("--pasts", default="128,1024", metavar="N,...", show_default=True,
+              help="Tokens before those that are decoded, for TPOT and ITL.")  # fmt: skip
+@click.option("--batches", default="", metavar="N,...", help="Batch sizes, for throughput.")
+@click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded in each run.")
+@click.option("--rounds", type=int, default=10, show_default=True, help="Interleaved rounds.")
+@click.option("--threads", type=int, help="Threads; default: the affinity mask.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="Where graphs run.")  # fmt: skip
+@common
+def bench(paths: tuple[Path, ...], prompts: str, pasts: str, batches: str, as_json: bool, quiet: bool, debug: bool,
+          **options: Any) -> int:  # fmt: skip
+    """Measure models side by side: exported graphs, run directories, Hugging Face directories, GGUF files.
+
+    All take turns in one run; the first PATH is what the others are compared with.
+    """
+    with _working(quiet, debug) as progress:
+        from slimexport.bench import Settings, bench, results
+
+        settings = Settings(_numbers(prompts), _numbers(pasts), _numbers(batches), **options)
+        with progress.stage("bench"):
+            made = bench(paths, settings, progress)
+    _print(as_json, made.to_dict, lambda: results.text(made))
+    return ExitCode.PASSED
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`32,128` -> (32, 128)."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise click.UsageError(f"{text!r} is not a list of numbers, such as 32,128.") from None
+
+
+@main.command()
 @common
 def architectures(as_json: bool, quiet: bool, debug: bool) -> int:
     """List the model families that can be pruned."""

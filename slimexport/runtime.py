@@ -153,6 +153,20 @@ class OnnxDecoder:
         seconds = [after - before for before, after in pairwise(clock)]
         return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
 
+    def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
+        """Seconds of `steps` further greedy tokens for each of several prompts int64 [b, t], their prefill not
+        counted; None for a graph of one batch size."""
+        batch, length = prompts.shape
+        if self.signature.fixed_batch not in (None, batch):
+            return None
+        logits, past = self.last_logits(prompts, self.room(batch, length + steps))
+        ids = logits.argmax(-1)[:, None]
+        started = time.perf_counter()
+        for _ in range(steps):
+            logits, past = self.last_logits(ids, past)
+            ids = logits.argmax(-1)[:, None]
+        return time.perf_counter() - started
+
     def room(self, batch: int, tokens: int) -> KVState | None:
         """An empty cache with memory for `tokens`, so that no call has to copy it; None where the graph cannot have
         past and present in one place. Pass it as the `past` of the first call."""

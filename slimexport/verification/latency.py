@@ -1,14 +1,9 @@
-"""TTFT, TPOT and ITL of the exported graphs, shrunk and baseline interleaved in one run.
-
-TTFT: from the prompt's token ids to the first token on the host, with an empty cache. ITL: time between two output
-tokens after that. TPOT: the mean ITL of one run. Batch 1, greedy, no queue, no network, tokenisation not included.
-"""
+"""TTFT, TPOT (the mean ITL of one run) and ITL of the exported graphs, shrunk and baseline interleaved in one run."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +11,11 @@ from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
 from slimexport.runtime import OnnxDecoder
+from slimexport.verification import interleaved
 from slimexport.verification.intervals import paired_figure, rounded
 
 DECODE_PROMPT = 128  # tokens before the decoded ones
 PERCENTILES = (50, 90, 99)
-# Threads that work alone on their cores are on the CPU nearly all the time, also while they wait for each other. Below
-# this share other work had the cores, and ratios are pressed toward 1 although they look steady.
-MIN_CPU_SHARE = 0.75
-
 # Of a weight, of one of lm_head, of a number in the cache. 32 weights share a scale of 32 bits and a zero point.
 BITS = {
     "fp32": (32, 32, 32),
@@ -76,10 +68,11 @@ def measure_latency(
     baseline_estimates: Estimates | None = None,
     progress: Progress | None = None,
 ) -> Latency:
-    """Measures `runs` rounds after one round of warm-up.
+    """Measures `runs` rounds after the warm-up (`interleaved.py`).
 
     Within a round every measurement is made on both models back to back, on the same prompt (a stretch of `text` int64
-    [n], chosen by `seed`, another one each round); which model goes first alternates. Prompts that do not fit the
+    [n], chosen by `seed`, another one each round); which model goes first alternates. On a machine that had other work
+    to do nothing counts: every figure is invalid then. Prompts that do not fit the
     model's positions are left out, with a note. The ratios' `ideal` follows from the estimates, where given.
     """
     if runs == 0:
@@ -94,30 +87,20 @@ def measure_latency(
     if prompt_tokens < 1:
         notes.append(f"Decoding {decode_tokens} tokens does not fit the model's {positions} positions.")
     rng = np.random.default_rng(seed)
-    times = {name: _Times({length: [] for length in lengths}, []) for name in decoders}
-    orders: list[list[str]] = []
-    wall, cpu = time.perf_counter(), time.process_time()
-    for number in range(-1, runs):  # round -1 warms up: caches, allocations, lazily packed weights
-        order = list(decoders) if number % 2 == 0 else list(decoders)[::-1]
-        for length in lengths:
-            prompt = _stretch(text, length, rng)
-            for name in order:
-                seconds = _ttft(decoders[name], prompt)
-                if number >= 0:
-                    times[name].ttft[length].append(seconds)
-        if prompt_tokens >= 1:
-            prompt = _stretch(text, prompt_tokens, rng)
-            for name in order:
-                timed = decoders[name].timed_greedy(prompt, decode_tokens if number >= 0 else 2)
-                if number >= 0:
-                    times[name].itl.append(list(timed.token_seconds))
-        if number >= 0:
-            orders.append(order)
-            if progress:
-                progress(number + 1, runs)
-    share = (time.process_time() - cpu) / (time.perf_counter() - wall) / shrunk.threads
-    if shrunk.provider == "cpu" and share < MIN_CPU_SHARE:
-        notes.append(f"The machine was busy: the latency runs had {share:.0%} of their {shrunk.threads} cores.")
+    pasts = (prompt_tokens,) if prompt_tokens >= 1 else ()
+    samples = interleaved.measure(
+        decoders,
+        interleaved.Quantities(tuple(lengths), pasts, decode_tokens),
+        lambda length: _stretch(text, length, rng),
+        rounds=runs,
+        threads=shrunk.threads,
+        progress=progress,
+    )
+    times = {
+        name: _Times(samples.ttft[name], [run for past in pasts for run in samples.itl[name][past]])
+        for name in decoders
+    }
+    busy = samples.busy if shrunk.provider == "cpu" else None
     ideals = _Ideals({}, None)
     if baseline and shrunk_estimates and baseline_estimates:
         flops = {length: _prefill_flops(shrunk, shrunk_estimates, length) for length in lengths}
@@ -129,28 +112,24 @@ def measure_latency(
         )
         ideals = _Ideals({length: flops[length] / dense[length] for length in lengths}, streamed)
     figures = _figures(times, ideals)
+    if busy:
+        notes.append(f"No time counts: {busy}.")
+        figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
     details = {
         "runs": runs,
-        "warm_up_rounds": 1,
+        "warm_up_rounds": samples.warm_up,
         "threads": shrunk.threads,
         "provider": shrunk.provider,
         "batch": 1,
-        "cpu_share": round(share, 3),
+        **samples.watched,
         "decode_prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
-        "order": orders,
+        "order": samples.orders,
         "ttft_ms": {name: {str(n): _ms(t.ttft[n]) for n in lengths} for name, t in times.items()},
         "itl_ms": {name: [_ms(run) for run in t.itl] for name, t in times.items()},
         "tpot_ms": {name: _ms([float(np.mean(run)) for run in t.itl]) for name, t in times.items()},
     }
     return Latency(figures, details, tuple(notes))
-
-
-def _ttft(decoder: OnnxDecoder, prompt: NDArray[np.int64]) -> float:
-    """Seconds from the prompt to the first token."""
-    # One untimed token first: the worker threads sleep and the caches hold the other model.
-    decoder.forward(prompt[None, :1])
-    return decoder.timed_greedy(prompt, 0).ttft_seconds
 
 
 def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:

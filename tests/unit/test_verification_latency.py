@@ -13,6 +13,7 @@ import pytest
 from slimexport.artifacts import Estimates
 from slimexport.runtime import TimedGreedy
 from slimexport.verification import latency as latency_module
+from slimexport.verification import machine
 from slimexport.verification.intervals import defect, median, paired_figure, relative_iqr
 from slimexport.verification.latency import measure_latency
 
@@ -30,10 +31,10 @@ class FakeDecoder:
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
 
-    def forward(self, ids, past=None):
-        self.calls.append((self.name, "untimed", ids.shape[1]))
-
     def timed_greedy(self, prompt, steps):
+        if (len(prompt), steps) == (1, 0):
+            self.calls.append((self.name, "untimed", 1))
+            return TimedGreedy(0.0, (), (0,))
         self.calls.append((self.name, len(prompt), steps, tuple(prompt[:3])))
         return TimedGreedy(self.seconds * len(prompt), tuple([self.seconds] * steps), tuple(range(steps + 1)))
 
@@ -92,13 +93,13 @@ def test_models_take_turns_on_the_same_prompt():
     made, calls = measured(runs=4, lengths=(8,))
     timed = [call for call in calls if call[1] != "untimed"]
     pairs = list(zip(timed[::2], timed[1::2], strict=True))
-    assert len(pairs) == (1 + 4) * 2  # a warm-up round and four; one prompt length and decoding
+    assert len(pairs) == (2 + 4) * 2  # two rounds of warm-up and four; one prompt length and decoding
     for first, second in pairs:
         assert {first[0], second[0]} == {"shrunk", "baseline"}
         assert first[1:] == second[1:]
     assert [order[0] for order in made.details["order"]] == ["shrunk", "baseline"] * 2
-    assert [first[0] for first, _ in pairs[2::2]] == ["shrunk", "baseline"] * 2
-    assert len({first[3] for first, _ in pairs[2::2]}) > 1  # another prompt in every round
+    assert [first[0] for first, _ in pairs[4::2]] == ["shrunk", "baseline"] * 2
+    assert len({first[3] for first, _ in pairs[4::2]}) > 1  # another prompt in every round
     # Each TTFT is preceded by an untimed token of the same model.
     for before, call in pairwise(calls):
         if call[1] == 8:
@@ -130,19 +131,47 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_note():
     assert "Decoding 16 tokens" in made.notes[0]
 
 
-@pytest.mark.parametrize(("cpu_seconds", "noted"), [(1.9, False), (1.0, True)])
-def test_a_busy_machine_is_noted(monkeypatch, cpu_seconds, noted):
+@pytest.mark.parametrize(("cpu_seconds", "busy"), [(1.9, False), (1.0, True)])
+def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, busy):
     """Two threads, one second of wall clock."""
 
     class Clock:
         perf_counter = staticmethod(iter([0.0, 1.0]).__next__)
         process_time = staticmethod(iter([0.0, cpu_seconds]).__next__)
 
-    monkeypatch.setattr(latency_module, "time", Clock)
+    monkeypatch.setattr(machine, "time", Clock)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured()
     assert made.details["cpu_share"] == cpu_seconds / 2
-    assert any("machine was busy" in note for note in made.notes) == noted
+    assert any("machine was busy" in note for note in made.notes) == busy
+    assert {figure.valid for figure in made.figures} == {not busy}
+    assert all("50% of their 2 cores" in figure.note for figure in made.figures) == busy
+
+
+def test_time_that_the_host_gave_to_others_is_seen(monkeypatch):
+    readings = iter([[0] * 8, [10, 0, 10, 70, 0, 0, 0, 10]])
+    monkeypatch.setattr(machine, "_jiffies", readings.__next__)
+    monkeypatch.setattr(machine, "MIN_CPU_SHARE", 0.0)
+    with machine.Watch(2) as watch:
+        pass
+    assert watch.found["steal"] == 0.1
+    assert "gave 10% of its time to others" in watch.busy
+
+
+def test_warm_up_goes_on_while_a_model_gets_faster(monkeypatch):
+    class Warming(FakeDecoder):
+        def timed_greedy(self, prompt, steps):
+            self.seconds = max(0.01, self.seconds * 0.9)
+            return super().timed_greedy(prompt, steps)
+
+    def rounds(decoder):
+        return measure_latency(decoder, None, TEXT, prompt_lengths=(8,), decode_tokens=4, runs=2, seed=0).details[
+            "warm_up_rounds"
+        ]
+
+    assert rounds(FakeDecoder("shrunk", [], 0.01)) == 2
+    assert rounds(Warming("shrunk", [], 0.02)) == 4
+    assert rounds(Warming("shrunk", [], 10.0)) == 5
 
 
 def test_prompts_longer_than_the_text_repeat_it():

@@ -1,0 +1,59 @@
+"""What `slimexport bench` measures, and what it asks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from slimexport.errors import BadInputError
+from slimexport.runtime import default_threads
+from slimexport.verification.interleaved import Quantities, Timed
+
+
+class Subject(Timed, Protocol):
+    """What `subjects/` opens. `streamed_bytes` is what it reads for a token at least, where that is known."""
+
+    name: str
+    kind: str  # onnx | transformers | gguf
+    precision: str
+    vocabulary: int
+    max_positions: int | None
+    streamed_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """TTFT of `prompts` tokens, `tokens` decoded after each of `pasts`, and of whole `batches`; `rounds` times.
+
+    Raises BadInputError for numbers below 1 and for more threads than this process may use.
+    """
+
+    prompts: tuple[int, ...] = (32, 128, 512)
+    pasts: tuple[int, ...] = (128, 1024)
+    batches: tuple[int, ...] = ()
+    tokens: int = 32
+    rounds: int = 10
+    threads: int | None = None
+    provider: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min((self.tokens, self.rounds, *self.prompts, *self.pasts, *self.batches)) < 1:
+            raise BadInputError("Lengths, tokens, batches and rounds must be at least 1.")
+        if self.batches and not self.pasts:
+            raise BadInputError("Batches are measured after the first of the past lengths: name one.")
+        if self.threads is not None and not 1 <= self.threads <= default_threads():
+            raise BadInputError(f"threads must be from 1 to {default_threads()}, the cores that this process may use.")
+
+    @property
+    def resolved_threads(self) -> int:
+        return self.threads or default_threads()
+
+    @property
+    def longest(self) -> int:
+        """Positions that a model needs."""
+        return max((*self.prompts, *(past + self.tokens for past in self.pasts)), default=0)
+
+    @property
+    def quantities(self) -> Quantities:
+        return Quantities(self.prompts, self.pasts, self.tokens, self.batches)

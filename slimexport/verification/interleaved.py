@@ -1,0 +1,128 @@
+"""Who is measured when: all models take turns within a round, and every round turns their order round.
+
+TTFT: from the prompt's token ids to the first token on the host, with an empty cache. ITL: time between two output
+tokens after that. Greedy, no queue, no network, tokenisation not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimexport.runtime import TimedGreedy
+from slimexport.verification.machine import Watch
+
+# Rounds of warm-up, at least and at most: until no model is more than STEADY faster than in the round before.
+WARM_UP = (2, 5)
+STEADY = 0.03
+
+Progress = Callable[[int, int], None]
+"""Called with rounds done and rounds in all."""
+
+
+class Timed(Protocol):
+    """A model that can be asked for tokens, one sequence at a time."""
+
+    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy: ...
+
+    def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
+        """Seconds of `steps` further tokens for each of several prompts [b, t]; None where it cannot."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """TTFT of `prompts` tokens, `tokens` decoded after each of `pasts`, whole `batches` after the first of those."""
+
+    prompts: tuple[int, ...]
+    pasts: tuple[int, ...]
+    tokens: int
+    batches: tuple[int, ...] = ()
+
+
+@dataclass
+class Samples:
+    """Seconds of every model by round: TTFT by prompt length, ITL by past length, whole batches by their size."""
+
+    ttft: dict[str, dict[int, list[float]]]
+    itl: dict[str, dict[int, list[list[float]]]]
+    batch: dict[str, dict[int, list[float]]]
+    orders: list[list[str]] = field(default_factory=list)
+    warm_up: int = 0  # rounds
+    watched: dict[str, float] = field(default_factory=dict)
+    busy: str | None = None  # what else the machine did; nothing counts then
+
+    @classmethod
+    def empty(cls, names: Sequence[str], quantities: Quantities) -> Samples:
+        return cls(
+            {name: {n: [] for n in quantities.prompts} for name in names},
+            {name: {n: [] for n in quantities.pasts} for name in names},
+            {name: {n: [] for n in quantities.batches} for name in names},
+        )
+
+
+def measure(
+    models: Mapping[str, Timed],
+    quantities: Quantities,
+    prompt: Callable[[int], NDArray[np.int64]],
+    *,
+    rounds: int,
+    threads: int,
+    progress: Progress | None = None,
+) -> Samples:
+    """`rounds` rounds after the warm-up. `prompt(n)` gives n tokens, others at every call; one call serves all."""
+    warm, before = Samples.empty(list(models), quantities), None
+    while warm.warm_up < WARM_UP[1]:
+        _round(models, quantities, prompt, warm, warm.warm_up)
+        warm.warm_up += 1
+        now = {name: _last(warm, name) for name in models}
+        if before and warm.warm_up >= WARM_UP[0] and all(now[name] > before[name] * (1 - STEADY) for name in models):
+            break
+        before = now
+    samples = Samples.empty(list(models), quantities)
+    samples.warm_up = warm.warm_up
+    with Watch(threads) as watch:
+        for number in range(rounds):
+            _round(models, quantities, prompt, samples, number)
+            if progress:
+                progress(number + 1, rounds)
+    samples.watched, samples.busy = watch.found, watch.busy
+    return samples
+
+
+def _round(
+    models: Mapping[str, Timed],
+    quantities: Quantities,
+    prompt: Callable[[int], NDArray[np.int64]],
+    samples: Samples,
+    number: int,
+) -> None:
+    order = list(models)[:: 1 if number % 2 == 0 else -1]
+    samples.orders.append(order)
+    for length in quantities.prompts:
+        given = prompt(length)
+        for name in order:
+            # One untimed token first: threads sleep and the caches hold the other model.
+            models[name].timed_greedy(given[:1], 0)
+            samples.ttft[name][length].append(models[name].timed_greedy(given, 0).ttft_seconds)
+    for past in quantities.pasts:
+        given = prompt(past)
+        for name in order:
+            seconds = models[name].timed_greedy(given, quantities.tokens).token_seconds
+            samples.itl[name][past].append(list(seconds))
+    for size in quantities.batches:
+        several = np.stack([prompt(quantities.pasts[0]) for _ in range(size)])
+        for name in order:
+            took = models[name].timed_batch(several, quantities.tokens)
+            if took is not None:
+                samples.batch[name][size].append(took)
+
+
+def _last(samples: Samples, name: str) -> float:
+    """Seconds that everything took in the last round."""
+    ttft = sum(values[-1] for values in samples.ttft[name].values())
+    return ttft + sum(sum(values[-1]) for values in samples.itl[name].values())
