@@ -31,6 +31,8 @@ _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "mobius")
 class OnnxTarget:
     """See `slimexport.targets.base.Target`."""
 
+    name = "onnx"
+
     def export(
         self,
         model: PreTrainedModel,
@@ -40,14 +42,14 @@ class OnnxTarget:
         check: Check | None = None,
     ) -> ExportArtifact:
         directory = Path(directory)
-        _require(*_PACKAGES, *(("onnxruntime",) if check else ()))
+        require(*_PACKAGES, *(("onnxruntime",) if check else ()))
         builders = [builder for builder in _BUILDERS if options.builder in ("auto", builder.name)]
         notes: list[str] = []
         for builder in builders:
             last = builder is builders[-1]
             _empty(directory)
             try:
-                return _export_with(builder, model, tokenizer, directory, options, check, tuple(notes))
+                return _export_with(self.name, builder, model, tokenizer, directory, options, check, tuple(notes))
             except BuilderUnsupportedError as error:
                 if last:
                     tried = " ".join(notes)
@@ -62,6 +64,7 @@ class OnnxTarget:
 
 
 def _export_with(
+    target: str,
     builder: Builder,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +85,7 @@ def _export_with(
         _write_files(graph, model, tokenizer, place, options)
         artifact = ExportArtifact(
             path=str(place),
-            target="onnx",
+            target=target,
             builder=builder.name,
             precision=precision,
             provider=options.provider,
@@ -175,7 +178,8 @@ def _write_files(
         write_json(place / "genai_config.json", genai_config(model, tokenizer, graph, options))
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """Raises BadInputError for the first that is not installed."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise BadInputError(f"Exporting to ONNX needs the package {name!r}: pip install 'slimexport[cpu]'.")
