@@ -276,7 +276,8 @@ class Figure:
     """One number of the report, shrunk beside baseline.
 
     `name` is dotted ("accuracy.perplexity", "decode.tpot_ms.p50"). `ratio` is shrunk / baseline, with its confidence
-    interval where one was measured; `ideal` is the ratio that the removed bytes or FLOPs would give. A figure with
+    interval where one was measured; `ideal` is the ratio that the removed bytes or FLOPs would give, and `floor` what
+    the shrunk model would take if this machine did nothing but read its weights or multiply. A figure with
     `valid=False` was measured too badly to be printed as a number; `note` says why.
     """
 
@@ -291,6 +292,7 @@ class Figure:
     better: str = "lower"  # lower | higher
     valid: bool = True
     note: str | None = None
+    floor: float | None = None
 
 
 @dataclass(frozen=True)

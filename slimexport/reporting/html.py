@@ -131,7 +131,7 @@ def _bars(plan: PruningPlan, what: str) -> str:
 
 
 def _figures(rows: Sequence[view.Row]) -> str:
-    return _table(view.COLUMNS, [row.cells for row in rows], "figures", (1, 2, 3, 4), [row.state for row in rows])
+    return _table(view.COLUMNS, [row.cells for row in rows], "figures", view.NUMBERS, [row.state for row in rows])
 
 
 def _more(rows: Sequence[view.Row]) -> str:

@@ -16,14 +16,14 @@ def render(report: Report) -> str:
         f"# {_text(report.headline)}",
         *(f"- {_text(result.message)}" for result in failed(report.gates)),
         _text(view.sentence(report)),
-        _table(view.COLUMNS, [row.cells for row in first], right=(1, 2, 3, 4)),
+        _table(view.COLUMNS, [row.cells for row in first], right=view.NUMBERS),
         view.LEGEND,
     ]
     parts += [f"- {_text(note)}" for note in view.notes(report)]
     if several := view.exports(report):
         parts += ["## Every export", _table(view.EXPORT_COLUMNS, several, right=range(1, 6)), view.EXPORT_LEGEND]
     if rest:
-        parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=(1, 2, 3, 4))))
+        parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=view.NUMBERS)))
     parts += [
         "## What was removed",
         _table(view.REMOVED_COLUMNS, view.removed(report.plan), right=(1, 2, 3)),

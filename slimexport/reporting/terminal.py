@@ -62,10 +62,16 @@ def figures_text(report: VerificationReport) -> str:
 
 def _figures(rows: Sequence[view.Row]) -> str:
     """The table; why a figure is invalid stands below it, where it has room."""
-    columns = len(view.COLUMNS) if any(row.gate for row in rows) else len(view.COLUMNS) - 1
-    cells = [[cell.partition(":")[0] if cell.startswith("invalid:") else cell for cell in row.cells] for row in rows]
+    unwanted = {"floor"} if any(row.gate for row in rows) else {"floor", "gate"}  # the report has room for all
+    kept = [place for place, name in enumerate(view.COLUMNS) if name not in unwanted]
+    columns = [view.COLUMNS[place] for place in kept]
+    cells = [[_brief(row.cells[place]) for place in kept] for row in rows]
     why = [f"{row.name}: {row.shrunk}" for row in rows if row.shrunk.startswith("invalid:")]
-    return "\n".join([_table(view.COLUMNS[:columns], [line[:columns] for line in cells]), *why])
+    return "\n".join([_table(columns, cells), *why])
+
+
+def _brief(cell: str) -> str:
+    return cell.partition(":")[0] if cell.startswith("invalid:") else cell
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -28,23 +28,26 @@ class Row:
     shrunk: str
     ratio: str
     ideal: str
+    floor: str
     gate: str
     state: str
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return (self.name, self.dense, self.shrunk, self.ratio, self.ideal, self.gate)
+        return (self.name, self.dense, self.shrunk, self.ratio, self.ideal, self.floor, self.gate)
 
 
 LEGEND = (
     "Ratio is shrunk / dense, with its confidence interval where one was measured; ideal is the ratio that the "
-    "removed bytes or FLOPs would give."
+    "removed bytes or FLOPs would give, and in brackets how much of that speed-up was reached; floor is how many times "
+    "longer it took than reading the weights once (decoding) or multiplying (prefill) would take on this machine."
 )
 EXPORT_LEGEND = (
     "In brackets the ratio to the dense model: in the same precision where time and size are concerned, in full "
     "precision, where that was exported, where accuracy is."
 )
-COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "gate")
+COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "floor", "gate")
+NUMBERS = (1, 2, 3, 4, 5)  # those of COLUMNS
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
 EXPORT_COLUMNS = ("export", "MB", "token perplexity", "KL", "TTFT 128 (ms)", "TPOT (ms)")
 _EXPORT_FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms.128", "decode.tpot_ms")
@@ -76,11 +79,20 @@ def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
     state = "" if not on_it else "passed" if all(r.passed for r in on_it) else "failed"
     if not figure.valid:
         why = f"invalid: {figure.note or 'measured too badly'}"
-        return Row(name, DASH, why, DASH, _ratio(figure.ideal), gate, state)
+        return Row(name, DASH, why, DASH, _ratio(figure.ideal), DASH, gate, state)
     ratio = _ratio(figure.ratio)
     if figure.ratio is not None and figure.ratio_low is not None and figure.ratio_high is not None:
         ratio += f" ({figure.ratio_low:.3f} to {figure.ratio_high:.3f})"
-    return Row(name, number(figure.baseline), number(figure.shrunk), ratio, _ratio(figure.ideal), gate, state)
+    floor = f"{figure.shrunk / figure.floor:.2f} x" if figure.shrunk and figure.floor else DASH
+    return Row(name, number(figure.baseline), number(figure.shrunk), ratio, _ideal(figure), floor, gate, state)
+
+
+def _ideal(figure: Figure) -> str:
+    """The ideal ratio, and how much of the speed-up that it stands for was reached."""
+    if figure.ideal is None or figure.ratio is None or figure.ratio <= 0:
+        return _ratio(figure.ideal)
+    share = figure.ideal / figure.ratio if figure.better == "lower" else figure.ratio / figure.ideal
+    return f"{_ratio(figure.ideal)} ({share:.0%})"
 
 
 def tables(report: Report) -> tuple[list[Row], list[Row]]:
@@ -95,7 +107,7 @@ def tables(report: Report) -> tuple[list[Row], list[Row]]:
         (first if wanted and (figure.name in gated or len(first) < _HEADLINES) else rest).append(row)
     known = {f.name for f in report.verification.figures}
     lost = [r for r in gates if r.gate.figure not in known]
-    first += [Row(r.gate.figure, DASH, DASH, DASH, DASH, _gate(r), "failed") for r in lost]
+    first += [Row(r.gate.figure, DASH, DASH, DASH, DASH, DASH, _gate(r), "failed") for r in lost]
     return first, rest
 
 

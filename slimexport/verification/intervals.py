@@ -70,6 +70,7 @@ def paired_figure(
     baseline: Sequence[float] | None,
     *,
     ideal: float | None = None,
+    floor: float | None = None,
     better: str = "lower",
     pooled: tuple[float, float | None] | None = None,
 ) -> Figure:
@@ -89,6 +90,7 @@ def paired_figure(
             unit,
             shrunk=headline[0],
             better=better,
+            floor=floor,
             valid=why is None,
             note=why or f"median of {len(shrunk)} runs",
         )
@@ -106,6 +108,7 @@ def paired_figure(
         ratio_low=found.low,
         ratio_high=found.high,
         ideal=ideal,
+        floor=floor,
         better=better,
         valid=why is None,
         note=note,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
 from slimexport.runtime import OnnxDecoder
-from slimexport.verification import interleaved
+from slimexport.verification import interleaved, machine
 from slimexport.verification.intervals import paired_figure, rounded
 
 DECODE_PROMPT = 128  # tokens before the decoded ones
@@ -49,10 +49,13 @@ class _Times:
 
 @dataclass(frozen=True)
 class _Ideals:
-    """Ratios that the removed FLOPs (by prompt length) and the removed bytes would give."""
+    """Ratios that the removed FLOPs (by prompt length) and the removed bytes would give; milliseconds that the shrunk
+    model would take if this machine did nothing but multiply, or read."""
 
     prefill: dict[int, float]
     decode: float | None
+    prefill_floor: dict[int, float] = field(default_factory=dict)  # ms
+    decode_floor: float | None = None  # ms
 
 
 def measure_latency(
@@ -102,6 +105,8 @@ def measure_latency(
     }
     busy = samples.busy if shrunk.provider == "cpu" else None
     ideals = _Ideals({}, None)
+    if shrunk_estimates and shrunk.provider == "cpu":
+        ideals = _floors(shrunk, shrunk_estimates, lengths, prompt_tokens + (decode_tokens - 1) / 2)
     if baseline and shrunk_estimates and baseline_estimates:
         flops = {length: _prefill_flops(shrunk, shrunk_estimates, length) for length in lengths}
         dense = {length: _prefill_flops(baseline, baseline_estimates, length) for length in lengths}
@@ -110,7 +115,7 @@ def measure_latency(
         streamed = decode_bytes(shrunk_estimates, context, precision) / decode_bytes(
             baseline_estimates, context, precision
         )
-        ideals = _Ideals({length: flops[length] / dense[length] for length in lengths}, streamed)
+        ideals = replace(ideals, prefill={n: flops[n] / dense[n] for n in lengths}, decode=streamed)
     figures = _figures(times, ideals)
     if busy:
         notes.append(f"No time counts: {busy}.")
@@ -142,6 +147,7 @@ def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:
             [1e3 * value for value in seconds],
             [1e3 * value for value in dense.ttft[length]] if dense else None,
             ideal=ideals.prefill.get(length),
+            floor=ideals.prefill_floor.get(length),
         )
         for length, seconds in own.ttft.items()
     ]
@@ -153,15 +159,29 @@ def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:
 
     tpot = per_run(lambda run: 1e3 * float(np.mean(run)))
     rate = per_run(lambda run: 1 / float(np.mean(run)))
-    figures.append(paired_figure("decode.tpot_ms", "ms", *tpot, ideal=decode))
+    floor = ideals.decode_floor
+    figures.append(paired_figure("decode.tpot_ms", "ms", *tpot, ideal=decode, floor=floor))
     for q in PERCENTILES:
         runs = per_run(lambda run, q=q: 1e3 * float(np.percentile(run, q)))  # type: ignore[misc]
         pooled = (_pooled(own, q), _pooled(dense, q) if dense else None)
-        figures.append(paired_figure(f"decode.itl_ms.p{q}", "ms", *runs, ideal=decode, pooled=pooled))
+        figures.append(paired_figure(f"decode.itl_ms.p{q}", "ms", *runs, ideal=decode, floor=floor, pooled=pooled))
     figures.append(
         paired_figure("decode.tokens_per_s", "tokens/s", *rate, ideal=1 / decode if decode else None, better="higher")
     )
     return tuple(figures)
+
+
+def _floors(decoder: OnnxDecoder, estimates: Estimates, lengths: Sequence[int], context: float) -> _Ideals:
+    rates = machine.rates(decoder.threads)
+    precision = decoder.artifact.precision if decoder.artifact else "fp32"
+    return _Ideals(
+        {},
+        None,
+        {}  # 8-bit products are faster than the float ones that were measured
+        if precision.startswith("int")
+        else {n: 1e3 * _prefill_flops(decoder, estimates, n) / rates.flops_per_second for n in lengths},
+        1e3 * decode_bytes(estimates, context, precision) / rates.read_bytes_per_second,
+    )
 
 
 def _prefill_flops(decoder: OnnxDecoder, estimates: Estimates, length: int) -> int:

@@ -230,3 +230,15 @@ def test_an_outlier_does_not_move_the_ratio():
 def test_nothing_measured_is_invalid():
     figure = paired_figure("x", "ms", [], [])
     assert (figure.valid, figure.shrunk) == (False, None)
+
+
+def test_floors_follow_from_what_the_machine_can_do(monkeypatch):
+    monkeypatch.setattr(machine, "rates", lambda threads: machine.Rates(threads, 1e3, 1e5))
+    monkeypatch.setattr(machine.Watch, "busy", None)
+    monkeypatch.setattr(FakeDecoder, "provider", "cpu")
+    made, _ = measured(shrunk_estimates=ESTIMATES, baseline_estimates=DENSE)
+    figures = {f.name: f for f in made.figures}
+    assert figures["prefill.ttft_ms.8"].floor == pytest.approx(1e3 * 200 * 8 / 1e5)
+    context = 128 + 15 / 2
+    assert figures["decode.tpot_ms"].floor == pytest.approx(1e3 * (300 + 4 * context) / 1e3)
+    assert figures["decode.tokens_per_s"].floor is None
