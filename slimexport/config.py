@@ -154,7 +154,12 @@ class RunConfig(BaseModel):
     exporter: Literal["auto", "mobius", "transformers"] = Field(
         default="auto", description="Graph builder; auto tries in order."
     )
-    provider: Literal["cpu", "cuda"] = Field(default="cpu", description="ONNX Runtime execution provider.")
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino", "directml", "coreml"] = Field(
+        default="cpu", description="ONNX Runtime execution provider; all but cpu and cuda are untested."
+    )
+    provider_option: tuple[str, ...] = Field(
+        default=(), description="KEY=VALUE for the execution provider, as ONNX Runtime documents them."
+    )
     precision: tuple[Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-mixed"], ...] = Field(
         default=("fp32",),
         description="Of the graph; int8, int4: of its weights alone (mixed: 8 bits for embedding and lm_head).",
@@ -193,7 +198,7 @@ class RunConfig(BaseModel):
         default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
     )
 
-    @field_validator("target", "precision", "without_pass", "prompt_lengths", "gates", mode="before")
+    @field_validator("target", "precision", "provider_option", "without_pass", "prompt_lengths", "gates", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | Mapping) else value
@@ -216,6 +221,9 @@ class RunConfig(BaseModel):
     def _consistent(self) -> RunConfig:
         if any(length < 1 for length in self.prompt_lengths):
             raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
+        for option in self.provider_option:
+            if not option.partition("=")[0] or "=" not in option:
+                raise ValueError(f"provider_option must be KEY=VALUE, not {option!r}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.sizes is not None and self.allocation not in ("auto", "explicit"):
@@ -257,6 +265,10 @@ class RunConfig(BaseModel):
         if self.curvature_tokens is not None:
             return self.curvature_tokens
         return 0 if self.fast or self.criterion != "slimgpt" else CURVATURE_TOKENS
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        return dict(option.split("=", 1) for option in self.provider_option)
 
     def all_gates(self) -> tuple[Gate, ...]:
         """The sugar flags as gates, then the declared ones."""

@@ -186,11 +186,14 @@ def _onnxruntime(_: Path) -> Check:
         )
     import onnxruntime
 
-    providers = [p for p in onnxruntime.get_available_providers() if p.startswith(("CPU", "CUDA"))]
+    from slimexport.providers import PROVIDERS
+
+    known = {of.theirs: name for name, of in PROVIDERS.items()}
+    providers = [p for p in onnxruntime.get_available_providers() if p in known]
     found = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {cpu}"
     if gpu and "CUDAExecutionProvider" not in providers:
         return Check(name, False, f"{found} does not offer CUDAExecutionProvider", "check the CUDA and cuDNN libraries")
-    return Check(name, True, f"{found}; providers {', '.join(providers)}")
+    return Check(name, True, f"{found}; providers {', '.join(f'{known[p]} ({p})' for p in providers)}")
 
 
 def _genai(_: Path) -> Check:

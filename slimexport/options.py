@@ -27,7 +27,9 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "search_evaluations", "refit", "curvature_tokens", "first_ratio", "head_weight", "round_to", "group_size_start",
         "group_size_end", "damping", "bias_compensation",
     ),
-    "export": ("target", "precision", "exporter", "provider", "without_pass", "baseline", "baseline_cache"),
+    "export": (
+        "target", "precision", "exporter", "provider", "provider_option", "without_pass", "baseline", "baseline_cache",
+    ),
     "verify": (
         "eval_text", "eval_tokens", "eval_window", "prompt_lengths", "decode_tokens", "latency_runs", "threads",
     ),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.artifacts import ExportArtifact, from_dict, read_json
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, nearest
+from slimexport.providers import PROVIDERS
 from slimexport.signature import read_signature
 
 GRAPH = "model.onnx"
 MANIFEST = "export.json"
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ class OnnxDecoder:
     with a KV cache, or the provider asked for is not the one that would compute.
     """
 
-    def __init__(self, directory: Path, provider: str = "cpu", threads: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        provider_options: Mapping[str, str] | None = None,
+    ):
         self.directory = Path(directory)
         self.path = self.directory / GRAPH
         self.provider = provider
@@ -85,15 +93,23 @@ class OnnxDecoder:
         self.artifact = from_dict(ExportArtifact, read_json(manifest), str(manifest)) if manifest.exists() else None
         self.max_positions = _max_positions(self.directory)
         started = time.perf_counter()
-        self._session = _open_session(self.path, provider, self.threads)
+        self._session = _open_session(self.path, provider, self.threads, provider_options or {})
         self.load_seconds = time.perf_counter() - started
-        self._device = "cuda" if provider == "cuda" else "cpu"
+        self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
 
     @property
     def left_padding(self) -> bool:
         """Whether the graph is right with left padding; without a manifest nobody said so."""
         return self.artifact is not None and self.artifact.left_padding
+
+    @property
+    def placement(self) -> dict[str, dict[str, int]]:
+        """ONNX Runtime's name of a provider -> the operators that run on it, and how many of each."""
+        found: dict[str, Counter[str]] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+        return {name: dict(of.most_common()) for name, of in found.items()}
 
     # -------------------------------------------------------------------------------------------------- running
 
@@ -267,26 +283,28 @@ class OnnxDecoder:
 def require_provider(provider: str) -> None:
     """Raises BadInputError unless ONNX Runtime is installed and has `provider`: said before minutes of pruning."""
     if provider not in PROVIDERS:
-        raise BadInputError(f"Unknown provider {provider!r}: known are {', '.join(PROVIDERS)}.")
+        raise BadInputError(
+            f"Unknown provider {provider!r}: known are {', '.join(PROVIDERS)}.{nearest(provider, PROVIDERS)}"
+        )
     try:
         import onnxruntime
     except ImportError as error:
         raise BadInputError("onnxruntime is not installed: pip install 'slimexport[cpu]'") from error
     wanted = PROVIDERS[provider]
-    if wanted not in onnxruntime.get_available_providers():
+    if wanted.theirs not in onnxruntime.get_available_providers():
         raise BadInputError(
-            f"Provider {provider} needs {wanted}, which the installed onnxruntime lacks: pip install 'slimexport[gpu]' "
-            "in an environment without onnxruntime (the two packages overwrite each other's files)."
+            f"Provider {provider} needs {wanted.theirs}, which the installed onnxruntime lacks: pip install "
+            f"'{wanted.package}' in an environment without onnxruntime (they overwrite each other's files)."
         )
 
 
-def _open_session(path: Path, provider: str, threads: int) -> Any:
+def _open_session(path: Path, provider: str, threads: int, provider_options: Mapping[str, str]) -> Any:
     """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
     require_provider(provider)
     import onnxruntime
 
-    wanted = PROVIDERS[provider]
-    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+    wanted = PROVIDERS[provider].theirs
+    if PROVIDERS[provider].device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # finds the CUDA libraries that came as wheels (torch's)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -294,8 +312,11 @@ def _open_session(path: Path, provider: str, threads: int) -> Any:
     # Workers would go on spinning after a run, on the cores that the other session or torch needs next: torch's
     # log-softmax took 5 times as long. Decoding was not slower without.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # see `placement`
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[wanted])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=[wanted], provider_options=[dict(provider_options)]
+        )
     except Exception as error:  # onnxruntime raises a dozen types of its own
         raise BadInputError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}") from error
     if session.get_providers()[0] != wanted:

@@ -130,7 +130,7 @@ def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: R
     model = model.float()
 
     def opened(artifact: ExportArtifact) -> OnnxDecoder:
-        return OnnxDecoder(Path(artifact.path), config.provider, config.threads)
+        return OnnxDecoder(Path(artifact.path), config.provider, config.threads, config.provider_options)
 
     def check(artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
         found = check_export(opened(artifact), opened(reference) if reference else model, seed=config.seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from slimexport.artifacts import ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError
+from slimexport.providers import PROVIDERS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 BUILDERS = ("auto", "mobius", "transformers")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4-mixed")
-PROVIDERS = ("cpu", "cuda")
 MANIFEST = "export.json"
 
 
@@ -41,7 +41,7 @@ class ExportOptions:
         for name, value, known in (
             ("exporter", self.builder, BUILDERS),
             ("precision", self.precision, PRECISIONS),
-            ("provider", self.provider, PROVIDERS),
+            ("provider", self.provider, tuple(PROVIDERS)),
         ):
             if value not in known:
                 raise BadInputError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
@@ -56,7 +56,7 @@ class ExportOptions:
     def float_precision(self) -> str:
         if not self.quantised:
             return self.precision
-        return "fp32" if self.provider == "cpu" else "fp16"
+        return "fp16" if PROVIDERS[self.provider].device == "cuda" else "fp32"
 
 
 class Target(Protocol):

@@ -66,15 +66,21 @@ def verify(
     processes: tuple[Figure, ...] = ()
     footprint: dict[str, Any] = {}
     if config.latency_runs:  # before this process fills the memory with both graphs
-        processes, footprint = process_figures(*places, config.provider, threads, telling("loads"))
-    own = OnnxDecoder(places[0], config.provider, threads)
-    other = OnnxDecoder(places[1], config.provider, threads) if places[1] else None
+        processes, footprint = process_figures(
+            *places, config.provider, threads, telling("loads"), config.provider_option
+        )
+
+    def opened(place: Path | str) -> OnnxDecoder:
+        return OnnxDecoder(Path(place), config.provider, threads, config.provider_options)
+
+    own = opened(places[0])
+    other = opened(places[1]) if places[1] else None
     if own.max_positions is not None and config.eval_window > own.max_positions:
         raise BadInputError(
             f"eval_window {config.eval_window} is longer than the model's {own.max_positions} positions."
         )
     same = dense is None or (baseline is not None and dense.path == baseline.path)
-    reference = other if same or dense is None else OnnxDecoder(Path(dense.path), config.provider, threads)
+    reference = other if same or dense is None else opened(dense.path)
     scored = accuracy(own, reference, ids, config.eval_window, telling("tokens of evaluation text"))
     del reference
     latency = measure_latency(
@@ -95,6 +101,7 @@ def verify(
         size_figure(*places),
         *processes,
         _kv_figure(own, other),
+        *_placement_figures(own, other),
         *_numerics_figures(shrunk_numerics, baseline_numerics),
     )
     return VerificationReport(
@@ -103,6 +110,24 @@ def verify(
         accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
         latency={**latency.details, "processes": footprint} if config.latency_runs else {},
         notes=latency.notes,
+    )
+
+
+def _placement_figures(own: OnnxDecoder, other: OnnxDecoder | None) -> tuple[Figure, ...]:
+    """What another provider than the CPU leaves to the CPU."""
+    if own.provider == "cpu":
+        return ()
+    left = own.placement.get("CPUExecutionProvider", {})
+    dense = other.placement.get("CPUExecutionProvider", {}) if other else None
+    named = ", ".join(f"{count} {operator}" for operator, count in left.items()) or "none"
+    return (
+        Figure(
+            "placement.cpu_nodes",
+            "nodes",
+            shrunk=sum(left.values()),
+            baseline=None if dense is None else sum(dense.values()),
+            note=f"operators that {own.provider} leaves to the CPU: {named}",
+        ),
     )
 
 

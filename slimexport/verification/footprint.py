@@ -13,7 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,12 @@ def size_figure(shrunk: Path, baseline: Path | None) -> Figure:
 
 
 def process_figures(
-    shrunk: Path, baseline: Path | None, provider: str, threads: int, progress: Progress | None = None
+    shrunk: Path,
+    baseline: Path | None,
+    provider: str,
+    threads: int,
+    progress: Progress | None = None,
+    provider_option: Sequence[str] = (),
 ) -> tuple[tuple[Figure, ...], dict[str, Any]]:
     """`load.seconds` and `memory.peak_rss_mb`, and what every process said.
 
@@ -63,7 +68,7 @@ def process_figures(
     failed: str | None = None
     for number in range(LOADS):
         for name in list(places)[:: 1 if number % 2 == 0 else -1]:
-            said = _run(places[name], provider, threads)
+            said = _run(places[name], provider, threads, provider_option)
             failed = failed or said.get("failed")
             found[name].append(said)
             if progress:
@@ -85,7 +90,7 @@ def process_figures(
     return (paired_figure("load.seconds", "s", seconds["shrunk"], seconds.get("baseline")), memory), found
 
 
-def _run(directory: Path, provider: str, threads: int) -> Mapping[str, Any]:
+def _run(directory: Path, provider: str, threads: int, provider_option: Sequence[str] = ()) -> Mapping[str, Any]:
     """What the measuring process printed, or {"failed": why}."""
     import slimexport
 
@@ -93,6 +98,7 @@ def _run(directory: Path, provider: str, threads: int) -> Mapping[str, Any]:
     home = str(Path(slimexport.__file__).parent.parent)
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", __name__, str(directory), "--provider", provider, "--threads", str(threads)]
+    command += [word for option in provider_option for word in ("--provider-option", option)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -106,7 +112,7 @@ def _run(directory: Path, provider: str, threads: int) -> Mapping[str, Any]:
     return {"failed": f"the measuring process {why}"}
 
 
-def measure(directory: Path, provider: str, threads: int) -> dict[str, Any]:
+def measure(directory: Path, provider: str, threads: int, provider_option: Sequence[str] = ()) -> dict[str, Any]:
     """Loads the graph and generates a little, in this process, which should have done nothing else before."""
     import numpy as np
     import onnxruntime  # noqa: F401  (not part of the load time)
@@ -114,7 +120,8 @@ def measure(directory: Path, provider: str, threads: int) -> dict[str, Any]:
     from slimexport.runtime import OnnxDecoder
 
     before = _memory_mb()
-    decoder = OnnxDecoder(directory, provider, threads)
+    options = dict(option.split("=", 1) for option in provider_option)
+    decoder = OnnxDecoder(directory, provider, threads, options)
     loaded = _memory_mb()
     positions = decoder.max_positions or PROMPT_TOKENS + DECODE_TOKENS
     tokens = max(1, min(PROMPT_TOKENS, positions - DECODE_TOKENS))
@@ -142,9 +149,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--provider-option", action="append", default=[])
     options = parser.parse_args(arguments)
     try:
-        print(json.dumps(measure(options.directory, options.provider, options.threads)))
+        made = measure(options.directory, options.provider, options.threads, options.provider_option)
+        print(json.dumps(made))
     except SlimExportError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)

@@ -122,6 +122,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "group_size_start": (["--group-size-start", "16"], 16),
     "group_size_end": (["--group-size-end", "2"], 2),
     "damping": (["--damping", "0.1"], 0.1),
+    "provider_option": (["--provider-option", "device_id=1"], ("device_id=1",)),
     "precision": (["--precision", "int8,fp32"], ("int8", "fp32")),
     "without_pass": (["--without-pass", "gate_up"], ("gate_up",)),
     "target": (["--target", "onnx,genai", "--target", "x"], ("onnx", "genai", "x")),

@@ -240,3 +240,22 @@ def test_missing_onnxruntime_names_the_command(directory, monkeypatch):
 def test_threads_follow_the_affinity_mask(monkeypatch):
     monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
     assert default_threads() == 3
+
+
+def test_every_node_is_placed_and_counted(decoder):
+    (placed,) = decoder.placement.items()
+    assert placed[0] == "CPUExecutionProvider"
+    assert placed[1]["GroupQueryAttention"] == 3
+    assert placed[1]["MatMul"] == 3 * 5 + 1
+
+
+def test_options_of_the_provider_reach_it(directory, monkeypatch):
+    import onnxruntime
+
+    seen, real = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *args, **options: seen.append(options) or real(*args, **options)
+    )
+    OnnxDecoder(directory, provider_options={"device_id": "1"})
+    assert seen[0]["providers"] == ["CPUExecutionProvider"]
+    assert seen[0]["provider_options"] == [{"device_id": "1"}]

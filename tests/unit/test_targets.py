@@ -95,7 +95,7 @@ def export(
     ("options", "words"),
     [
         ({"builder": "optimum"}, "exporter must be one of auto, mobius, transformers"),
-        ({"precision": "int4"}, "precision must be one of"),
+        ({"precision": "int2"}, "precision must be one of"),
         ({"provider": "tpu"}, "provider must be one of"),
         ({"precision": "bf16"}, "bf16 on the CPU"),
     ],

@@ -15,6 +15,7 @@ from slimexport.architectures import architecture_of
 from slimexport.architectures.weights import KEY_VALUE
 from slimexport.artifacts import BlockSizes
 from slimexport.loading import is_tied
+from slimexport.providers import PROVIDERS
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
 from slimexport.targets.builders.sizes import architecture, plain_config
 
@@ -222,7 +223,7 @@ def _execution_provider(config: Any, options: ExportOptions) -> tuple[str, tuple
     """mobius' name for what the graph is optimised for, and a note where that is not the provider asked for."""
     import mobius
 
-    provider = options.provider
+    provider = PROVIDERS[options.provider].builder
     notes: tuple[str, ...] = ()
     fused = config.dtype in mobius.ep_registry.require(provider).gqa_dtypes
     share = config.partial_rotary_factor

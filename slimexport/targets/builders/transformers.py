@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from slimexport.providers import PROVIDERS
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _trace(model: PreTrainedModel, shapes: Shapes, options: ExportOptions) -> An
     dynamic: dict[str, Any] = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}
     dynamic["past_key_values"] = [{0: auto, **{i + 1: auto for i, size in enumerate(sizes) if size is None}}
                                   for of in shapes for sizes in of.values()]  # fmt: skip
-    config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, ort_fusions=options.provider)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, ort_fusions=PROVIDERS[options.provider].fusions)
     return OnnxExporter().export(model, _sample(model, shapes), config=config).program
 
 
