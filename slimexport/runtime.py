@@ -97,6 +97,7 @@ class OnnxDecoder:
         self.load_seconds = time.perf_counter() - started
         self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
+        self.shared_kv = self.artifact is not None and self.artifact.shared_kv
 
     @property
     def left_padding(self) -> bool:
@@ -186,7 +187,7 @@ class OnnxDecoder:
     def room(self, batch: int, tokens: int) -> KVState | None:
         """An empty cache with memory for `tokens`, so that no call has to copy it; None where the graph cannot have
         past and present in one place. Pass it as the `past` of the first call."""
-        if self.artifact is None or not self.artifact.shared_kv:
+        if not self.shared_kv:
             return None
         values = self._empty_cache(batch, tokens)
         binding = self._session.io_binding()

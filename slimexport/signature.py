@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slimexport.artifacts import ExportArtifact
+from slimexport.artifacts import ExportArtifact, read_json
 from slimexport.errors import BadInputError
 
 # ONNX Runtime's type string -> (TensorProto code, bytes per element), for the types a cache can have.
@@ -60,7 +60,8 @@ def read_signature(session: Any, path: Path, artifact: ExportArtifact | None) ->
     """Reads the signature of an `onnxruntime.InferenceSession`.
 
     KV heads may differ per block, so sizes come from each cache input; where a graph leaves them symbolic, from the
-    manifest. Raises BadInputError if the graph in `path` is not a decoder with a KV cache that slimexport can call.
+    manifest, or from the genai_config.json of another tool's graph. Raises BadInputError if the graph in `path` is not
+    a decoder with a KV cache that slimexport can call.
     """
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
@@ -100,12 +101,22 @@ def _cache(slot: _Slot, value: Any, present: str, path: Path, artifact: ExportAr
     if value.type not in _FLOATS or len(value.shape) != 4:
         raise BadInputError(f"{path}: cache input {value.name} is {value.type} {value.shape}, not [b, h, t, d].")
     _, heads, _, head_dim = value.shape
-    if artifact and slot[0] < len(artifact.kv_heads):
-        heads = heads if isinstance(heads, int) else artifact.kv_heads[slot[0]]
-        head_dim = head_dim if isinstance(head_dim, int) else artifact.head_dim
+    known = (artifact.kv_heads, artifact.head_dim) if artifact else _genai_sizes(path)
+    if known and slot[0] < len(known[0]):
+        heads = heads if isinstance(heads, int) else known[0][slot[0]]
+        head_dim = head_dim if isinstance(head_dim, int) else known[1]
     if not (isinstance(heads, int) and isinstance(head_dim, int)):
         raise BadInputError(f"{path}: cache input {value.name} has symbolic sizes {value.shape} and no manifest.")
     return CacheInput(slot[0], value.name, present, (heads, None, head_dim), *_FLOATS[value.type])
+
+
+def _genai_sizes(path: Path) -> tuple[tuple[int, ...], int] | None:
+    """KV heads of every block and head_dim, where the graph is one of onnxruntime-genai's own builder."""
+    config = path.parent / "genai_config.json"
+    if not config.is_file():
+        return None
+    decoder = read_json(config)["model"]["decoder"]
+    return (decoder["num_key_value_heads"],) * decoder["num_hidden_layers"], decoder["head_size"]
 
 
 def _slot(name: str) -> _Slot | None:

@@ -9,6 +9,8 @@ from slimexport.run_directory import BASELINE, RUN
 from slimexport.runtime import GRAPH, OnnxDecoder
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from slimexport.bench.settings import Settings
 
 kind = "onnx"
@@ -39,14 +41,21 @@ class OnnxSubject(OnnxDecoder):
         self.name = name
         self.precision = self.artifact.precision if self.artifact else "?"
         self.vocabulary = self.signature.vocab_size or 256
-        self.streamed_bytes: int | None = streamed_bytes(self.path)
+        import onnx_ir
+
+        graph = onnx_ir.load(str(self.path)).graph
+        self.streamed_bytes: int | None = streamed_bytes(graph)
+        self.shared_kv = self.shared_kv or shares_buffers(graph)
 
 
-def streamed_bytes(path: Path) -> int:
+def shares_buffers(graph: ir.Graph) -> bool:
+    """Whether one operator that can have past and present in one place makes all of the cache, in a graph of anyone."""
+    made = [value.producer() for value in graph.outputs if str(value.name).startswith("present")]
+    return bool(made) and all(node is not None and node.op_type == "GroupQueryAttention" for node in made)
+
+
+def streamed_bytes(graph: ir.Graph) -> int:
     """Bytes of the weights that one token reads: all, but of tables that only rows are taken from."""
-    import onnx_ir
-
-    graph = onnx_ir.load(str(path)).graph
     total = 0
     for value in graph.initializers.values():
         readers = {use.node.op_type for use in value.uses()}

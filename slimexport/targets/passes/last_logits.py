@@ -46,19 +46,19 @@ def select(model: ir.Model) -> str | None:
 
     def constant(name: str, value: object) -> ir.Value:
         name = f"last_logits.{name}"
+        if name in graph.initializers:
+            return graph.initializers[name]
         new = ir.Value(name=name, const_value=ir.tensor(np.array(value, np.int64), name=name))
         graph.register_initializer(new)
         return new
 
-    zero, one, end = constant("zero", [0]), constant("one", [1]), constant("end", [2**62])
     new = made.op("Shape", [given["input_ids"]], {"start": 1, "end": 2})  # [1]: tokens of this call
-    here = made.op("Slice", [given["attention_mask"], made.op("Neg", [new]), end, one])  # [b, t]: their mask
-    seen = made.op("Cast", [here], {"to": ir.DataType.INT32})
-    last = made.op("ArgMax", [seen], {"axis": 1, "keepdims": 1, "select_last_index": 1})  # [b, 1]
-    every = made.op("Range", [constant("0", 0), made.op("Squeeze", [new]), constant("1", 1)])  # [t]
-    first = made.op("Where", [wanted, zero, constant("minus_one", [-1])])
-    rows = made.op("Where", [wanted, made.op("Slice", [every, first, end]), last])  # [b, t] or [b, 1]
-    picked = made.op("GatherND", [hidden, made.op("Unsqueeze", [rows, constant("two", [2])])], {"batch_dims": 1})
+    ends = [made.op("Neg", [new]), constant("end", [2**62]), constant("one", [1])]
+    last = made.op("ArgMax", [made.op("Slice", [given["attention_mask"], *ends])], {"axis": 1, "select_last_index": 1})
+    count = made.op("Where", [wanted, made.op("Squeeze", [new]), constant("1", 1)])
+    every = made.op("Range", [constant("0", 0), count, constant("1", 1)])  # [t] or [1]
+    rows = made.op("Unsqueeze", [made.op("Where", [wanted, every, last]), constant("two", [2])])  # [b, t or 1, 1]
+    picked = made.op("GatherND", [hidden, rows], {"batch_dims": 1})
     graph.insert_before(product, made.nodes)
     product.replace_input_with(0, picked)
     logits = next(value for value in graph.outputs if value.name == "logits")

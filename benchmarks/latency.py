@@ -1,0 +1,247 @@
+"""Ours beside whatever else would run the same checkpoint: decoding and prefill, dense and shrunk, in every precision.
+
+    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--rounds 10]
+    python benchmarks/latency.py --render      # the table, from the JSON alone
+
+One group is one model in one precision at one number of threads; all its candidates take turns in one run
+(`slimexport.verification.interleaved`), and every ratio is to ours, above 1 where ours is faster. A machine that had
+other work to do gives no row: the group is measured again by the next call.
+
+The shrunk model is 30 % smaller, `--fast --layout uniform`, so that every tool can read it. What is quantised is the
+same model off the 4-bit grid that the demo model's weights lie on (offgrid.py). Candidates of one group:
+
+    slimexport                 our export, as `slimexport run` writes it
+    genai builder              onnxruntime_genai.models.builder with its defaults
+    genai builder, best        with fuse_mlp_gate_up, prune_lm_head, and shared_embeddings where it takes that
+    transformers.exporters     the graph that transformers traces itself, none of our passes over it
+    torch, torch.compile       transformers on the CPU, in float32
+
+Graphs of others run as ours do: the cache in one place where all of it is GroupQueryAttention's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, load_rows, save_rows, table
+
+RATIO = 0.3
+PRECISIONS = ("fp32", "int8", "int4")
+MODELS = ("dense", "shrunk")
+OURS = "slimexport"
+BEST = {"fuse_mlp_gate_up": "true", "prune_lm_head": "true"}
+QUANTITIES = ("prefill.ttft_ms.128", "prefill.ttft_ms.512", "decode.tpot_ms.128", "decode.tpot_ms.1024")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--work", type=Path, help="keeps checkpoints and graphs")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", help="groups, such as dense/fp32, joined by commas")
+    parser.add_argument("--candidates", help="parts of their names, joined by commas; ours is always there")
+    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--busy", action="store_true", help="keep rows of a busy machine, to try the script out")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    rows = load_rows(options.out)
+    if not options.render:
+        for model in MODELS:
+            for precision in PRECISIONS:
+                for threads in map(int, options.threads.split(",")):
+                    if options.only is None or f"{model}/{precision}" in options.only.split(","):
+                        group(options, rows, model, precision, threads)
+    print(render(rows))
+
+
+def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, precision: str, threads: int) -> None:
+    """Measures what is missing of one group, and keeps it."""
+    key = f"{model}/{precision}/{threads}"
+    if any(row["group"] == key for row in rows):
+        return
+    from slimexport.bench import Settings
+    from slimexport.bench.results import result
+    from slimexport.verification import interleaved, machine
+
+    settings = Settings(prompts=(32, 128, 512), pasts=(128, 1024), rounds=options.rounds, threads=threads)
+    wanted = options.candidates.split(",") if options.candidates else None
+    subjects: dict[str, Any] = {}
+    for name, (build, opened) in CANDIDATES.items():
+        if name != OURS and wanted is not None and not any(part in name for part in wanted):
+            continue
+        place = options.work / key.rpartition("/")[0] / name.replace(" ", "-").replace(",", "")
+        try:
+            if not place.is_dir():
+                build(options, model, precision, place)
+            subjects[name] = opened(place, name, settings, precision)
+        except Unsupported as error:
+            print(f"{key}: {name}: {error}", flush=True)
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    vocabulary = min(subject.vocabulary for subject in subjects.values())
+    rates = machine.rates(threads)
+    samples = interleaved.measure(
+        subjects, settings.quantities, lambda n: rng.integers(0, vocabulary, n), rounds=settings.rounds, threads=threads
+    )
+    made = result(subjects, settings, rates, samples)
+    if samples.busy and not options.busy:
+        print(f"{key}: {samples.busy}; not kept", flush=True)
+        return
+    for name in subjects:
+        rows.append({
+            "group": key, "candidate": name, "rounds": settings.rounds, "rates": dataclasses.asdict(rates),
+            "figures": [dataclasses.asdict(figure) for figure in made.figures[name]],
+            "cpu": made.environment["cpu"], "packages": made.environment["packages"], **samples.watched,
+        })  # fmt: skip
+    save_rows(options.out, rows)
+
+
+class Unsupported(Exception):
+    """This candidate cannot be had in this group."""
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint(options: argparse.Namespace, model: str, precision: str) -> Path:
+    """The Hugging Face directory that every candidate of a group is made from."""
+    place: Path = options.work / "checkpoints" / (f"{model}-off-grid" if precision.startswith("int") else model)
+    if place.is_dir():
+        return place
+    import slimexport
+    from slimexport.artifacts import staged_directory
+    from slimexport.config import RunConfig
+    from slimexport.loading import load_model
+
+    if model == "dense":
+        loaded = load_model(RunConfig(model=options.model))
+        found, tokenizer = loaded.model.float(), loaded.tokenizer
+    else:
+        pruned = options.work / "pruned"
+        if not (pruned / "checkpoint").is_dir():
+            slimexport.prune(RunConfig(model=options.model, ratio=RATIO, fast=True, layout="uniform"), pruned)
+        found, tokenizer = slimexport.load(pruned)
+    if precision.startswith("int"):
+        from offgrid import off_grid
+
+        found = off_grid(found)
+    with staged_directory(place) as partial:
+        found.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+    return place
+
+
+def loaded(options: argparse.Namespace, model: str, precision: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = str(checkpoint(options, model, precision))
+    return AutoModelForCausalLM.from_pretrained(place, dtype="float32").eval(), AutoTokenizer.from_pretrained(place)
+
+
+# -------------------------------------------------------------------------------------------------------- candidates
+
+
+def ours(options: argparse.Namespace, model: str, precision: str, place: Path, **changes: Any) -> None:
+    from slimexport.artifacts import staged_directory
+    from slimexport.targets import registry
+    from slimexport.targets.base import ExportOptions
+
+    found, tokenizer = loaded(options, model, precision)
+    with staged_directory(place) as partial:
+        registry.get("onnx").export(found, tokenizer, partial, ExportOptions(precision=precision, **changes))
+
+
+def traced(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+    if precision != "fp32":
+        raise Unsupported("transformers.exporters does not quantise")
+    ours(options, model, precision, place, builder="transformers", without=("gate_up", "last_logits"))
+
+
+def genai(extra: Mapping[str, str]) -> Callable[..., None]:
+    def build(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+        from slimexport.artifacts import staged_directory
+
+        with staged_directory(place) as partial:
+            words = [
+                "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint(options, model, precision)),
+                "-o", str(partial), "-p", precision, "-e", "cpu", "-c", str(options.work / "cache"),
+            ]  # fmt: skip
+            if extra:
+                words += ["--extra_options", *(f"{key}={value}" for key, value in extra.items())]
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Unsupported((done.stderr.strip().splitlines() or ["no message"])[-1])
+
+    return build
+
+
+def torch_only(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+    if precision != "fp32":
+        raise Unsupported("torch is measured in float32")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(checkpoint(options, model, precision).resolve())
+
+
+def graph(place: Path, name: str, settings: Any, precision: str) -> Any:
+    from slimexport.bench.subjects import onnx
+
+    subject = onnx.open_one(place, name, settings)
+    subject.precision = precision
+    return subject
+
+
+def in_torch(compiled: bool) -> Callable[..., Any]:
+    def opened(place: Path, name: str, settings: Any, precision: str) -> Any:
+        import torch
+
+        from slimexport.bench.subjects import transformers
+
+        subject = transformers.open_one(place, name, settings)
+        if compiled:
+            subject.model = torch.compile(subject.model, dynamic=True)
+        return subject
+
+    return opened
+
+
+CANDIDATES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
+    OURS: (ours, graph),
+    "genai builder": (genai({}), graph),
+    "genai builder, best": (genai(BEST), graph),
+    "transformers.exporters": (traced, graph),
+    "torch": (torch_only, in_torch(False)),
+    "torch.compile": (torch_only, in_torch(True)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """One line a candidate of a group: its times, and in brackets how many times ours is as fast."""
+    head = ["model, precision, threads", "candidate", *QUANTITIES]
+    body = []
+    for row in rows:
+        figures = {figure["name"]: figure for figure in row["figures"]}
+        body.append([row["group"].replace("/", ", "), row["candidate"], *(_cell(figures.get(q)) for q in QUANTITIES)])
+    return table(head, body)
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None or not figure["valid"]:
+        return "–"
+    if figure["ratio"] == 1.0:
+        return f"{figure['value']:.1f}"
+    return f"{figure['value']:.1f} ({figure['ratio']:.2f}, {figure['ratio_low']:.2f}-{figure['ratio_high']:.2f})"
+
+
+if __name__ == "__main__":
+    main()
