@@ -295,8 +295,11 @@ def verify(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
     with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
-        verification = pipeline.verify(directory, overrides, **flags, progress=progress)
-    _print(as_json, lambda: artifacts.to_dict(verification), lambda: reporting.figures_text(verification))
+        pipeline.verify(directory, overrides, **flags, progress=progress)
+        found = pipeline.verified(directory)
+    first, *others = found
+    several = {"others": {name: artifacts.to_dict(found[name]) for name in others}} if others else {}
+    _print(as_json, lambda: artifacts.to_dict(found[first]) | several, lambda: reporting.verified_text(found))
 
 
 @main.command(cls=ConfigCommand, stages=("gate",))

@@ -14,9 +14,9 @@ from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, 
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.run_directory import RunDirectory
+from slimexport.run_directory import VERIFICATION, RunDirectory, VerifyRecord
 from slimexport.stages.export import export_stage
-from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
+from slimexport.stages.inputs import absolute, check_targets, config_of, exports, fields_of
 from slimexport.stages.prune import known_costs, measured_costs, plan_stage, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
@@ -134,12 +134,22 @@ def verify(
 ) -> VerificationReport:
     """Measures the exported graphs in `output` anew (with `resume`: only if it was not done with these options).
 
-    `force` changes nothing: measuring replaces no files but its own result.
+    Returns what was found of the first export; `verified` has it of all. `force` changes nothing: measuring replaces no
+    files but its own result.
     """
     directory = RunDirectory(Path(output))
     with directory.locked(must_exist=True):
         config = config_of(directory, overrides)
         return verify_stage(directory, config, progress or Progress(quiet=True), again=not resume)
+
+
+def verified(output: str | Path) -> dict[str, VerificationReport]:
+    """What was measured last of every export in `output`, by its name in the run directory, the first one first."""
+    directory = RunDirectory(Path(output))
+    with directory.locked(must_exist=True):
+        record = directory.read(VERIFICATION, VerifyRecord)
+        first = next(iter(exports(config_of(directory, None))))
+        return {first: record.report, **record.others}
 
 
 def report(

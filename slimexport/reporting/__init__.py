@@ -14,11 +14,12 @@ from slimexport.reporting.schema import (
     load_report,
     to_json,
 )
-from slimexport.reporting.terminal import checkpoint_text, exports_text, figures_text, plan_text, summary
+from slimexport.reporting.terminal import checkpoint_text, exports_text, figures_text, plan_text, summary, verified_text
 
 __all__ = [
     "BlockSummary", "PruningSummary", "Report", "checkpoint_text", "exports_text", "figures_text", "load_report",
-    "plan_text", "summary", "to_json", "write_report",
+    "plan_text", "summary", "to_json", "verified_text",
+    "write_report",
 ]  # fmt: skip
 
 

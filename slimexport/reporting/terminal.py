@@ -56,6 +56,13 @@ def exports_text(exports: Mapping[str, ExportArtifact]) -> str:
     return "\n".join(lines)
 
 
+def verified_text(reports: Mapping[str, VerificationReport]) -> str:
+    """The figures of every export, under its name where there are several."""
+    if len(reports) == 1:
+        return figures_text(next(iter(reports.values())))
+    return "\n\n".join(f"{name}\n{figures_text(of)}" for name, of in reports.items())
+
+
 def figures_text(report: VerificationReport) -> str:
     return "\n".join([_figures(view.figure_rows(report)), *report.notes])
 

@@ -36,6 +36,7 @@ class Pipeline(types.ModuleType):
         }  # fmt: skip
         for name in self.results:
             setattr(self, name, self._function(name))
+        self.verified = lambda output: {"onnx": made.verification}
 
     def _function(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -82,6 +83,19 @@ def test_run_passes_the_config_and_prints_the_summary(cli, pipeline, tmp_path) -
     assert str(tmp_path / "out" / "report" / "report.md") in out
     assert "chatter" not in out
     assert "chatter" in err
+
+
+def test_verify_prints_every_export(cli, pipeline, tmp_path) -> None:
+    one = pipeline.results["verify"]
+    assert "onnx\n" not in cli("verify", tmp_path)[1]
+    pipeline.verified = lambda output: {"onnx": one, "onnx-int8": one}
+    code, out, _ = cli("verify", tmp_path)
+    assert code == 0
+    assert out.count("accuracy.kl") == 2
+    assert "\n\nonnx-int8\nfigure" in out
+    data = json.loads(cli("verify", tmp_path, "--json")[1])
+    assert list(data["others"]) == ["onnx-int8"]
+    assert data["figures"] == data["others"]["onnx-int8"]["figures"]
 
 
 def test_failed_gate_exits_3_and_names_it(cli, pipeline, tmp_path) -> None:
