@@ -319,6 +319,8 @@ def _measuring_seconds(costs: Path) -> float:
 
 HEAD = ["method", "calibration", "wiki", "KL", "top-1", *SHIFTED, "worst", "mean", "ARC-Easy", "passes", "GB"]
 
+PART_HEAD = [name for name in HEAD if name in ("method", "calibration", "wiki", "KL", "top-1", *PART)]
+
 
 def render(rows: list[dict[str, Any]]) -> str:
     """One table a ratio: everything that was measured of ours and of other tools."""
@@ -327,10 +329,10 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 def compared(rows: list[dict[str, Any]]) -> str:
     """One table a ratio: criteria, allocations and layouts of this engine, on less text."""
-    return _by_ratio([row for row in rows if row["group"] in COMPARED])
+    return _by_ratio([row for row in rows if row["group"] in COMPARED], PART_HEAD)
 
 
-def _by_ratio(rows: list[dict[str, Any]]) -> str:
+def _by_ratio(rows: list[dict[str, Any]], head: list[str] = HEAD) -> str:
     parts = []
     for ratio in RATIOS:
         of_ratio = [row for row in _in_order(rows) if row["ratio"] == ratio]
@@ -339,14 +341,19 @@ def _by_ratio(rows: list[dict[str, Any]]) -> str:
         if body and dense:
             cells = dict.fromkeys(HEAD, "–") | {"method": "dense", "wiki": "1.00", "ARC-Easy": _task(dense)}
             body.insert(0, list(cells.values()))
-        parts.append(f"{ratio:.0%} removed:\n\n{table(HEAD, body)}" if body else f"{ratio:.0%}: no rows yet")
+        made = table(head, [_only(head, cells) for cells in body])
+        parts.append(f"{ratio:.0%} removed:\n\n{made}" if body else f"{ratio:.0%}: no rows yet")
     return "\n\n".join(parts)
 
 
 def calibrations(rows: list[dict[str, Any]]) -> str:
     """What the calibration text does: its draw, size, source, and the length of its windows; 30 % removed."""
     of = [row for row in _in_order(rows) if row["group"] in CALIBRATIONS and "wikitext2" in row["texts"]]
-    return table(HEAD, [_cells(row) for row in of])
+    return table(PART_HEAD, [_only(PART_HEAD, _cells(row)) for row in of])
+
+
+def _only(head: list[str], cells: list[str]) -> list[str]:
+    return [cell for name, cell in zip(HEAD, cells, strict=True) if name in head]
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -388,7 +395,8 @@ def _spread(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _task(row: dict[str, Any]) -> str:
-    return f"{row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–"
+    """Accuracy by the likelihood of the whole answer, and by that of a character."""
+    return f"{row['arc_easy']['acc']:.1%} / {row['arc_easy']['acc_norm']:.1%}" if "arc_easy" in row else "–"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
