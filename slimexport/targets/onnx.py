@@ -149,10 +149,11 @@ def _exact(artifact: ExportArtifact, place: Path, precision: str) -> ExportArtif
     place.mkdir()
     directory = Path(artifact.path)
     for name in artifact.files:
-        if name == WEIGHTS:
-            os.link(directory / name, place / name)  # the very bytes
-        elif name != GRAPH:
-            shutil.copy2(directory / name, place / name)
+        if name != GRAPH:
+            try:
+                os.link(directory / name, place / name)  # the very bytes
+            except OSError:  # a file system without links
+                shutil.copy2(directory / name, place / name)
     model = onnx_ir.load(directory / GRAPH)
     quantise.without_rounded_activations(model)
     onnx_ir.save(model, place / GRAPH)
