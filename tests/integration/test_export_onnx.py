@@ -353,7 +353,7 @@ def test_real_model(real: Any, layout: str, tmp_path: Path) -> None:
     artifact = registry.get("onnx").export(model, text_tokenizer, tmp_path, ExportOptions())
     assert artifact.kv_heads == tuple(kv_heads)
     found = operators(artifact)
-    assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"], found["MatMul"]) == (30, 60, 151)
+    assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"], found["MatMul"]) == (30, 60, 121)
     stored = sum(tensor.numel() for tensor in model.parameters()) * 4
     assert (tmp_path / "model.onnx.data").stat().st_size < 1.02 * stored, "the tied embedding is stored twice"
     assert_same_logits(model, artifact)
