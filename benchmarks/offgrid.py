@@ -1,4 +1,4 @@
-"""The same model off the 4-bit grid, and weight-only quantisation of an export: what quantising costs, measured fairly.
+"""The same model off the 4-bit grid, so that what quantising costs is measured fairly.
 
 The blocks of the demo model were dequantised from 4 bits, so int4 in blocks of 32 gives them back exactly (relative
 error 0.000), while a pruned and re-fitted model is off that grid: quantising looks free for the dense model only.
@@ -9,21 +9,12 @@ was stored in 8 bits, so the tied lm_head never was on the 4-bit grid (0.090, an
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
-import shutil
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from slimexport.artifacts import ExportArtifact, sha256_tree, staged_directory, to_dict, write_json
 from slimexport.errors import BadInputError
-from slimexport.targets.base import MANIFEST, load_artifact
 
-BLOCK = 32
-GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 READ_ATTENTION, READ_FFN = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -87,73 +78,3 @@ def _write(linear: Any, rotation: torch.Tensor) -> None:
 
 def _parameter(value: torch.Tensor, like: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad)
-
-
-# ------------------------------------------------------------------------------------------------------ quantising
-
-
-def quantised(onnx_dir: Path, bits: int, out_dir: Path) -> ExportArtifact:
-    """Writes `out_dir`: the export in `onnx_dir` with every MatMul of a weight as MatMulNBits, int4 or int8.
-
-    Round to nearest, asymmetric, blocks of 32 along the input, `accuracy_level` 4 (int8 activations: without it 8 bits
-    decode 16 times slower), no calibration. The lm_head goes too, tied or not; the embedding's rows, the norms and the
-    cache stay float32. `out_dir` is replaced; `slimexport.runtime.OnnxDecoder` opens it like any export.
-
-    Raises BadInputError for other bits than 4 and 8, and for a graph in which a weight was left over.
-    """
-    if bits not in (4, 8):
-        raise BadInputError(f"MatMulNBits is made here with 4 or 8 bits, not {bits}.")
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer
-
-    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)  # it tells of every node
-    artifact = load_artifact(onnx_dir)
-    model = onnx.load(str(Path(onnx_dir) / GRAPH))
-    materialise_transposes(model.graph)
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-        model, bits=bits, block_size=BLOCK, is_symmetric=False, accuracy_level=4
-    )
-    quantizer.process()
-    model = quantizer.model.model
-    _check_all_taken(model.graph)
-    with staged_directory(Path(out_dir)) as staged:
-        for path in Path(onnx_dir).iterdir():
-            if path.is_file() and path.name not in (GRAPH, WEIGHTS, MANIFEST):
-                shutil.copy2(path, staged / path.name)
-        onnx.save(model, str(staged / GRAPH), save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
-        note = f"MatMulNBits, {bits} bits, blocks of {BLOCK}, asymmetric, accuracy_level 4, lm_head included."
-        done = dataclasses.replace(artifact, path=".", files=sha256_tree(staged), notes=(*artifact.notes, note))
-        write_json(staged / MANIFEST, to_dict(done))
-    return load_artifact(Path(out_dir))
-
-
-def materialise_transposes(graph: Any) -> None:
-    """Turns `MatMul(x, Transpose(weight))` into `MatMul(x, weight')`: the quantiser passes over what is no initializer.
-
-    That is how a tied lm_head reads the embedding. `graph` is an onnx.GraphProto and is changed in place; the weight'
-    is a copy, so a tied model grows by it before it shrinks.
-    """
-    from onnx import numpy_helper
-
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    transposes = {n.output[0]: n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights}
-    for node in graph.node:
-        if node.op_type == "MatMul" and (transpose := transposes.get(node.input[1])):
-            array = numpy_helper.to_array(weights[transpose.input[0]])
-            order = next((list(a.ints) for a in transpose.attribute if a.name == "perm"), None)
-            name = f"{transpose.output[0]}.materialised"
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array.transpose(order)), name))
-            node.input[1] = name
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    for output, transpose in transposes.items():
-        if output not in read:
-            graph.node.remove(transpose)
-
-
-def _check_all_taken(graph: Any) -> None:
-    weights = {tensor.name for tensor in graph.initializer}
-    made = {output: node for node in graph.node for output in node.output}
-    for node in graph.node:
-        second = node.input[1] if node.op_type in ("MatMul", "Gemm") else ""
-        if second in weights or (second in made and made[second].op_type == "Transpose"):
-            raise BadInputError(f"{node.name} ({node.op_type}) was not quantised: its weight {second} is still float.")

@@ -1,13 +1,13 @@
 """What to do for a smaller file: prune, quantise, or both. Bytes on disk on one axis, perplexity on the other.
 
-    python benchmarks/quality.py ... --only ours --keep KEPT      # keeps the pruned models
-    python benchmarks/size.py --data DATA --work DIR KEPT/*       # measures; takes up what was interrupted
-    python benchmarks/size.py --render                            # table and docs/size.svg, from the JSON alone
+    python benchmarks/quality.py ... --only mix --keep KEPT      # keeps the pruned models
+    python benchmarks/size.py --data DATA --work DIR KEPT/*      # measures; takes up what was interrupted
+    python benchmarks/size.py --render                           # table and docs/size.svg, from the JSON alone
 
-The dense model and every pruned one are exported as they are (float32), and quantised to int8 and int4 (weights only,
-round to nearest, blocks of 32; offgrid.py). What is quantised is the same model off the 4-bit grid that the demo
-model's weights lie on, or quantising would look free. Everything is measured in ONNX Runtime, on the first tokens of
-WikiText-2's test split; the embedding's rows stay float32 in all of them.
+The dense model and every pruned one are exported in every precision, as `slimexport run --precision` does. Bytes are
+those of the model as it is. What the perplexity of a quantised graph is taken of is the same model off the 4-bit grid
+that the demo model's weights lie on (offgrid.py), or quantising the dense model would look free. Everything is measured
+in ONNX Runtime, on the first tokens of WikiText-2's test split.
 
 pip install matplotlib
 """
@@ -22,8 +22,9 @@ from typing import Any
 from common import RESULTS, load_rows, save_rows, table
 
 PICTURE = Path(__file__).parent.parent / "docs" / "size.svg"
-PRECISIONS = ("float32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4-mixed", "int4")
 DENSE = "dense"
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 
 
 def main() -> None:
@@ -68,8 +69,8 @@ def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -> tuple[int, float]:
-    """Bytes of the graph with its weights, and its mean NLL."""
-    from offgrid import GRAPH, WEIGHTS, off_grid, quantised
+    """Bytes of the graph with its weights, and the mean NLL of the same off the grid."""
+    from offgrid import off_grid
 
     from slimexport.artifacts import staged_directory
     from slimexport.runtime import OnnxDecoder
@@ -78,13 +79,15 @@ def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -
     from slimexport.verification.perplexity import accuracy
 
     place = work / "onnx"
-    model = model.float() if precision == "float32" else off_grid(model.float())
-    with staged_directory(place) as partial:
-        registry.get("onnx").export(model, tokenizer, partial, ExportOptions(), lambda artifact: None)
-    if precision != "float32":
-        quantised(place, int(precision.removeprefix("int")), work / "quantised")
-        place = work / "quantised"
+
+    def export(of: Any) -> None:
+        with staged_directory(place) as partial:
+            registry.get("onnx").export(of, tokenizer, partial, ExportOptions(precision=precision))
+
+    export(model.float())
     size = sum((place / file).stat().st_size for file in (GRAPH, WEIGHTS))
+    if precision != PRECISIONS[0]:
+        export(off_grid(model))
     return size, accuracy(OnnxDecoder(place), None, ids).mean_nll
 
 
@@ -116,12 +119,12 @@ def draw(rows: list[dict[str, Any]], place: Path) -> None:
 
     found = points(rows)
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for precision, marker in zip(PRECISIONS, "osv", strict=True):
+    for precision, marker in zip(PRECISIONS, "os^v", strict=True):
         line = sorted((mb, ratio, what) for what, p, mb, ratio in found if p == precision)
         axes.plot([p[0] for p in line], [p[1] for p in line], marker=marker, label=precision)
         for mb, ratio, what in line:
             axes.annotate(what, (mb, ratio), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="model.onnx with its weights, MB", ylabel="token perplexity, times dense float32", yscale="log")
+    axes.set(xlabel="model.onnx with its weights, MB", ylabel="token perplexity, times dense fp32", yscale="log")
     axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.grid(alpha=0.3, which="both")

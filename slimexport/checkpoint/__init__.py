@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimexport.checkpoint.load import load
-from slimexport.checkpoint.save import save_checkpoint
+from slimexport.checkpoint.load import load, load_weights
+from slimexport.checkpoint.save import check_round_trip, save_checkpoint, write_model
 
-__all__ = ["load", "save_checkpoint"]
+__all__ = ["check_round_trip", "load", "load_weights", "save_checkpoint", "write_model"]

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.base import Architecture
@@ -42,6 +44,22 @@ def save_checkpoint(
 
     `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256.
     """
+    made = {"ratio": plan.ratio, "criterion": plan.criterion, "allocation": plan.allocation, "layout": plan.layout}
+    write_model(model, tokenizer, architecture, directory, made)
+    write_text(directory / "README.md", card)
+    (directory / "README.md").chmod(0o644)
+    return sha256_tree(directory)
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture | None,
+    directory: Path,
+    made: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """What `load` reads. `architecture` is that of `model`, which may do without where all its blocks have one size;
+    `made` says how it came about."""
     import transformers
 
     model.save_pretrained(str(directory))
@@ -52,6 +70,7 @@ def save_checkpoint(
     _add_old_rope_fields(data)
     data.pop("auto_map", None)  # of the checkpoint that this one was made from
     if "per_layer_config" in data:
+        assert architecture is not None
         module, base, inner = modeling_slimexport.__name__.rpartition(".")[2], type(model), type(model.base_model)
         table = per_block_table(architecture)
         classes = {"AutoModelForCausalLM": (base.__name__, table)}
@@ -62,13 +81,10 @@ def save_checkpoint(
         data["auto_map"] = {auto: f"{module}.{name}" for auto, (name, _) in classes.items()}
         write_text(directory / "modeling_slimexport.py", _modelling_file(dict(classes.values())))
     write_json(path, data)
-    write_json(directory / "slimexport.json", {"schema_version": 1, "ratio": plan.ratio, "criterion": plan.criterion,
-                                               "allocation": plan.allocation, "layout": plan.layout,
-                                               "guessed": architecture.family.guessed})  # fmt: skip
-    write_text(directory / "README.md", card)
+    guessed = architecture is not None and architecture.family.guessed
+    write_json(directory / "slimexport.json", {"schema_version": 1, **made, "guessed": guessed})
     for file in directory.iterdir():
         file.chmod(0o644)  # transformers writes weights for the owner's eyes only
-    return sha256_tree(directory)
 
 
 def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -122,15 +122,15 @@ def _make_baseline(
 
 
 def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: RunConfig) -> dict[str, Any]:
-    from slimexport.runtime import OnnxDecoder
+    from slimexport.runtime import Decoder, open_decoder
     from slimexport.targets import registry
     from slimexport.verification.numerics import check_export
 
     numerics: dict[str, Any] = {}
     model = model.float()
 
-    def opened(artifact: ExportArtifact) -> OnnxDecoder:
-        return OnnxDecoder(Path(artifact.path), config.provider, config.threads, config.provider_options)
+    def opened(artifact: ExportArtifact) -> Decoder:
+        return open_decoder(Path(artifact.path), config.provider, config.threads, config.provider_options)
 
     def check(artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
         found = check_export(opened(artifact), opened(reference) if reference else model, seed=config.seed)

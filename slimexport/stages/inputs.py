@@ -53,9 +53,8 @@ def check_targets(config: RunConfig) -> None:
 
     require_provider(config.provider)
     for name in config.target:
-        targets.get(name)
-    for precision in config.precision:
-        export_options(config, precision)
+        for precision in config.precision:
+            targets.get(name).check_options(export_options(config, precision))
     for what, named in (("target", config.target), ("precision", config.precision)):
         if len(set(named)) < len(named):
             raise BadInputError(f"A {what} is named twice: {', '.join(named)}.")
@@ -63,17 +62,13 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
-def check_exportable(model_config: PreTrainedConfig, architecture: Architecture, exporter: str) -> None:
-    """That no builder (`exporter`: auto, or the only one asked for) can write the graph of a model like this is said
-    before minutes of pruning."""
-    from slimexport.targets.builders import mobius
+def check_exportable(model_config: PreTrainedConfig, architecture: Architecture, config: RunConfig) -> None:
+    """That a target cannot export a model like this is said before minutes of pruning."""
+    from slimexport.targets import registry as targets
 
-    written = exporter != "transformers" and mobius.knows(model_config)
-    if (why := architecture.family.no_trace) and not written:
-        raise BadInputError(
-            f"{architecture.family.model_type} models can be pruned, but not exported: {why}. "
-            "`slimexport prune` makes the checkpoint."
-        )
+    for name in config.target:
+        for precision in config.precision:
+            targets.get(name).check_model(model_config, architecture, export_options(config, precision))
 
 
 def fields_of(config: RunConfig, *stages: str) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 from slimexport.artifacts import ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError
 from slimexport.providers import PROVIDERS
+from slimexport.runtime.base import MANIFEST
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
 
 BUILDERS = ("auto", "mobius", "transformers")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int4-mixed")
-MANIFEST = "export.json"
 
 
 class Check(Protocol):
@@ -45,8 +47,6 @@ class ExportOptions:
         ):
             if value not in known:
                 raise BadInputError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-        if self.precision == "bf16" and self.provider == "cpu":
-            raise BadInputError("ONNX Runtime does not compute in bf16 on the CPU: use fp32, or the provider cuda.")
 
     @property
     def quantised(self) -> bool:
@@ -60,7 +60,15 @@ class ExportOptions:
 
 
 class Target(Protocol):
-    """Writes one deployable directory."""
+    """Writes one deployable directory, which `slimexport.runtime.open_decoder` can open."""
+
+    def check_options(self, options: ExportOptions) -> None:
+        """Raises BadInputError for options that go with no model: called before minutes of pruning."""
+        ...
+
+    def check_model(self, config: PreTrainedConfig, architecture: Architecture, options: ExportOptions) -> None:
+        """Raises BadInputError for a model that cannot be exported, as its config shows: called before pruning."""
+        ...
 
     def export(
         self,

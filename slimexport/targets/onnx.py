@@ -14,6 +14,7 @@ from slimexport.artifacts import ExportArtifact, remove, sha256_tree, to_dict, w
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.targets import passes, quantise, registry
 from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, BuiltGraph, Check, ExportOptions
+from slimexport.targets.builders import mobius
 from slimexport.targets.builders.mobius import MobiusBuilder
 from slimexport.targets.builders.transformers import TransformersBuilder
 from slimexport.targets.files import write_config, write_tokenizer
@@ -21,7 +22,9 @@ from slimexport.targets.genai_config import genai_config
 from slimexport.targets.quiet import quiet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
 
 _BUILDERS: tuple[Builder, ...] = (MobiusBuilder(), TransformersBuilder())
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
@@ -32,6 +35,20 @@ class OnnxTarget:
     """See `slimexport.targets.base.Target`."""
 
     name = "onnx"
+
+    def check_options(self, options: ExportOptions) -> None:
+        """Also where ONNX Runtime does not compute in that precision."""
+        if options.precision == "bf16" and options.provider == "cpu":
+            raise BadInputError("ONNX Runtime does not compute in bf16 on the CPU: use fp32, or the provider cuda.")
+
+    def check_model(self, config: PreTrainedConfig, architecture: Architecture, options: ExportOptions) -> None:
+        """Whether a builder (the only one asked for, or any) can write a graph of this family."""
+        written = options.builder != "transformers" and mobius.knows(config)
+        if (why := architecture.family.no_trace) and not written:
+            raise BadInputError(
+                f"{architecture.family.model_type} models can be pruned, but there is no graph of them: {why}. "
+                "`--target safetensors` exports the checkpoint."
+            )
 
     def export(
         self,

@@ -164,7 +164,7 @@ def check_exported(config: PreTrainedConfig, place: Path) -> None:
         ids[1, 13:] = mask[1, 13:] = 0
         decoder = OnnxDecoder(directory, threads=1)
         grows = architecture_of(small.config, "tiny").estimates(4).kv_cache_bytes_per_token
-        assert decoder.signature.kv_bytes_per_token == grows
+        assert decoder.kv_bytes_per_token == grows
         found, _ = decoder.forward(ids.numpy(), attention_mask=mask.numpy())
         with torch.no_grad():
             expected = small(ids, attention_mask=mask, use_cache=False).logits

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from slimexport.config import RunConfig
-    from slimexport.runtime import OnnxDecoder
+    from slimexport.runtime import Decoder
 
 Progress = Callable[[float, float, str], None]
 """Called with done, total and what is counted; a smaller `done` starts the next loop (`progress.Progress.update`)."""
@@ -51,7 +51,7 @@ def verify(
     import numpy as np
 
     from slimexport.errors import BadInputError
-    from slimexport.runtime import OnnxDecoder, default_threads
+    from slimexport.runtime import default_threads, open_decoder
     from slimexport.verification.footprint import process_figures, size_figure
     from slimexport.verification.latency import measure_latency
     from slimexport.verification.perplexity import accuracy
@@ -70,8 +70,8 @@ def verify(
             *places, config.provider, threads, telling("loads"), config.provider_option
         )
 
-    def opened(place: Path | str) -> OnnxDecoder:
-        return OnnxDecoder(Path(place), config.provider, threads, config.provider_options)
+    def opened(place: Path | str) -> Decoder:
+        return open_decoder(Path(place), config.provider, threads, config.provider_options)
 
     own = opened(places[0])
     other = opened(places[1]) if places[1] else None
@@ -113,7 +113,7 @@ def verify(
     )
 
 
-def _placement_figures(own: OnnxDecoder, other: OnnxDecoder | None) -> tuple[Figure, ...]:
+def _placement_figures(own: Decoder, other: Decoder | None) -> tuple[Figure, ...]:
     """What another provider than the CPU leaves to the CPU."""
     if own.provider == "cpu":
         return ()
@@ -131,15 +131,15 @@ def _placement_figures(own: OnnxDecoder, other: OnnxDecoder | None) -> tuple[Fig
     )
 
 
-def _kv_figure(own: OnnxDecoder, dense: OnnxDecoder | None) -> Figure:
-    mine, other = own.signature.kv_bytes_per_token, dense.signature.kv_bytes_per_token if dense else None
+def _kv_figure(own: Decoder, dense: Decoder | None) -> Figure:
+    mine, other = own.kv_bytes_per_token, dense.kv_bytes_per_token if dense else None
     return Figure(
         "memory.kv_bytes_per_token",
         "bytes",
         shrunk=mine,
         baseline=other,
         ratio=mine / other if other else None,
-        note="keys and values of all blocks, as the graph holds them",
+        note="keys and values of all blocks, as the export holds them",
     )
 
 

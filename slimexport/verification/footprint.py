@@ -32,8 +32,10 @@ Progress = Callable[[int, int], None]
 
 
 def export_bytes(directory: Path) -> int:
-    """Bytes of the graph and its weights: model.onnx and the files named after it (not tokenizer and configs)."""
-    return sum(path.stat().st_size for path in Path(directory).glob("model.onnx*") if path.is_file())
+    """Bytes of the graph and its weights, model.onnx and the files named after it, or of a checkpoint's weights; not
+    of tokenizer and configs."""
+    found = [path for pattern in ("model.onnx*", "*.safetensors") for path in Path(directory).glob(pattern)]
+    return sum(path.stat().st_size for path in found if path.is_file())
 
 
 def size_figure(shrunk: Path, baseline: Path | None) -> Figure:
@@ -44,7 +46,7 @@ def size_figure(shrunk: Path, baseline: Path | None) -> Figure:
         shrunk=own / MB,
         baseline=dense / MB if dense else None,
         ratio=own / dense if dense else None,
-        note="model.onnx and its weights, 1 MB = 1e6 bytes",
+        note="the graph and its weights, 1 MB = 1e6 bytes",
     )
 
 
@@ -117,15 +119,15 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
     import numpy as np
     import onnxruntime  # noqa: F401  (not part of the load time)
 
-    from slimexport.runtime import OnnxDecoder
+    from slimexport.runtime import open_decoder
 
     before = _memory_mb()
     options = dict(option.split("=", 1) for option in provider_option)
-    decoder = OnnxDecoder(directory, provider, threads, options)
+    decoder = open_decoder(directory, provider, threads, options)
     loaded = _memory_mb()
     positions = decoder.max_positions or PROMPT_TOKENS + DECODE_TOKENS
     tokens = max(1, min(PROMPT_TOKENS, positions - DECODE_TOKENS))
-    prompt = np.arange(tokens) % (decoder.signature.vocab_size or tokens)
+    prompt = np.arange(tokens) % (decoder.vocab_size or tokens)
     decoder.greedy(prompt, min(DECODE_TOKENS, positions - tokens + 1))
     return {
         "load_seconds": round(decoder.load_seconds, 4),

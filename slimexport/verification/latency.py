@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
-from slimexport.runtime import OnnxDecoder
+from slimexport.runtime import Decoder
 from slimexport.verification import interleaved, machine
 from slimexport.verification.intervals import paired_figure, rounded
 
@@ -59,8 +59,8 @@ class _Ideals:
 
 
 def measure_latency(
-    shrunk: OnnxDecoder,
-    baseline: OnnxDecoder | None,
+    shrunk: Decoder,
+    baseline: Decoder | None,
     text: NDArray[np.int64],
     *,
     prompt_lengths: Sequence[int],
@@ -111,7 +111,7 @@ def measure_latency(
         flops = {length: _prefill_flops(shrunk, shrunk_estimates, length) for length in lengths}
         dense = {length: _prefill_flops(baseline, baseline_estimates, length) for length in lengths}
         context = prompt_tokens + (decode_tokens - 1) / 2
-        precision = shrunk.artifact.precision if shrunk.artifact else "fp32"
+        precision = shrunk.precision
         streamed = decode_bytes(shrunk_estimates, context, precision) / decode_bytes(
             baseline_estimates, context, precision
         )
@@ -171,9 +171,9 @@ def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def _floors(decoder: OnnxDecoder, estimates: Estimates, lengths: Sequence[int], context: float) -> _Ideals:
+def _floors(decoder: Decoder, estimates: Estimates, lengths: Sequence[int], context: float) -> _Ideals:
     rates = machine.rates(decoder.threads)
-    precision = decoder.artifact.precision if decoder.artifact else "fp32"
+    precision = decoder.precision
     return _Ideals(
         {},
         None,
@@ -184,8 +184,8 @@ def _floors(decoder: OnnxDecoder, estimates: Estimates, lengths: Sequence[int], 
     )
 
 
-def _prefill_flops(decoder: OnnxDecoder, estimates: Estimates, length: int) -> int:
-    return estimates.prefill_flops(length, all_logits=decoder.signature.all_logits is None)
+def _prefill_flops(decoder: Decoder, estimates: Estimates, length: int) -> int:
+    return estimates.prefill_flops(length, all_logits=not decoder.last_only)
 
 
 def decode_bytes(estimates: Estimates, context: float, precision: str) -> float:

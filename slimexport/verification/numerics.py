@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError, NotReproducedError
-from slimexport.runtime import OnnxDecoder
+from slimexport.runtime import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,13 +42,12 @@ TOLERANCES = {
     "bf16": Tolerance(2.0, 0.15),
     **dict.fromkeys(("int8", "int4", "int4-mixed"), Tolerance(10.0, 0.5)),
 }
-_BY_ELEMENT = {1: "fp32", 10: "fp16", 16: "bf16"}  # TensorProto codes
 _BY_DTYPE = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def check_export(
-    decoder: OnnxDecoder,
-    model: PreTrainedModel | OnnxDecoder,
+    decoder: Decoder,
+    model: PreTrainedModel | Decoder,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
@@ -62,8 +61,8 @@ def check_export(
 
 
 def compare_export(
-    decoder: OnnxDecoder,
-    model: PreTrainedModel | OnnxDecoder,
+    decoder: Decoder,
+    model: PreTrainedModel | Decoder,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
@@ -209,7 +208,7 @@ class _GraphRun:
     last: dict[int, NDArray[np.float32]]  # position -> what it said when asked for the last token's logits alone
 
 
-def _run_graph(decoder: OnnxDecoder, prompt: NDArray[np.int64], steps: int) -> _GraphRun:
+def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> _GraphRun:
     size, chunk = len(prompt), max(2, len(prompt) // 4)
     one = size - chunk - 1
     parts = {"prefill": slice(0, one), "decode": slice(one, one + 1), "chunk": slice(one + 1, size)}
@@ -232,12 +231,12 @@ def _run_graph(decoder: OnnxDecoder, prompt: NDArray[np.int64], steps: int) -> _
     return _GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, _last(decoder, prompt, one))
 
 
-def _last(decoder: OnnxDecoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:
+def _last(decoder: Decoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:
     """Of the prompt and, beside it in one batch, of its first `shorter` tokens and padding; nothing where the graph
     gives all logits always."""
-    if decoder.signature.all_logits is None:
+    if not decoder.last_only:
         return {}
-    if decoder.signature.fixed_batch not in (None, 2):
+    if decoder.fixed_batch not in (None, 2):
         return {len(prompt) - 1: decoder.last_logits(prompt[None])[0][0]}
     both, mask = np.stack([prompt, prompt]), np.ones((2, len(prompt)), np.int64)
     mask[1, shorter:] = 0
@@ -246,9 +245,9 @@ def _last(decoder: OnnxDecoder, prompt: NDArray[np.int64], shorter: int) -> dict
 
 
 @torch.no_grad()
-def _expected_logits(model: PreTrainedModel | OnnxDecoder, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def _expected_logits(model: PreTrainedModel | Decoder, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """float32 [ids, vocab] of one uncached forward."""
-    if isinstance(model, OnnxDecoder):
+    if isinstance(model, Decoder):
         return model.forward(ids[None])[0][0]
     logits = model(torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
     array: NDArray[np.float32] = logits[0].float().cpu().numpy()
@@ -261,26 +260,26 @@ def _spread(logits: NDArray[np.float32]) -> float:
     return float(np.nanstd(finite, axis=-1, dtype=np.float64).mean())
 
 
-def _vocabulary(model: PreTrainedModel | OnnxDecoder) -> int:
-    if isinstance(model, OnnxDecoder):
-        assert model.signature.vocab_size is not None, "our own graph states it"
-        return model.signature.vocab_size
+def _vocabulary(model: PreTrainedModel | Decoder) -> int:
+    if isinstance(model, Decoder):
+        assert model.vocab_size is not None, "our own graph states it"
+        return model.vocab_size
     return int(model.config.get_text_config().vocab_size)
 
 
-def _precision(decoder: OnnxDecoder, model: PreTrainedModel | OnnxDecoder) -> str:
+def _precision(decoder: Decoder, model: PreTrainedModel | Decoder) -> str:
     """The coarser of the graph's precision and the model's."""
-    graph = decoder.artifact.precision if decoder.artifact else _BY_ELEMENT[decoder.signature.caches[0].element]
-    if isinstance(model, OnnxDecoder):
+    graph = decoder.precision
+    if isinstance(model, Decoder):
         return graph
     return max(graph, _BY_DTYPE[model.dtype], key=list(TOLERANCES).index)
 
 
-def _prompt_length(decoder: OnnxDecoder) -> int:
+def _prompt_length(decoder: Decoder) -> int:
     return min(PROMPT_TOKENS, (decoder.max_positions or PROMPT_TOKENS * 2) // 2)
 
 
-def _room(decoder: OnnxDecoder, prompt: int) -> int:
+def _room(decoder: Decoder, prompt: int) -> int:
     """How many tokens can be decoded after the prompt: the last one chosen is not fed."""
     if decoder.max_positions is None:
         return 1_000_000

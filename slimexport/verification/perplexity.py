@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slimexport.artifacts import Figure
 from slimexport.errors import BadInputError
-from slimexport.runtime import OnnxDecoder
+from slimexport.runtime import Decoder
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +129,8 @@ class Accuracy:
 
 
 def accuracy(
-    shrunk: OnnxDecoder,
-    baseline: OnnxDecoder | None,
+    shrunk: Decoder,
+    baseline: Decoder | None,
     input_ids: NDArray[np.int64],
     window: int = 512,
     progress: Progress | None = None,
@@ -187,7 +187,7 @@ def _one_dimensional(input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ids
 
 
-def _predictions(decoder: OnnxDecoder, part: NDArray[np.int64]) -> NDArray[np.float32]:
+def _predictions(decoder: Decoder, part: NDArray[np.int64]) -> NDArray[np.float32]:
     """Logits [w - 1, vocab] of the positions that predict a token of the window; shares the graph's memory."""
     logits, _ = decoder.forward(part[None])
     return logits[0, :-1]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from slimexport.architectures import architecture_of, registry
+from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.stages.inputs import check_exportable
 from slimexport.targets import registry as targets
@@ -61,8 +62,9 @@ def test_a_model_without_a_graph_is_refused_before_and_after(
     changes: dict[str, Any], exporter: str, tmp_path: Path
 ) -> None:
     config = tiny_config("qwen3_next", **changes)
-    with pytest.raises(BadInputError, match=r"qwen3_next models .* not exported: .*`slimexport prune`"):
-        check_exportable(config, architecture_of(config, "tiny"), exporter)
+    with pytest.raises(BadInputError, match=r"qwen3_next models .* no graph of them: .*`--target safetensors`"):
+        check_exportable(config, architecture_of(config, "tiny"), RunConfig(model="tiny", exporter=exporter))
+    check_exportable(config, architecture_of(config, "tiny"), RunConfig(model="tiny", target="safetensors"))
     with pytest.raises(BadInputError, match="loop whose length is that of the traced text"):
         targets.get("onnx").export(tiny_model(config), tiny_tokenizer(), tmp_path, ExportOptions(builder=exporter))
 

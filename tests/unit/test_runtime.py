@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shutil
 import sys
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from onnx_fixture import HEAD_DIM, VOCAB, export_tiny, tiny_llama
 
-import slimexport.runtime as runtime
 from slimexport.artifacts import read_json, write_json
 from slimexport.errors import BadInputError
 from slimexport.runtime import OnnxDecoder, default_threads
@@ -238,7 +238,7 @@ def test_missing_onnxruntime_names_the_command(directory, monkeypatch):
 
 
 def test_threads_follow_the_affinity_mask(monkeypatch):
-    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
     assert default_threads() == 3
 
 

@@ -97,13 +97,28 @@ def export(
         ({"builder": "optimum"}, "exporter must be one of auto, mobius, transformers"),
         ({"precision": "int2"}, "precision must be one of"),
         ({"provider": "tpu"}, "provider must be one of"),
-        ({"precision": "bf16"}, "bf16 on the CPU"),
     ],
     ids=str,
 )
 def test_options_are_checked(options: dict[str, str], words: str) -> None:
     with pytest.raises(BadInputError, match=words):
         ExportOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("onnx", {"precision": "bf16"}, "bf16 on the CPU"),
+        ("genai", {"precision": "bf16"}, "bf16 on the CPU"),
+        ("safetensors", {"precision": "int8"}, "holds fp32, fp16, bf16, not int8"),
+        ("safetensors", {"provider": "openvino"}, "on cpu or cuda, not on openvino"),
+    ],
+    ids=str,
+)
+def test_targets_refuse_what_they_cannot_do(target: str, options: dict[str, str], words: str) -> None:
+    with pytest.raises(BadInputError, match=words):
+        registry.get(target).check_options(ExportOptions(**options))
+    registry.get("safetensors").check_options(ExportOptions(precision="bf16"))
 
 
 def test_registry_knows_the_target_and_suggests_it() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from math import comb
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ DENSE = Estimates(200, 160, 800, 600, 500, 8)
 class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
-    provider, threads, artifact = "scripted", 2, None
-    signature = SimpleNamespace(all_logits=None)
+    provider, threads, precision, last_only = "scripted", 2, "fp32", False
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions

@@ -103,7 +103,8 @@ def test_ties_are_named_and_do_not_fail(model, decoder):
     class Swapped:
         """The graph of `twins`, seen through a decoder whose two equal columns changed places."""
 
-        path, artifact, signature = decoder.path, decoder.artifact, decoder.signature
+        path, precision, last_only = decoder.path, decoder.precision, decoder.last_only
+        fixed_batch, vocab_size = decoder.fixed_batch, decoder.vocab_size
         max_positions = decoder.max_positions
         room = decoder.room
 

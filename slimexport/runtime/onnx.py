@@ -1,4 +1,4 @@
-"""ONNX Runtime: opens an exported decoder and runs it with a KV cache. No other module opens a session.
+"""Graphs in ONNX Runtime. No other module opens a session on an exported decoder.
 
 The graphs are those of `targets/`: `input_ids`, `attention_mask`, sometimes `position_ids`, one past key and one past
 value per block in; logits and the grown cache out. One graph serves prefill, decode and chunk. The cache lives in
@@ -9,25 +9,22 @@ so that a process which measures the graph's memory holds nothing else.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimexport.artifacts import ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError, nearest
 from slimexport.providers import PROVIDERS
-from slimexport.signature import read_signature
+from slimexport.runtime.base import Decoder, default_threads, manifest_of, positions_of
+from slimexport.runtime.signature import read_signature
 
 GRAPH = "model.onnx"
-MANIFEST = "export.json"
 
 
 @dataclass(frozen=True)
@@ -46,30 +43,7 @@ class KVState:
     binding: Any = None  # of one with a capacity: its buffers, bound once
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """Greedy tokens, int64 [steps], and the logit gap between first and second choice, float32 [steps]."""
-
-    tokens: NDArray[np.int64]
-    margins: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TimedGreedy:
-    """Seconds to the first token, seconds of each further token, and the tokens (one more than `token_seconds`)."""
-
-    ttft_seconds: float
-    token_seconds: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-
-def default_threads() -> int:
-    """Cores this process may use; ONNX Runtime's own default is every core of the machine."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return max(1, len(affinity(0)) if affinity else (os.cpu_count() or 1))
-
-
-class OnnxDecoder:
+class OnnxDecoder(Decoder):
     """An exported decoder in an ONNX Runtime session.
 
     Raises BadInputError when onnxruntime is missing, the directory holds no readable graph, the graph is not a decoder
@@ -89,14 +63,18 @@ class OnnxDecoder:
         self.threads = threads or default_threads()
         if not self.path.is_file():
             raise BadInputError(f"{self.path} does not exist: not the directory of an ONNX export.")
-        manifest = self.directory / MANIFEST
-        self.artifact = from_dict(ExportArtifact, read_json(manifest), str(manifest)) if manifest.exists() else None
-        self.max_positions = _max_positions(self.directory)
+        self.artifact = manifest_of(self.directory)
+        self.max_positions = positions_of(self.directory)
         started = time.perf_counter()
         self._session = _open_session(self.path, provider, self.threads, provider_options or {})
         self.load_seconds = time.perf_counter() - started
         self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
+        self.vocab_size = self.signature.vocab_size
+        self.kv_bytes_per_token = self.signature.kv_bytes_per_token
+        self.fixed_batch = self.signature.fixed_batch
+        self.last_only = self.signature.all_logits is not None
+        self.precision = self.artifact.precision if self.artifact else self.signature.float_precision
         self.shared_kv = self.artifact is not None and self.artifact.shared_kv
 
     @property
@@ -138,51 +116,6 @@ class OnnxDecoder:
         where the mask pads on the right only a graph knows that picks it itself (`signature.all_logits`)."""
         logits, grown = self._step(input_ids, past, attention_mask, last=True)
         return logits[:, -1], grown
-
-    def greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> Greedy:
-        """Decodes `steps` tokens greedily after `prompt_ids` int64 [t]; equal logits go to the lowest token id."""
-        tokens, margins = np.empty(steps, np.int64), np.empty(steps, np.float32)
-        ids = np.asarray(prompt_ids, np.int64)[None]
-        past: KVState | None = self.room(1, ids.shape[1] + steps)
-        for step in range(steps):
-            logits, past = self._step(ids, past, None, last=True)
-            row = logits[0, -1]
-            tokens[step] = token = int(row.argmax())
-            margins[step] = row[token] - np.partition(row, -2)[-2]
-            ids = np.array([[token]], np.int64)
-        return Greedy(tokens, margins)
-
-    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
-        """Like `greedy`, with the wall clock read after each token is known on the host.
-
-        The first token belongs to the prefill (TTFT); `steps` further tokens are decoded, one call each. Memory for
-        the cache is there before the clock starts, as it is in a server.
-        """
-        ids = np.asarray(prompt_ids, np.int64)[None]
-        past: KVState | None = self.room(1, ids.shape[1] + steps)
-        tokens: list[int] = []
-        clock = [time.perf_counter()]
-        for _ in range(steps + 1):
-            logits, past = self._step(ids, past, None, last=True)
-            tokens.append(int(logits[0, -1].argmax()))
-            ids = np.array([[tokens[-1]]], np.int64)
-            clock.append(time.perf_counter())
-        seconds = [after - before for before, after in pairwise(clock)]
-        return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
-
-    def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
-        """Seconds of `steps` further greedy tokens for each of several prompts int64 [b, t], their prefill not
-        counted; None for a graph of one batch size."""
-        batch, length = prompts.shape
-        if self.signature.fixed_batch not in (None, batch):
-            return None
-        logits, past = self.last_logits(prompts, self.room(batch, length + steps))
-        ids = logits.argmax(-1)[:, None]
-        started = time.perf_counter()
-        for _ in range(steps):
-            logits, past = self.last_logits(ids, past)
-            ids = logits.argmax(-1)[:, None]
-        return time.perf_counter() - started
 
     def room(self, batch: int, tokens: int) -> KVState | None:
         """An empty cache with memory for `tokens`, so that no call has to copy it; None where the graph cannot have
@@ -232,19 +165,9 @@ class OnnxDecoder:
     ) -> tuple[dict[str, NDArray[Any]], int, int]:
         """Checks the inputs; returns what to feed, the batch size, and the length after this call."""
         ids = np.asarray(input_ids)
-        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
-            raise BadInputError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}.")
+        total = (ids.shape[-1] if ids.ndim else 0) + (past.length if past else 0)
+        self.check_ids(ids, past.batch if past else None, total)
         batch, new = ids.shape
-        if self.signature.fixed_batch not in (None, batch) or (past and past.batch != batch):
-            wanted = past.batch if past else self.signature.fixed_batch
-            raise BadInputError(f"input_ids has batch {batch}, {self.path} and its cache need {wanted}.")
-        if ids.min() < 0 or (self.signature.vocab_size is not None and ids.max() >= self.signature.vocab_size):
-            raise BadInputError(
-                f"input_ids reach from {ids.min()} to {ids.max()}: vocabulary is {self.signature.vocab_size}."
-            )
-        total = new + (past.length if past else 0)
-        if self.max_positions is not None and total > self.max_positions:
-            raise BadInputError(f"{total} tokens are more than the {self.max_positions} positions of the model.")
         if mask is None:
             full = np.ones((batch, total), np.int64)
             positions = np.broadcast_to(np.arange(total - new, total, dtype=np.int64), ids.shape)
@@ -259,8 +182,7 @@ class OnnxDecoder:
         return feeds, batch, total
 
     def _check_mask(self, mask: NDArray[Any], shape: tuple[int, int]) -> None:
-        if mask.shape != shape or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
-            raise BadInputError(f"attention_mask must be 0 and 1, {list(shape)}, with a 1 in every row.")
+        self.check_mask(mask, shape)
         if not self.left_padding and (np.diff(mask.astype(np.int8), axis=1) > 0).any():
             raise BadInputError(
                 f"{self.path} is wrong with left padding (a 0 before a 1 in attention_mask): pad on the right."
@@ -334,18 +256,6 @@ def _to_float32(value: Any, last: bool) -> NDArray[np.float32]:
     import torch  # slices on the device, so that one row crosses the bus and not the whole prompt's
 
     return torch.from_dlpack(value)[:, rows].float().cpu().numpy()
-
-
-def _max_positions(directory: Path) -> int | None:
-    """The model's positions from the config.json of the export, if there is one."""
-    path = directory / "config.json"
-    if not path.exists():
-        return None
-    config = read_json(path)
-    for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from slimexport.errors import BadInputError
 
 # ONNX Runtime's type string -> (TensorProto code, bytes per element), for the types a cache can have.
 _FLOATS = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
+_PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 ALL_LOGITS = "all_logits"  # targets/passes/last_logits.py
 _ROLES = ("input_ids", "attention_mask", "position_ids")
@@ -48,6 +49,11 @@ class Signature:
     fixed_batch: int | None  # None: any
     all_logits: str | None  # the input that asks for every logit; None: the graph always gives them all
     vocab_size: int | None  # None: symbolic
+
+    @property
+    def float_precision(self) -> str:
+        """Of the cache."""
+        return _PRECISIONS[self.caches[0].element]
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,0 +1,36 @@
+"""Running what was exported, with a KV cache: graphs in ONNX Runtime, checkpoints in torch.
+
+Nothing here imports torch before it is needed, so that a process which measures the memory of a graph holds nothing
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from slimexport.errors import BadInputError
+from slimexport.runtime.base import MANIFEST, Decoder, Greedy, TimedGreedy, default_threads
+from slimexport.runtime.onnx import GRAPH, KVState, OnnxDecoder, require_provider
+
+__all__ = [
+    "GRAPH", "MANIFEST", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "default_threads",
+    "open_decoder", "require_provider",
+]  # fmt: skip
+
+
+def open_decoder(
+    directory: Path,
+    provider: str = "cpu",
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> Decoder:
+    """Opens whatever was exported to `directory`. Raises BadInputError where that is nothing, or cannot be opened."""
+    directory = Path(directory)
+    if (directory / GRAPH).is_file():
+        return OnnxDecoder(directory, provider, threads, provider_options)
+    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+        from slimexport.runtime.checkpoint import CheckpointDecoder
+
+        return CheckpointDecoder(directory, provider, threads)
+    raise BadInputError(f"{directory} holds neither {GRAPH} nor a checkpoint.")
