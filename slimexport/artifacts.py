@@ -251,6 +251,10 @@ class ShrunkCheckpoint:
 # ---------------------------------------------------------------------------------------------- export and verify
 
 
+MANIFEST = "export.json"
+"""What an exported directory says about itself."""
+
+
 @dataclass(frozen=True)
 class ExportArtifact:
     """One exported model: a directory that stands alone, and how to call the graph in it."""
@@ -258,8 +262,8 @@ class ExportArtifact:
     path: str
     target: str
     builder: str  # mobius | transformers
-    precision: str  # fp32 | fp16 | bf16
-    provider: str  # cpu | cuda: what the graph was optimised for
+    precision: str  # one of targets.base.PRECISIONS
+    provider: str  # one of providers.PROVIDERS: what the graph was optimised for
     files: Mapping[str, str]  # name -> sha256
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -268,6 +272,7 @@ class ExportArtifact:
     left_padding: bool  # whether the graph is right with left padding; where not, the runtime refuses it
     shared_kv: bool = False  # whether past and present of every block may be one buffer
     passes: tuple[str, ...] = ()  # over the graph, those that changed it
+    float_bytes: int = 0  # of matrices that a quantised graph still has in full
     notes: tuple[str, ...] = ()
 
 

@@ -329,9 +329,9 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 @click.option("--pasts", default="128,1024", metavar="N,...", show_default=True,
               help="Tokens before those that are decoded, for TPOT and ITL.")  # fmt: skip
 @click.option("--batches", default="", metavar="N,...", help="Batch sizes, for throughput.")
-@click.option("--tokens", type=int, default=32, show_default=True, help="Tokens decoded in each run.")
-@click.option("--rounds", type=int, default=10, show_default=True, help="Interleaved rounds.")
-@click.option("--threads", type=int, help="Threads; default: the affinity mask.")
+@click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded in each run.")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Interleaved rounds.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default: the affinity mask.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="Where graphs run.")  # fmt: skip
 @common

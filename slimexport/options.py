@@ -89,6 +89,8 @@ def _option(name: str, field: FieldInfo) -> click.Option:
     if not many:
         return click.Option([f"--{flag}", name], type=_click_type(kind), default=None, help=text)
     metavar = "SPEC" if name == "gates" else None
+    if name == "provider_option":  # its values may hold commas: one flag for each
+        return click.Option([f"--{flag}"], type=click.STRING, multiple=True, help=text)
     joined = _Listed(_click_type(kind))
     return click.Option([f"--{flag}", name], type=joined, multiple=True, metavar=metavar, help=text, callback=_flatten)
 

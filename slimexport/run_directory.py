@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from slimexport.artifacts import (
+    MANIFEST,
     SCHEMA_VERSION,
     BlockTrace,
     ShrunkCheckpoint,
@@ -63,6 +64,7 @@ class VerifyRecord:
     report: VerificationReport
     evaluation: TextSource
     others: Mapping[str, VerificationReport] = field(default_factory=dict)  # of the exports but the first, by name
+    first: str = "onnx"  # name of the first
 
 
 class RunDirectory:
@@ -141,13 +143,16 @@ class RunDirectory:
 
         run.json is emptied first and never absent: a directory that is half cleared is still a run's.
         """
-        targets = [str(t) for t in self.state.get("config", {}).get("target", [])]
         self.state = _empty_state()
         self.save()
-        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *targets):
+        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *self.exported()):
             remove(self / name)
         for partial in self.path.glob(".*.partial"):
             remove(partial)
+
+    def exported(self) -> list[str]:
+        """Names of the exported directories, of this run's options or of others."""
+        return sorted(made.parent.name for made in self.path.glob(f"[!.]*/{MANIFEST}"))
 
     @contextmanager
     def locked(self, *, must_exist: bool = False, force: bool = False) -> Iterator[None]:

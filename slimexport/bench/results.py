@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slimexport.artifacts import SCHEMA_VERSION
 from slimexport.bench.settings import Settings, Subject
 from slimexport.environment import environment
 from slimexport.verification.interleaved import Samples
@@ -50,7 +51,7 @@ class BenchResult:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def figure(self, model: str, name: str) -> Measured | None:
         return next((f for f in self.figures[model] if f.name == name), None)
@@ -77,18 +78,20 @@ def result(subjects: Mapping[str, Subject], settings: Settings, rates: Rates, sa
 def _figures(
     name: str, first: str, subject: Subject, settings: Settings, rates: Rates, samples: Samples, rng: Any
 ) -> Sequence[Measured]:
-    busy = samples.busy
+    busy, own_first = samples.busy, name == first
     made = []
     read = subject.streamed_bytes
     for length, seconds in samples.ttft[name].items():
         own, others = [[s] for s in seconds], [[s] for s in samples.ttft[first][length]]
-        made.append(_measured(f"prefill.ttft_ms.{length}", "ms", own, others, rng, busy))
+        made.append(_measured(f"prefill.ttft_ms.{length}", "ms", own, others, rng, busy, own_first))
     for past, runs in samples.itl[name].items():
         floor = 1e3 * read / rates.read_bytes_per_second if read and settings.provider == "cpu" else None
-        made.append(_measured(f"decode.tpot_ms.{past}", "ms", runs, samples.itl[first][past], rng, busy, floor))
+        made.append(
+            _measured(f"decode.tpot_ms.{past}", "ms", runs, samples.itl[first][past], rng, busy, own_first, floor)
+        )
     for size, seconds in samples.batch[name].items():
         tokens, other = size * settings.tokens, samples.batch[first][size]
-        made.append(_rate(f"batch.tokens_per_s.{size}", tokens, seconds, other, busy))
+        made.append(_rate(f"batch.tokens_per_s.{size}", tokens, seconds, other, busy, own_first))
     return made
 
 
@@ -99,12 +102,16 @@ def _measured(
     first: Sequence[Sequence[float]],
     rng: np.random.Generator,
     busy: str | None,
+    own_first: bool,
     floor: float | None = None,
 ) -> Measured:
-    """`runs` are seconds [round][token]; `first` those of the first model, measured back to back."""
+    """`runs` are seconds [round][token]; `first` those of the first model, measured back to back, or the same ones.
+
+    The first model is judged by how its times scatter, the others by their ratios to it.
+    """
     own, other = ([1e3 * float(np.mean(run)) for run in each] for each in (runs, first))
     ratios = [a / b for a, b in zip(own, other, strict=True)]
-    why = busy or defect(ratios if runs is not first else own)
+    why = busy or defect(own if own_first else ratios)
     if why:
         return Measured(name, unit, None, valid=False, note=why, floor=floor)
     found = median(ratios)
@@ -122,12 +129,14 @@ def _measured(
     )
 
 
-def _rate(name: str, tokens: int, seconds: Sequence[float], first: Sequence[float], busy: str | None) -> Measured:
+def _rate(
+    name: str, tokens: int, seconds: Sequence[float], first: Sequence[float], busy: str | None, own_first: bool
+) -> Measured:
     unit = "tokens/s"
     if not seconds or len(seconds) != len(first):
         return Measured(name, unit, None, valid=False, note="this kind of model is not measured in batches")
     ratios = [b / a for a, b in zip(seconds, first, strict=True)]
-    if why := busy or defect(ratios):
+    if why := busy or defect(list(seconds) if own_first else ratios):
         return Measured(name, unit, None, valid=False, note=why)
     found = median(ratios)
     return Measured(name, unit, tokens / float(np.median(seconds)), {}, found.value, found.low, found.high)

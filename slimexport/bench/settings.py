@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slimexport.errors import BadInputError
-from slimexport.runtime import default_threads
+from slimexport.runtime import checked_threads
 from slimexport.verification.interleaved import Quantities, Timed
 
 
@@ -42,12 +42,11 @@ class Settings:
             raise BadInputError("Lengths, tokens, batches and rounds must be at least 1.")
         if self.batches and not self.pasts:
             raise BadInputError("Batches are measured after the first of the past lengths: name one.")
-        if self.threads is not None and not 1 <= self.threads <= default_threads():
-            raise BadInputError(f"threads must be from 1 to {default_threads()}, the cores that this process may use.")
+        checked_threads(self.threads)
 
     @property
     def resolved_threads(self) -> int:
-        return self.threads or default_threads()
+        return checked_threads(self.threads)
 
     @property
     def longest(self) -> int:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimexport.errors import BadInputError
-from slimexport.runtime.base import MANIFEST, Decoder, Greedy, TimedGreedy, default_threads
+from slimexport.runtime.base import Decoder, Greedy, TimedGreedy, checked_threads, default_threads
 from slimexport.runtime.onnx import GRAPH, KVState, OnnxDecoder, require_provider
 
 __all__ = [
-    "GRAPH", "MANIFEST", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "default_threads",
-    "open_decoder", "require_provider",
+    "GRAPH", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "checked_threads",
+    "default_threads", "open_decoder", "require_provider",
 ]  # fmt: skip
 
 

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimexport.artifacts import ExportArtifact, from_dict, read_json
+from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError
-
-MANIFEST = "export.json"
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,29 @@ class TimedGreedy:
 
 
 def default_threads() -> int:
-    """Cores this process may use; ONNX Runtime's own default is every core of the machine."""
+    """Cores this process may use, by its affinity and by the CPU quota of its container; ONNX Runtime's own default is
+    every core of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return max(1, len(affinity(0)) if affinity else (os.cpu_count() or 1))
+    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    return max(1, min(cores, int(_quota() or cores)))
+
+
+def checked_threads(threads: int | None) -> int:
+    """`threads`, or as many as this process may use. Raises BadInputError for more, which would only get into each
+    other's way."""
+    most = default_threads()
+    if threads is not None and not 1 <= threads <= most:
+        raise BadInputError(f"threads must be from 1 to {most}, the cores that this process may use, not {threads}.")
+    return threads or most
+
+
+def _quota() -> float | None:
+    """Cores' worth of time that the container may use; None for as much as there is."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 class Decoder(ABC):

@@ -121,8 +121,11 @@ def _genai_sizes(path: Path) -> tuple[tuple[int, ...], int] | None:
     config = path.parent / "genai_config.json"
     if not config.is_file():
         return None
-    decoder = read_json(config)["model"]["decoder"]
-    return (decoder["num_key_value_heads"],) * decoder["num_hidden_layers"], decoder["head_size"]
+    try:
+        decoder = read_json(config)["model"]["decoder"]
+        return (decoder["num_key_value_heads"],) * decoder["num_hidden_layers"], decoder["head_size"]
+    except (KeyError, TypeError) as error:
+        raise BadInputError(f"{config} does not say how large the cache is: {error} is missing.") from error
 
 
 def _slot(name: str) -> _Slot | None:

@@ -15,6 +15,7 @@ from slimexport.artifacts import (
     ModelSource,
     from_dict,
     read_json,
+    remove,
     sha256_tree,
     staged_directory,
     write_json,
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from slimexport.config import RunConfig
     from slimexport.progress import Progress
 
-GRAPH_PACKAGES = ("slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch")
+GRAPH_PACKAGES = (
+    "slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch", "numpy", "onnxruntime",
+    "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda",
+)  # fmt: skip
 CACHE_WAIT = 900.0  # seconds for another run that is just making the same baseline
 
 
@@ -47,6 +51,9 @@ def export_stage(
     check_files(directory / CHECKPOINT, checkpoint.files)
     directory.begin("export")
     started = time.monotonic()
+    if force:  # what other options made of an earlier pruning must not pass for this one's
+        for name in set(directory.exported()) - set(names):
+            remove(directory / name)
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
     with progress.stage("export"):

@@ -48,10 +48,11 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def check_targets(config: RunConfig) -> None:
     """Unknown targets and absent providers are said before minutes of pruning."""
-    from slimexport.runtime import require_provider
+    from slimexport.runtime import checked_threads, require_provider
     from slimexport.targets import registry as targets
 
     require_provider(config.provider)
+    checked_threads(config.threads)
     for name in config.target:
         for precision in config.precision:
             targets.get(name).check_options(export_options(config, precision))

@@ -82,7 +82,7 @@ def verify_stage(
         progress.note(far)
         made = replace(made, notes=(*made.notes, far))
     others = dict(list(found.items())[1:])
-    directory.write(VERIFICATION, VerifyRecord(made, text.source, others))
+    directory.write(VERIFICATION, VerifyRecord(made, text.source, others, next(iter(found))))
     directory.save_config(fields_of(config, "verify"))
     directory.finish("verify", key, time.monotonic() - started)
     return made

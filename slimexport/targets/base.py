@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from slimexport.artifacts import ExportArtifact, from_dict, read_json
+from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json
 from slimexport.errors import BadInputError
 from slimexport.providers import PROVIDERS
-from slimexport.runtime.base import MANIFEST
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -30,6 +30,11 @@ class GenaiTarget(OnnxTarget):
 
     name = "genai"
 
+    def check_options(self, options: ExportOptions) -> None:
+        """Also whether onnxruntime-genai is there."""
+        super().check_options(options)
+        require("onnxruntime_genai")
+
     def export(
         self,
         model: PreTrainedModel,
@@ -38,7 +43,6 @@ class GenaiTarget(OnnxTarget):
         options: ExportOptions,
         check: Check | None = None,
     ) -> ExportArtifact:
-        require("onnxruntime_genai")
         artifact = super().export(model, tokenizer, directory, options, check)
         if not (Path(directory) / "genai_config.json").is_file():
             why = next((note for note in artifact.notes if note.startswith("No genai_config.json")), "")
@@ -106,7 +110,7 @@ def _check_tokens(directory: Path, model: Any, provider: str) -> None:
         raise NotReproducedError(
             f"{directory}: onnxruntime-genai generates {got[step]} at step {step}, ONNX Runtime {wanted[step]}."
         )
-    if len(got) < STEPS and got[-1:] != _vocabulary(directory) - 1:
+    if len(got) < STEPS and (not len(got) or got[-1] != _vocabulary(directory) - 1):
         raise NotReproducedError(f"{directory}: onnxruntime-genai stopped after {len(got)} of {STEPS} tokens.")
 
 

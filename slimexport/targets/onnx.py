@@ -93,7 +93,7 @@ def _export_with(
     with quiet():
         graph = builder.build(model, options)
         done, left = passes.apply(graph.model, options.without)
-    notes = (*notes, *graph.notes, *left)
+    notes = (*notes, *left)
     if graph.no_genai:
         notes = (*notes, f"No genai_config.json: {graph.no_genai}.")
 
@@ -114,7 +114,8 @@ def _export_with(
             left_padding=graph.left_padding,
             shared_kv=graph.shared_kv,
             passes=done,
-            notes=notes,
+            float_bytes=quantise.left_float(graph.model) if precision.startswith("int") else 0,
+            notes=(*graph.notes, *notes),
         )
         # "." because the directory moves (staging, a copy to a server): the same model gives the same bytes.
         write_json(place / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
@@ -146,6 +147,10 @@ def _quantised(
         plain = graph.model.clone()
         with quiet():
             sources = quantise.quantise(graph.model, quantise.SCHEMES[options.precision])
+        left = quantise.left_float(graph.model)
+        if left:
+            note = f"{left / 1e6:.1f} MB of weights are of operators that are not quantised here, and stay as they are."
+            graph = dataclasses.replace(graph, notes=(*graph.notes, note))
         artifact = written(graph, directory, options.precision)
         quantise.check_quantised(directory / GRAPH, sources)
         if check:
@@ -167,6 +172,7 @@ def _exact(artifact: ExportArtifact, place: Path, precision: str) -> ExportArtif
     directory = Path(artifact.path)
     for name in artifact.files:
         if name != GRAPH:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(directory / name, place / name)  # the very bytes
             except OSError:  # a file system without links

@@ -7,7 +7,7 @@ inputs of an output. Activations stay in the graph's own precision; the kernels 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import NotReproducedError
-from slimexport.targets.passes.head import head_product, is_product, weight_of
+from slimexport.targets.passes.head import head_product, is_product, is_transposed, weight_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BLOCK = 32
 _DOMAIN = "com.microsoft"
 _QUANTISED = ("MatMulNBits", "GatherBlockQuantized")
+_OF_ROWS = ("Gather", "GroupQueryAttention", "RotaryEmbedding")  # read but rows of a table
 _FULL_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4  # values of `accuracy_level`
 _ROUNDING = 1e-4  # of a level: in float32 a weight half way between two may go to either
 
@@ -65,7 +66,7 @@ def quantise(model: ir.Model, scheme: Scheme) -> Sources:
         weight = weight_of(node)
         assert weight is not None
         bits = scheme.head_bits if node is head else scheme.bits
-        _replace_product(graph, node, quantised(weight, _transposed(node), bits))
+        _replace_product(graph, node, quantised(weight, is_transposed(node), bits))
     for node in [node for node in graph if node.op_type == "Gather" and _is_embedding(node)]:
         table = node.inputs[0]
         assert table is not None
@@ -141,6 +142,23 @@ def _take_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     made.name = name
 
 
+def left_float(model: ir.Model) -> int:
+    """Bytes of the matrices in a quantised `model` that are still float: of operators that have no quantised kind here
+    (experts in one tensor), and of products that are no plain ones."""
+    total = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        read = any(use.node.op_type not in _OF_ROWS for use in value.uses())
+        if tensor is not None and read and tensor.dtype.is_floating_point() and _matrix(tensor.shape.numpy()):
+            total += tensor.nbytes
+    return total
+
+
+def _matrix(shape: Sequence[int]) -> bool:
+    """Whether it has what a block is cut from; tables of positions and convolutions are small, or no matrices."""
+    return len(shape) >= 2 and shape[-1] >= BLOCK and shape[-2] >= BLOCK
+
+
 def _drop_unused(graph: ir.Graph) -> None:
     """Weights that nothing reads any more, also through a node that only changes their shape."""
     for node in list(graph):
@@ -163,14 +181,6 @@ def _initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 def _array(weight: ir.Value) -> NDArray[Any]:
     assert weight.const_value is not None
     return weight.const_value.numpy()
-
-
-def _transposed(node: ir.Node) -> bool:
-    """Whether the weight that it reads is [N, K]."""
-    second = node.inputs[1]
-    assert second is not None
-    turned = second.producer() is not None
-    return turned != bool(node.op_type == "Gemm" and node.attributes.get_int("transB", 0))
 
 
 def _is_embedding(node: ir.Node) -> bool:
@@ -289,7 +299,9 @@ def _beyond_nearest(
     distance = np.abs(np.clip(wanted, 0, 2**bits - 1) - levels)
     beyond = np.nan_to_num(wanted, nan=np.inf) - np.clip(wanted, 0, 2**bits - 1)  # a range that is too small
     worst = float(max(distance.max(), np.abs(beyond).max()))
-    return worst if not worst <= 0.5 + _ROUNDING * 2**bits else 0.0
+    # A scale of 16 bits is itself rounded, by which the last level of all is off most.
+    rounding = _ROUNDING + float(np.finfo(scales.dtype).eps) / 2
+    return worst if not worst <= 0.5 + rounding * 2**bits else 0.0
 
 
 def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

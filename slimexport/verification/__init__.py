@@ -51,14 +51,14 @@ def verify(
     import numpy as np
 
     from slimexport.errors import BadInputError
-    from slimexport.runtime import default_threads, open_decoder
+    from slimexport.runtime import checked_threads, open_decoder
     from slimexport.verification.footprint import process_figures, size_figure
     from slimexport.verification.latency import measure_latency
     from slimexport.verification.perplexity import accuracy
 
     ids = np.asarray(eval_text.input_ids, np.int64)
     places = Path(shrunk.path), Path(baseline.path) if baseline else None
-    threads = config.threads or default_threads()
+    threads = checked_threads(config.threads)
 
     def telling(text: str) -> Callable[[int, int], None] | None:
         return None if progress is None else (lambda done, total: progress(done, total, text))

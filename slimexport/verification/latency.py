@@ -105,6 +105,9 @@ def measure_latency(
     }
     busy = samples.busy if shrunk.provider == "cpu" else None
     ideals = _Ideals({}, None)
+    if any(d.artifact and d.artifact.float_bytes for d in decoders.values()):
+        notes.append("No ideals and floors: some weights are not quantised, and what is read follows from no size.")
+        shrunk_estimates = None
     if shrunk_estimates and shrunk.provider == "cpu":
         ideals = _floors(shrunk, shrunk_estimates, lengths, prompt_tokens + (decode_tokens - 1) / 2)
     if baseline and shrunk_estimates and baseline_estimates:

@@ -232,16 +232,17 @@ def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> _Grap
 
 
 def _last(decoder: Decoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:
-    """Of the prompt and, beside it in one batch, of its first `shorter` tokens and padding; nothing where the graph
-    gives all logits always."""
-    if not decoder.last_only:
-        return {}
+    """Of the prompt and, beside it in one batch, of its first `shorter` tokens and padding; asked for alone where the
+    decoder gives those."""
     if decoder.fixed_batch not in (None, 2):
         return {len(prompt) - 1: decoder.last_logits(prompt[None])[0][0]}
     both, mask = np.stack([prompt, prompt]), np.ones((2, len(prompt)), np.int64)
     mask[1, shorter:] = 0
-    rows, _ = decoder.last_logits(both, None, mask)
-    return {len(prompt) - 1: rows[0], shorter - 1: rows[1]}
+    if decoder.last_only:
+        rows, _ = decoder.last_logits(both, None, mask)
+        return {len(prompt) - 1: rows[0], shorter - 1: rows[1]}
+    logits, _ = decoder.forward(both, None, mask)
+    return {len(prompt) - 1: logits[0, -1], shorter - 1: logits[1, shorter - 1]}
 
 
 @torch.no_grad()

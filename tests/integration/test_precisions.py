@@ -9,6 +9,7 @@ from models import tiny_directory, tiny_text
 
 import slimexport
 from slimexport import pipeline
+from slimexport.errors import BadInputError
 from slimexport.reporting import load_report
 from slimexport.runtime import OnnxDecoder
 
@@ -45,6 +46,20 @@ def test_every_precision_is_there_with_its_baseline(finished: Any) -> None:
         assert OnnxDecoder(out / name, threads=1).artifact.files == report.exports[name].files
     hidden = [path for path in out.rglob("*") if path.name.startswith(".") and path.is_dir()]
     assert not hidden, "what the checks needed is gone"
+
+
+def test_force_leaves_no_export_of_another_pruning(finished: Any, options: dict[str, Any], tmp_path: Any) -> None:
+    import shutil
+
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    with pytest.raises(BadInputError, match="threads must be from 1"):
+        pipeline.run(slimexport.RunConfig(**options, threads=999), out, force=True)
+    assert (out / "onnx-int8").is_dir(), "bad input loses nothing"
+    pipeline.prune(slimexport.RunConfig(**options | {"ratio": 0.2, "precision": "fp32"}), out, force=True)
+    assert not list(out.glob("onnx*"))
+    assert (out / "baseline" / "onnx-int8").is_dir(), "the dense model is the same"
+    with pytest.raises(BadInputError, match="is not verified yet"):
+        pipeline.verified(out)
 
 
 def test_accuracy_of_all_is_held_to_the_dense_model_in_full_precision(finished: Any) -> None:

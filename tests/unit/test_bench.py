@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -116,8 +117,7 @@ def test_all_kinds_give_the_same_tokens(place: Path) -> None:
 
 
 def test_a_real_bench_measures_everything(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MIN_CPU_SHARE", 0.0)
-    monkeypatch.setattr(machine, "MAX_STEAL", 1.0)
+    monkeypatch.setattr(machine.Watch, "busy", None)
     monkeypatch.setattr(results, "defect", lambda values: None)
     made = bench([place / "onnx", place / "checkpoint"], SMALL)
     for name in ("onnx", "checkpoint"):
@@ -170,6 +170,22 @@ def test_ratios_floors_and_what_cannot_be_measured(monkeypatch: pytest.MonkeyPat
     assert "not measured in batches" in batch.note
     line = next(line for line in results.text(made).splitlines() if "floor" in line)
     assert line.split() == ["x", "of", "the", "floor", "2.00", "1.00"]
+
+
+def test_the_first_model_is_judged_by_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    scattered = iter(np.tile([0.01, 0.09, 0.02, 0.08, 0.03], 100))
+
+    def timed_greedy(prompt: Any, steps: int) -> TimedGreedy:
+        seconds = float(next(scattered))
+        return TimedGreedy(seconds, (seconds,) * steps, (0,) * (steps + 1))
+
+    model = fake(0.01, [], "a")
+    model.timed_greedy, model.timed_batch = timed_greedy, lambda prompts, steps: float(next(scattered))
+    monkeypatch.setattr(subjects_module, "open_all", lambda paths, settings: {"a": model})
+    monkeypatch.setattr(machine, "rates", lambda threads: machine.Rates(threads, 1e11, 1e11))
+    monkeypatch.setattr(machine.Watch, "busy", None)
+    made = bench(["x"], dataclasses.replace(SMALL, rounds=8))
+    assert [figure.valid for figure in made.figures["a"]] == [False, False, False]
 
 
 def test_on_a_busy_machine_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +257,7 @@ def test_gguf_through_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert seen[0]["n_ctx"] == 13
     assert seen[0]["n_threads"] == 1
     assert subject.timed_greedy(np.array([0, 1, 2]), 2).tokens == (2, 1, 1)
-    assert (subject.vocabulary, subject.streamed_bytes) == (3, 10)
+    assert (subject.vocabulary, subject.streamed_bytes) == (3, None)
 
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_graph_without_the_products_is_left_alone_and_says_so() -> None:
     names, notes = passes.apply(model)
     assert names == ()
     assert notes == (
-        "Pass gate_up: no gate and up projections were found.",
+        "Pass gate_up: there are no two products of one input (the builder may have packed them).",
         "Pass last_logits: the product that gives the logits was not found.",
     )
     assert [given.name for given in model.graph.inputs] == ["logits"]

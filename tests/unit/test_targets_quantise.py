@@ -18,14 +18,23 @@ from slimexport.runtime import OnnxDecoder
 from slimexport.targets import passes
 from slimexport.targets.base import ExportOptions
 from slimexport.targets.builders.mobius import MobiusBuilder
-from slimexport.targets.quantise import BLOCK, SCHEMES, Scheme, check_quantised, put_levels, quantise, unpacked
+from slimexport.targets.quantise import (
+    BLOCK,
+    SCHEMES,
+    Scheme,
+    check_quantised,
+    left_float,
+    put_levels,
+    quantise,
+    unpacked,
+)
 
 RNG = np.random.default_rng(0)
 
 
 def product(weight: np.ndarray, kind: str = "MatMul", bias: np.ndarray | None = None) -> onnx_ir.Model:
     """x [b, K] -> logits [b, N]; `weight` as the node reads it."""
-    x = onnx_ir.val("x", onnx_ir.DataType.FLOAT, ["b", weight.shape[1 if kind in ("Gemm", "turned") else 0]])
+    x = onnx_ir.val("x", onnx_ir.DataType.FLOAT, ["b", weight.shape[0 if kind == "MatMul" else 1]])
     given = [onnx_ir.val("w", const_value=onnx_ir.tensor(weight, name="w"))]
     if bias is not None:
         given.append(onnx_ir.val("bias", const_value=onnx_ir.tensor(bias, name="bias")))
@@ -33,13 +42,17 @@ def product(weight: np.ndarray, kind: str = "MatMul", bias: np.ndarray | None = 
     if kind == "turned":
         nodes = [onnx_ir.node("Transpose", [given[0]], {"perm": [1, 0]})]
         nodes.append(onnx_ir.node("MatMul", [x, nodes[0].outputs[0]]))
+    elif kind == "FusedMatMul":
+        nodes = [onnx_ir.node(kind, [x, *given], {"transB": 1, "alpha": 1.0}, domain="com.microsoft")]
     elif kind == "Gemm":
         nodes = [onnx_ir.node("Gemm", [x, *given], {"transB": 1})]
     else:
         nodes = [onnx_ir.node("MatMul", [x, *given])]
     logits = nodes[-1].outputs[0]
     logits.name, logits.type = "logits", onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
-    graph = onnx_ir.Graph([x], [logits], nodes=nodes, initializers=given, opset_imports={"": 21}, name="product")
+    graph = onnx_ir.Graph(
+        [x], [logits], nodes=nodes, initializers=given, opset_imports={"": 21, "com.microsoft": 1}, name="product"
+    )
     return onnx_ir.Model(graph, ir_version=10)
 
 
@@ -82,7 +95,10 @@ def test_levels_are_the_nearest_ones(bits: int, inputs: int) -> None:
     assert np.abs(found[3, :32]).max() == 0
 
 
-@pytest.mark.parametrize(("kind", "bias"), [("MatMul", False), ("turned", False), ("Gemm", False), ("Gemm", True)])
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [("MatMul", False), ("turned", False), ("Gemm", False), ("Gemm", True), ("FusedMatMul", False)],
+)
 def test_products_of_all_forms(kind: str, bias: bool) -> None:
     weight = RNG.normal(size=(24, 96)).astype(np.float32)
     added = RNG.normal(size=24).astype(np.float32) if bias else None
@@ -100,6 +116,35 @@ def test_products_of_all_forms(kind: str, bias: bool) -> None:
     assert "w" not in plain.graph.initializers
     assert np.abs(run(plain, x) - expected).max() > 0
     assert np.abs(run(plain, x) - got).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_scales_of_sixteen_bits_pass_and_wrong_ones_do_not(precision: str, tmp_path: Path) -> None:
+    weight = RNG.normal(size=(96, 24)).astype(np.float16)
+    model = product(weight)
+    sources = quantise(model, SCHEMES[precision])
+    check_quantised(save(model, tmp_path / "right"), sources)
+    scales = next(v for name, v in model.graph.initializers.items() if name.endswith(".scales"))
+    changed = scales.const_value.numpy().copy()
+    changed[3, 1] *= np.float16(1.1)
+    scales.const_value = onnx_ir.tensor(changed, name=scales.name)
+    with pytest.raises(NotReproducedError, match="is off by"):
+        check_quantised(save(model, tmp_path / "wrong"), sources)
+
+
+def test_what_is_no_plain_product_stays_and_is_counted() -> None:
+    model = product(RNG.normal(size=(96, 64)).astype(np.float32))
+    assert left_float(model) == 96 * 64 * 4
+    node = model.graph.node(0)
+    node.op_type = "Other"
+    assert not quantise(model, SCHEMES["int8"])
+    assert left_float(model) == 96 * 64 * 4
+    node.op_type = "MatMul"
+    model.graph.initializers["w"].const_value = onnx_ir.tensor(np.zeros((3, 96, 64), np.float32), name="w")
+    assert not quantise(model, SCHEMES["int8"]), "three matrices in one are not cut into blocks"
+    model.graph.initializers["w"].const_value = onnx_ir.tensor(np.zeros((96, 64), np.float32), name="w")
+    quantise(model, SCHEMES["int8"])
+    assert left_float(model) == 0
 
 
 def test_four_bits_are_unpacked_low_first() -> None:

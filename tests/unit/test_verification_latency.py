@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from math import comb
 
@@ -24,7 +26,7 @@ DENSE = Estimates(200, 160, 800, 600, 500, 8)
 class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
-    provider, threads, precision, last_only = "scripted", 2, "fp32", False
+    provider, threads, precision, last_only, artifact = "scripted", 2, "fp32", False, None
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
@@ -129,8 +131,15 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_note():
     assert "Decoding 16 tokens" in made.notes[0]
 
 
-@pytest.mark.parametrize(("cpu_seconds", "busy"), [(1.9, False), (1.0, True)])
-def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, busy):
+@pytest.mark.parametrize(
+    ("cpu_seconds", "all_seconds", "busy"),
+    [
+        (1.9, 1.95, False),
+        (1.0, 2.0, True),
+        (1.0, 1.05, False),  # ours alone, but not in parallel all the time
+    ],
+)
+def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, all_seconds, busy):
     """Two threads, one second of wall clock."""
 
     class Clock:
@@ -138,22 +147,47 @@ def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, busy):
         process_time = staticmethod(iter([0.0, cpu_seconds]).__next__)
 
     monkeypatch.setattr(machine, "time", Clock)
+    monkeypatch.setattr(machine, "_machine_seconds", iter([(0.0, 0.0), (all_seconds, 0.0)]).__next__)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured()
     assert made.details["cpu_share"] == cpu_seconds / 2
     assert any("machine was busy" in note for note in made.notes) == busy
     assert {figure.valid for figure in made.figures} == {not busy}
-    assert all("50% of their 2 cores" in figure.note for figure in made.figures) == busy
+    assert all("50% of their 2 cores" in (figure.note or "") for figure in made.figures) == busy
 
 
-def test_time_that_the_host_gave_to_others_is_seen(monkeypatch):
-    readings = iter([[0] * 8, [10, 0, 10, 70, 0, 0, 0, 10]])
-    monkeypatch.setattr(machine, "_jiffies", readings.__next__)
-    monkeypatch.setattr(machine, "MIN_CPU_SHARE", 0.0)
+@pytest.mark.parametrize(
+    ("machine_seconds", "throttled", "words"),
+    [
+        ((1.9, 0.2), 0.0, "gave 10% of its time to others"),
+        ((2.6, 0.0), 0.0, "other work kept 0.7 of its 2 cores busy"),
+        ((1.9, 0.0), 0.5, "a CPU quota held the runs up for 50% of the time"),
+        ((1.9, 0.0), 0.0, None),
+    ],
+    ids=["steal", "load", "quota", "none"],
+)
+def test_other_reasons_why_a_machine_is_not_ours(monkeypatch, machine_seconds, throttled, words):
+    class Clock:
+        perf_counter = staticmethod(iter([0.0, 1.0]).__next__)
+        process_time = staticmethod(iter([0.0, 1.9]).__next__)
+
+    monkeypatch.setattr(machine, "time", Clock)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine, "default_threads", lambda: 2)
+    monkeypatch.setattr(machine, "_machine_seconds", iter([(0.0, 0.0), machine_seconds]).__next__)
+    monkeypatch.setattr(machine, "_throttled_seconds", iter([0.0, throttled]).__next__)
     with machine.Watch(2) as watch:
         pass
-    assert watch.found["steal"] == 0.1
-    assert "gave 10% of its time to others" in watch.busy
+    assert watch.busy is None if words is None else words in watch.busy
+
+
+def test_real_work_of_others_is_seen():
+    """A process that does nothing but count, while this one waits."""
+    code = "import time; end = time.perf_counter() + 3\nwhile time.perf_counter() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as other, machine.Watch(1) as watch:
+        other.wait()
+    assert watch.found["others"] > 0.3
+    assert "the machine was busy" in watch.busy
 
 
 def test_warm_up_goes_on_while_a_model_gets_faster(monkeypatch):

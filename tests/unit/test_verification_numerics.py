@@ -36,7 +36,7 @@ def changed(model, name, change):
 def test_a_true_graph_passes(model, decoder):
     result = check_export(decoder, model, seed=3)
     assert result["failure"] is None
-    assert set(result["steps"]) == {"prefill", "decode", "chunk", "greedy"}
+    assert set(result["steps"]) == {"prefill", "decode", "chunk", "greedy", "last"}
     assert 0 < result["max_logit_difference"] < result["tolerance"] / 30
     assert result["mean_logit_difference"] < result["tolerance_mean"]
     assert result["greedy_tokens"] == 2 * 64
@@ -108,8 +108,8 @@ def test_ties_are_named_and_do_not_fail(model, decoder):
         max_positions = decoder.max_positions
         room = decoder.room
 
-        def forward(self, ids, past=None):
-            logits, state = decoder.forward(ids, past)
+        def forward(self, ids, past=None, mask=None):
+            logits, state = decoder.forward(ids, past, mask)
             logits = logits.copy()
             logits[..., twin] = logits[..., token]
             logits[..., min(token, twin)] += 1e-6 * np.abs(logits[..., token])

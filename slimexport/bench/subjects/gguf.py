@@ -50,7 +50,7 @@ class GgufSubject:
         self.precision = "gguf"
         self.vocabulary: int = self.model.n_vocab()
         self.max_positions: int | None = int(self.model.n_ctx_train()) if hasattr(self.model, "n_ctx_train") else None
-        self.streamed_bytes: int | None = place.stat().st_size
+        self.streamed_bytes: int | None = None  # the file may hold tables and experts that a token reads little of
 
     def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
         self.model.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slimexport.artifacts import read_json
 from slimexport.run_directory import BASELINE, RUN
 from slimexport.runtime import GRAPH, OnnxDecoder
 
@@ -24,7 +25,7 @@ def find(path: Path) -> list[Path]:
         return [path]
     if not (path / RUN).is_file():
         return []
-    return [graph.parent for where in (path, path / BASELINE) for graph in sorted(where.glob(f"*/{GRAPH}"))]
+    return [graph.parent for where in (path, path / BASELINE) for graph in sorted(where.glob(f"[!.]*/{GRAPH}"))]
 
 
 def open_one(place: Path, name: str, settings: Settings) -> OnnxSubject:
@@ -44,8 +45,14 @@ class OnnxSubject(OnnxDecoder):
         import onnx_ir
 
         graph = onnx_ir.load(str(self.path)).graph
-        self.streamed_bytes: int | None = streamed_bytes(graph)
+        self.streamed_bytes: int | None = None if has_experts(self.directory) else streamed_bytes(graph)
         self.shared_kv = self.shared_kv or shares_buffers(graph)
+
+
+def has_experts(directory: Path) -> bool:
+    """Whether a token reads but a part of the weights, as the config beside them says."""
+    path = directory / "config.json"
+    return path.is_file() and any("experts" in name and value for name, value in read_json(path).items())
 
 
 def shares_buffers(graph: ir.Graph) -> bool:
@@ -54,11 +61,15 @@ def shares_buffers(graph: ir.Graph) -> bool:
     return bool(made) and all(node is not None and node.op_type == "GroupQueryAttention" for node in made)
 
 
+def _through_reshape(node: ir.Node) -> list[ir.Node]:
+    return [use.node for use in node.outputs[0].uses()] if node.op_type == "Reshape" else [node]
+
+
 def streamed_bytes(graph: ir.Graph) -> int:
     """Bytes of the weights that one token reads: all, but of tables that only rows are taken from."""
     total = 0
     for value in graph.initializers.values():
-        readers = {use.node.op_type for use in value.uses()}
+        readers = {reader.op_type for use in value.uses() for reader in _through_reshape(use.node)}
         rows_only = bool(readers) and readers <= {"Gather", "GatherBlockQuantized", "GroupQueryAttention"}
         if value.const_value is not None and not rows_only:
             total += value.const_value.nbytes

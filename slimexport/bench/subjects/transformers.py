@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slimexport.bench.subjects.onnx import has_experts
 from slimexport.run_directory import CHECKPOINT
 from slimexport.runtime.checkpoint import CheckpointDecoder
 
@@ -41,4 +42,5 @@ class TransformersSubject(CheckpointDecoder):
         self.vocabulary = self.vocab_size or 256
         tied = self.model.config.get_text_config().tie_word_embeddings
         tables = 0 if tied else self.model.get_input_embeddings().weight.nbytes
-        self.streamed_bytes: int | None = sum(p.nbytes for p in self.model.parameters()) - tables
+        weights = sum(p.nbytes for p in self.model.parameters()) - tables
+        self.streamed_bytes: int | None = None if has_experts(self.directory) else weights

@@ -22,7 +22,7 @@ def fuse(model: ir.Model) -> str | None:
             readers[node.inputs[0]].append(node)
     pairs = [nodes for nodes in readers.values() if len(nodes) == 2 and _alike([node.inputs[1] for node in nodes])]
     if not pairs:
-        return "no gate and up projections were found"
+        return "there are no two products of one input (the builder may have packed them)"
     for nodes in pairs:
         weights = [node.inputs[1] for node in nodes]
         name = f"{weights[0].name}.and_next"
@@ -48,4 +48,5 @@ def fuse(model: ir.Model) -> str | None:
 def _alike(weights: list[ir.Value | None]) -> bool:
     tensors = [w.const_value if w is not None and w.is_initializer() else None for w in weights]
     shapes = {tuple(tensor.shape.numpy()) if tensor is not None else None for tensor in tensors}
-    return len(shapes) == 1 and None not in shapes
+    kinds = {tensor.dtype if tensor is not None else None for tensor in tensors}
+    return len(shapes) == len(kinds) == 1 and None not in shapes and len(shapes.pop() or ()) == 2
