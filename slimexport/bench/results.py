@@ -69,6 +69,7 @@ def result(subjects: Mapping[str, Subject], settings: Settings, rates: Rates, sa
     )
     raw = {
         "ttft_ms": _ms(samples.ttft), "itl_ms": _ms(samples.itl), "batch_ms": _ms(samples.batch),
+        "joules_per_token": samples.joules,
         "orders": samples.orders, "warm_up": samples.warm_up, **samples.watched,
     }  # fmt: skip
     notes = (samples.busy + ": nothing was reported, repeat it on a quiet machine",) if samples.busy else ()
@@ -89,6 +90,10 @@ def _figures(
         made.append(
             _measured(f"decode.tpot_ms.{past}", "ms", runs, samples.itl[first][past], rng, busy, own_first, floor)
         )
+    for past, joules in samples.joules[name].items():
+        if joules:
+            own, others = [[j] for j in joules], [[j] for j in samples.joules[first][past]]
+            made.append(_measured(f"decode.joules_per_token.{past}", "J", own, others, rng, busy, own_first, scale=1))
     for size, seconds in samples.batch[name].items():
         tokens, other = size * settings.tokens, samples.batch[first][size]
         made.append(_rate(f"batch.tokens_per_s.{size}", tokens, seconds, other, busy, own_first))
@@ -104,18 +109,19 @@ def _measured(
     busy: str | None,
     own_first: bool,
     floor: float | None = None,
+    scale: float = 1e3,
 ) -> Measured:
     """`runs` are seconds [round][token]; `first` those of the first model, measured back to back, or the same ones.
 
     The first model is judged by how its times scatter, the others by their ratios to it.
     """
-    own, other = ([1e3 * float(np.mean(run)) for run in each] for each in (runs, first))
+    own, other = ([scale * float(np.mean(run)) for run in each] for each in (runs, first))
     ratios = [a / b for a, b in zip(own, other, strict=True)]
     why = busy or defect(own if own_first else ratios)
     if why:
         return Measured(name, unit, None, valid=False, note=why, floor=floor)
     found = median(ratios)
-    pooled = 1e3 * np.concatenate([np.asarray(run) for run in runs])
+    pooled = scale * np.concatenate([np.asarray(run) for run in runs])
     return Measured(
         name,
         unit,

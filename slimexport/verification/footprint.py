@@ -21,6 +21,7 @@ from typing import Any
 from slimexport.artifacts import Figure
 from slimexport.environment import peak_memory_bytes
 from slimexport.errors import SlimExportError
+from slimexport.providers import PROVIDERS
 
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
@@ -89,7 +90,23 @@ def process_figures(
         ratio=peak["shrunk"] / dense if dense else None,
         note=f"whole process: load, prompt of {PROMPT_TOKENS}, {DECODE_TOKENS} tokens; median of {LOADS} processes",
     )
-    return (paired_figure("load.seconds", "s", seconds["shrunk"], seconds.get("baseline")), memory), found
+    load = paired_figure("load.seconds", "s", seconds["shrunk"], seconds.get("baseline"))
+    return (load, memory, *_device_figures(found)), found
+
+
+def _device_figures(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Figure, ...]:
+    """None where no process held memory of a device."""
+    held = {name: [said.get("device_memory_mb") for said in runs] for name, runs in found.items()}
+    if any(value is None for values in held.values() for value in values):
+        return ()
+    medians = {name: statistics.median(map(float, filter(None, values))) for name, values in held.items()}
+    own, dense = medians["shrunk"], medians.get("baseline")
+    return (
+        Figure(
+            "memory.device_mb", "MB", shrunk=own, baseline=dense, ratio=own / dense if dense else None,
+            note="GPU memory of the whole process, CUDA's own with it, after the same work as memory.peak_rss_mb",
+        ),
+    )  # fmt: skip
 
 
 def _run(directory: Path, provider: str, threads: int, provider_option: Sequence[str] = ()) -> Mapping[str, Any]:
@@ -129,8 +146,10 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
     tokens = max(1, min(PROMPT_TOKENS, positions - DECODE_TOKENS))
     prompt = np.arange(tokens) % (decoder.vocab_size or tokens)
     decoder.greedy(prompt, min(DECODE_TOKENS, positions - tokens + 1))
+    device = device_memory_mb() if PROVIDERS[provider].device == "cuda" else None
     return {
         "load_seconds": round(decoder.load_seconds, 4),
+        "device_memory_mb": device,
         "rss_before_mb": round(before, 1),
         "rss_loaded_mb": round(loaded, 1),
         "peak_rss_mb": round(peak_memory_bytes() / MB, 1),
@@ -138,6 +157,20 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
         "decode_tokens": DECODE_TOKENS,
         "torch_loaded": "torch" in sys.modules,
     }
+
+
+def device_memory_mb() -> float | None:
+    """What this process holds of its GPUs' memory, as nvidia-smi tells; None where it does not."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stdout  # fmt: skip
+        held = [line.split(",") for line in said.splitlines() if line.strip()]
+        own = [float(memory) for pid, memory in held if int(pid) == os.getpid()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return sum(own) * 2**20 / MB if own else None  # it counts in MiB
 
 
 def _memory_mb() -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.runtime import TimedGreedy
+from slimexport.verification.energy import Meter
 from slimexport.verification.machine import Watch
 
 # Rounds of warm-up, at least and at most: until no model is more than STEADY faster than in the round before.
@@ -46,11 +47,13 @@ class Quantities:
 
 @dataclass
 class Samples:
-    """Seconds of every model by round: TTFT by prompt length, ITL by past length, whole batches by their size."""
+    """Seconds of every model by round: TTFT by prompt length, ITL by past length, whole batches by their size.
+    Energy is of the whole run of a past length, its prefill with it, over the tokens decoded."""
 
     ttft: dict[str, dict[int, list[float]]]
     itl: dict[str, dict[int, list[list[float]]]]
     batch: dict[str, dict[int, list[float]]]
+    joules: dict[str, dict[int, list[float]]]  # a token, by past length; empty where the machine does not tell
     orders: list[list[str]] = field(default_factory=list)
     warm_up: int = 0  # rounds
     watched: dict[str, float] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class Samples:
             {name: {n: [] for n in quantities.prompts} for name in names},
             {name: {n: [] for n in quantities.pasts} for name in names},
             {name: {n: [] for n in quantities.batches} for name in names},
+            {name: {n: [] for n in quantities.pasts} for name in names},
         )
 
 
@@ -75,9 +79,9 @@ def measure(
     progress: Progress | None = None,
 ) -> Samples:
     """`rounds` rounds after the warm-up. `prompt(n)` gives n tokens, others at every call; one call serves all."""
-    warm, before = Samples.empty(list(models), quantities), None
+    warm, before, meter = Samples.empty(list(models), quantities), None, Meter()
     while warm.warm_up < WARM_UP[1]:
-        _round(models, quantities, prompt, warm, warm.warm_up)
+        _round(models, quantities, prompt, warm, warm.warm_up, meter)
         warm.warm_up += 1
         now = {name: _last(warm, name) for name in models}
         if before and warm.warm_up >= WARM_UP[0] and all(now[name] > before[name] * (1 - STEADY) for name in models):
@@ -87,7 +91,7 @@ def measure(
     samples.warm_up = warm.warm_up
     with Watch(threads) as watch:
         for number in range(rounds):
-            _round(models, quantities, prompt, samples, number)
+            _round(models, quantities, prompt, samples, number, meter)
             if progress:
                 progress(number + 1, rounds)
     samples.watched, samples.busy = watch.found, watch.busy
@@ -100,6 +104,7 @@ def _round(
     prompt: Callable[[int], NDArray[np.int64]],
     samples: Samples,
     number: int,
+    meter: Meter,
 ) -> None:
     order = list(models)[:: 1 if number % 2 == 0 else -1]
     samples.orders.append(order)
@@ -112,8 +117,11 @@ def _round(
     for past in quantities.pasts:
         given = prompt(past)
         for name in order:
+            before = meter.joules()
             seconds = models[name].timed_greedy(given, quantities.tokens).token_seconds
             samples.itl[name][past].append(list(seconds))
+            if meter.there:
+                samples.joules[name][past].append((meter.joules() - before) / quantities.tokens)
     for size in quantities.batches:
         several = np.stack([prompt(quantities.pasts[0]) for _ in range(size)])
         for name in order:

@@ -119,7 +119,7 @@ def measure_latency(
             baseline_estimates, context, precision
         )
         ideals = replace(ideals, prefill={n: flops[n] / dense[n] for n in lengths}, decode=streamed)
-    figures = _figures(times, ideals)
+    figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
     if busy:
         notes.append(f"No time counts: {busy}.")
         figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
@@ -135,6 +135,7 @@ def measure_latency(
         "order": samples.orders,
         "ttft_ms": {name: {str(n): _ms(t.ttft[n]) for n in lengths} for name, t in times.items()},
         "itl_ms": {name: [_ms(run) for run in t.itl] for name, t in times.items()},
+        "joules_per_token": {name: {str(n): rounded(v) for n, v in of.items()} for name, of in samples.joules.items()},
         "tpot_ms": {name: _ms([float(np.mean(run)) for run in t.itl]) for name, t in times.items()},
     }
     return Latency(figures, details, tuple(notes))
@@ -172,6 +173,16 @@ def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:
         paired_figure("decode.tokens_per_s", "tokens/s", *rate, ideal=1 / decode if decode else None, better="higher")
     )
     return tuple(figures)
+
+
+def _energy_figures(samples: interleaved.Samples, pasts: Sequence[int]) -> tuple[Figure, ...]:
+    """None where the machine does not tell."""
+    name = "decode.joules_per_token"
+    each = {model: [value for past in pasts for value in of[past]] for model, of in samples.joules.items()}
+    if not each["shrunk"]:
+        return ()
+    made = paired_figure(name, "J", each["shrunk"], each.get("baseline"))
+    return (replace(made, note=f"{made.note}; whole processor package, with the prefill of the prompt"),)
 
 
 def _floors(decoder: Decoder, estimates: Estimates, lengths: Sequence[int], context: float) -> _Ideals:

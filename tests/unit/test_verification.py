@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -128,6 +129,20 @@ def test_a_measuring_process_that_fails_makes_the_figures_invalid(artifacts, tmp
     assert [f.name for f in figures] == ["load.seconds", "memory.peak_rss_mb"]
     assert all(not f.valid and "holds neither model.onnx nor a checkpoint" in f.note for f in figures)
     assert len(details["shrunk"]) == footprint.LOADS
+
+
+def test_memory_of_the_device_is_this_process_s(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{os.getpid()}, 512'\necho '1, 4096'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert footprint.device_memory_mb() == pytest.approx(512 * 2**20 / 1e6)
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    assert footprint.device_memory_mb() is None
+    runs = {"shrunk": [{"device_memory_mb": 300.0}] * 3, "baseline": [{"device_memory_mb": 400.0}] * 3}
+    (figure,) = footprint._device_figures(runs)
+    assert (figure.name, figure.shrunk, figure.baseline, figure.ratio) == ("memory.device_mb", 300, 400, 0.75)
+    assert footprint._device_figures({"shrunk": [{"device_memory_mb": None}]}) == ()
 
 
 def test_size_counts_graph_and_weights_only(tmp_path):

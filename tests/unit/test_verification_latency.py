@@ -13,8 +13,8 @@ import pytest
 
 from slimexport.artifacts import Estimates
 from slimexport.runtime import TimedGreedy
+from slimexport.verification import interleaved, machine
 from slimexport.verification import latency as latency_module
-from slimexport.verification import machine
 from slimexport.verification.intervals import defect, median, paired_figure, relative_iqr
 from slimexport.verification.latency import measure_latency
 
@@ -179,6 +179,24 @@ def test_other_reasons_why_a_machine_is_not_ours(monkeypatch, machine_seconds, t
     with machine.Watch(2) as watch:
         pass
     assert watch.busy is None if words is None else words in watch.busy
+
+
+def test_energy_is_a_figure_where_the_machine_tells(monkeypatch):
+    class Meter:
+        there, read = True, 0.0
+
+        def joules(self):
+            self.read += 8.0
+            return self.read
+
+    monkeypatch.setattr(interleaved, "Meter", Meter)
+    made, _ = measured()
+    figure = next(figure for figure in made.figures if figure.name == "decode.joules_per_token")
+    assert figure.shrunk == figure.baseline == 8.0 / made.details["decode_tokens"]
+    assert figure.ratio == 1
+    assert "whole processor package" in figure.note
+    monkeypatch.undo()
+    assert "decode.joules_per_token" not in [figure.name for figure in measured()[0].figures]
 
 
 def test_real_work_of_others_is_seen():
