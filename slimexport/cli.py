@@ -21,6 +21,7 @@ import click
 from slimexport import __version__
 from slimexport.errors import BadInputError, ExitCode, SlimExportError, UsageError, nearest
 from slimexport.options import ConfigCommand, given
+from slimexport.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -332,8 +333,9 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded in each run.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Interleaved rounds.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; default: the affinity mask.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-              help="Where graphs run.")  # fmt: skip
+@click.option("--provider", type=click.Choice(tuple(PROVIDERS)), default="cpu", show_default=True,
+              help="Where graphs run; all but cpu and cuda are untested.")  # fmt: skip
+@click.option("--provider-option", multiple=True, metavar="KEY=VALUE", help="For the execution provider.")
 @common
 def bench(paths: tuple[Path, ...], prompts: str, pasts: str, batches: str, as_json: bool, quiet: bool, debug: bool,
           **options: Any) -> int:  # fmt: skip

@@ -35,6 +35,7 @@ class Settings:
     rounds: int = 10
     threads: int | None = None
     provider: str = "cpu"
+    provider_option: tuple[str, ...] = ()  # KEY=VALUE, for graphs
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,10 +44,16 @@ class Settings:
         if self.batches and not self.pasts:
             raise BadInputError("Batches are measured after the first of the past lengths: name one.")
         checked_threads(self.threads)
+        if wrong := next((option for option in self.provider_option if not option.partition("=")[1]), None):
+            raise BadInputError(f"provider_option must be KEY=VALUE, not {wrong!r}.")
 
     @property
     def resolved_threads(self) -> int:
         return checked_threads(self.threads)
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        return dict(option.split("=", 1) for option in self.provider_option)
 
     @property
     def longest(self) -> int:

@@ -10,20 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
+from slimexport.providers import PROVIDERS
 from slimexport.runtime import Decoder
 from slimexport.verification import interleaved, machine
 from slimexport.verification.intervals import paired_figure, rounded
 
 DECODE_PROMPT = 128  # tokens before the decoded ones
 PERCENTILES = (50, 90, 99)
-# Of a weight, of one of lm_head, of a number in the cache. 32 weights share a scale of 32 bits and a zero point.
+# Of a weight, and of one of lm_head.
 BITS = {
-    "fp32": (32, 32, 32),
-    "fp16": (16, 16, 16),
-    "bf16": (16, 16, 16),
-    "int8": (9.25, 9.25, 32),
-    "int4": (5.125, 5.125, 32),
-    "int4-mixed": (5.125, 9.25, 32),
+    "fp32": (32, 32),
+    "fp16": (16, 16),
+    "bf16": (16, 16),
+    "int8": (8, 8),
+    "int4": (4, 4),
+    "int4-mixed": (4, 8),
 }
 
 Progress = Callable[[int, int], None]
@@ -115,8 +116,9 @@ def measure_latency(
         dense = {length: _prefill_flops(baseline, baseline_estimates, length) for length in lengths}
         context = prompt_tokens + (decode_tokens - 1) / 2
         precision = shrunk.precision
-        streamed = decode_bytes(shrunk_estimates, context, precision) / decode_bytes(
-            baseline_estimates, context, precision
+        half = PROVIDERS[shrunk.provider].device == "cuda"
+        streamed = decode_bytes(shrunk_estimates, context, precision, half=half) / decode_bytes(
+            baseline_estimates, context, precision, half=half
         )
         ideals = replace(ideals, prefill={n: flops[n] / dense[n] for n in lengths}, decode=streamed)
     figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
@@ -202,15 +204,23 @@ def _prefill_flops(decoder: Decoder, estimates: Estimates, length: int) -> int:
     return estimates.prefill_flops(length, all_logits=not decoder.last_only)
 
 
-def decode_bytes(estimates: Estimates, context: float, precision: str) -> float:
+def decode_bytes(estimates: Estimates, context: float, precision: str, *, half: bool = False) -> float:
     """Bytes that a graph of this precision reads for one token: the streamed weights once, scales and zero points with
-    them, and the cache of `context` tokens."""
+    them, and the cache of `context` tokens. What an int precision leaves is in 32 bits, or 16 if `half`."""
     each = estimates.bytes / estimates.parameters  # the estimates are in the checkpoint's dtype
     weights = estimates.decode_bytes_per_token / each
     head = min(estimates.head_flops / 2, weights)
     cached = estimates.kv_cache_bytes_per_token / each * context
-    bits, head_bits, cache_bits = BITS[precision]
-    return ((weights - head) * bits + head * head_bits + cached * cache_bits) / 8
+    bits, head_bits = BITS[precision]
+    if not precision.startswith("int"):
+        return ((weights - head) * bits + head * head_bits + cached * bits) / 8
+    plain = 16 if half else 32
+
+    def each_with_its_block(bits: float) -> float:  # 32 weights share a scale and a zero point
+        return bits + (plain + bits) / 32
+
+    parts = (weights - head) * each_with_its_block(bits), head * each_with_its_block(head_bits), cached * plain
+    return sum(parts) / 8
 
 
 def _pooled(times: _Times, q: int) -> float:
