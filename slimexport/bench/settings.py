@@ -36,6 +36,7 @@ class Settings:
     threads: int | None = None
     provider: str = "cpu"
     provider_option: tuple[str, ...] = ()  # KEY=VALUE, for graphs
+    huge_pages: bool = False  # for graphs
     seed: int = 0
 
     def __post_init__(self) -> None:
