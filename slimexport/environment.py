@@ -69,22 +69,30 @@ def environment(cuda: bool = False) -> dict[str, Any]:
     """Plain data for run.json and report.json. The CUDA device is asked for only with `cuda` or if torch is loaded."""
     import psutil
 
+    from slimexport.runtime import default_threads, huge_pages
+
     return {
         "slimexport": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
-        "cores": cores(),
+        "cores": default_threads(),
+        "machine_cores": os.cpu_count(),
+        "governor": _governor(),
+        "huge_pages": huge_pages.mode(),
+        "malloc": os.environ.get("GLIBC_TUNABLES"),
         "memory_bytes": psutil.virtual_memory().total,
         "packages": {name: version(name) for name in PACKAGES},
         "cuda": cuda_device() if cuda or "torch" in sys.modules else None,
     }
 
 
-def cores() -> int:
-    """Cores this process may use: the affinity mask, not what the machine has."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def _governor() -> str | None:
+    """How the first core's frequency is chosen; None where the machine does not say (virtual ones mostly)."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def cpu_model() -> str:
@@ -248,12 +256,17 @@ def _demo(_: Path) -> Check:
 def _machine(directory: Path) -> Check:
     import psutil
 
+    from slimexport.runtime import default_threads, huge_pages
+
     free, memory = shutil.disk_usage(directory).free, psutil.virtual_memory().available
-    message = f"{cores()} cores, {memory / 1e9:.1f} GB of memory free, {free / 1e9:.1f} GB of disk free here"
+    message = f"{default_threads()} cores, {memory / 1e9:.1f} GB of memory free, {free / 1e9:.1f} GB of disk free here"
     if free < _ENOUGH_DISK:
         return Check("machine", False, message, f"the demo alone needs {_ENOUGH_DISK / 1e9:.0f} GB of disk")
     if memory < _ENOUGH_MEMORY:
         return Check("machine", False, message, f"the demo alone needs {_ENOUGH_MEMORY / 1e9:.0f} GB of memory")
+    if huge_pages.mode() == "madvise" and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
+        tip = "graphs decode faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (docs/graphs.md, Huge pages)"
+        return Check("machine", True, message, tip)
     return Check("machine", True, message)
 
 
