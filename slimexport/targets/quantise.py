@@ -148,7 +148,7 @@ def left_float(model: ir.Model) -> int:
     total = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        read = any(use.node.op_type not in _OF_ROWS for use in value.uses())
+        read = any(use.node.op_type not in (*_QUANTISED, *_OF_ROWS) for use in value.uses())
         if tensor is not None and read and tensor.dtype.is_floating_point() and _matrix(tensor.shape.numpy()):
             total += tensor.nbytes
     return total

@@ -145,6 +145,9 @@ def test_what_is_no_plain_product_stays_and_is_counted() -> None:
     model.graph.initializers["w"].const_value = onnx_ir.tensor(np.zeros((96, 64), np.float32), name="w")
     quantise(model, SCHEMES["int8"])
     assert left_float(model) == 0
+    wide = product(RNG.normal(size=(32 * 40, 64)).astype(np.float32))
+    quantise(wide, SCHEMES["int8"])
+    assert left_float(wide) == 0, "its scales are a matrix too, and no weights"
 
 
 def test_four_bits_are_unpacked_low_first() -> None:
