@@ -68,6 +68,7 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
         return
     from slimexport.bench import Settings
     from slimexport.bench.results import result
+    from slimexport.runtime import huge_pages
     from slimexport.verification import interleaved, machine
 
     settings = Settings(prompts=(32, 128, 512), pasts=(128, 1024), rounds=options.rounds, threads=threads)
@@ -87,6 +88,7 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
 
     rng = np.random.default_rng(0)
     vocabulary = min(subject.vocabulary for subject in subjects.values())
+    huge_pages.ask()
     rates = machine.rates(threads)
     samples = interleaved.measure(
         subjects, settings.quantities, lambda n: rng.integers(0, vocabulary, n), rounds=settings.rounds, threads=threads

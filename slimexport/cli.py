@@ -336,11 +336,8 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 @click.option("--provider", type=click.Choice(tuple(PROVIDERS)), default="cpu", show_default=True,
               help="Where graphs run; all but cpu and cuda are untested.")  # fmt: skip
 @click.option("--provider-option", multiple=True, metavar="KEY=VALUE", help="For the execution provider.")
-@click.option(
-    "--huge-pages",
-    is_flag=True,
-    help="Weights in memory pages of 2 MB, as a server has that sets GLIBC_TUNABLES=glibc.malloc.hugetlb=1.",
-)
+@click.option("--huge-pages/--no-huge-pages", default=True, show_default=True,
+              help="Weights in memory pages of 2 MB, or the model that is opened first is slower.")  # fmt: skip
 @common
 def bench(paths: tuple[Path, ...], prompts: str, pasts: str, batches: str, as_json: bool, quiet: bool, debug: bool,
           **options: Any) -> int:  # fmt: skip

@@ -35,6 +35,7 @@ def bench(
     from slimexport.bench.results import result
     from slimexport.bench.subjects import open_all
     from slimexport.errors import BadInputError
+    from slimexport.runtime import huge_pages
     from slimexport.verification import interleaved, machine
 
     settings = settings or Settings()
@@ -44,6 +45,8 @@ def bench(
             raise BadInputError(
                 f"{name}: {settings.longest} tokens are more than its {subject.max_positions} positions."
             )
+    if settings.huge_pages:
+        huge_pages.ask()
     if progress:
         progress.note("what this machine can do")
     rates = machine.rates(settings.resolved_threads)

@@ -36,7 +36,7 @@ class Settings:
     threads: int | None = None
     provider: str = "cpu"
     provider_option: tuple[str, ...] = ()  # KEY=VALUE, for graphs
-    huge_pages: bool = False  # for graphs
+    huge_pages: bool = True  # as far as Linux has them: see runtime/huge_pages.py
     seed: int = 0
 
     def __post_init__(self) -> None:

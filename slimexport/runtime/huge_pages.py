@@ -1,9 +1,11 @@
 """Memory of this process in pages of 2 MB, where Linux has them to give.
 
 A model that is decoded reads all its weights for every token, and with pages of 4 kB the processor looks up a page for
-every 4 kB of them (docs/graphs.md has what that costs). Where `/sys/kernel/mm/transparent_hugepage/enabled` is
-`madvise`, as in most distributions, memory gets them only for the asking. A server asks for all it allocates by
-starting with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35); here it is asked for what is there already.
+every 4 kB of them. How much that costs depends on where the pages happen to lie, so that of several models in one
+process the first one decoded up to an eighth slower, whichever it was (docs/graphs.md). Where
+`/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`, as in many distributions, memory gets them only for the
+asking. A server asks for most of what it allocates by starting with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35);
+here all that is there already is asked for.
 """
 
 from __future__ import annotations

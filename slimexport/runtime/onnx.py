@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from slimexport.errors import BadInputError, nearest
 from slimexport.providers import PROVIDERS
 from slimexport.runtime.base import Decoder, default_threads, manifest_of, positions_of
-from slimexport.runtime.huge_pages import ask
 from slimexport.runtime.signature import read_signature
 
 GRAPH = "model.onnx"
@@ -48,8 +47,7 @@ class OnnxDecoder(Decoder):
     """An exported decoder in an ONNX Runtime session.
 
     Raises BadInputError when onnxruntime is missing, the directory holds no readable graph, the graph is not a decoder
-    with a KV cache, or the provider asked for is not the one that would compute. With `huge_pages` the memory of this
-    process is in pages of 2 MB, as far as Linux has them.
+    with a KV cache, or the provider asked for is not the one that would compute.
     """
 
     def __init__(
@@ -58,7 +56,6 @@ class OnnxDecoder(Decoder):
         provider: str = "cpu",
         threads: int | None = None,
         provider_options: Mapping[str, str] | None = None,
-        huge_pages: bool = False,
     ):
         self.directory = Path(directory)
         self.path = self.directory / GRAPH
@@ -71,8 +68,6 @@ class OnnxDecoder(Decoder):
         started = time.perf_counter()
         self._session = _open_session(self.path, provider, self.threads, provider_options or {})
         self.load_seconds = time.perf_counter() - started
-        if huge_pages:
-            ask()
         self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
         self.vocab_size = self.signature.vocab_size

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
 from slimexport.providers import PROVIDERS
-from slimexport.runtime import Decoder
+from slimexport.runtime import Decoder, huge_pages
 from slimexport.verification import interleaved, machine
 from slimexport.verification.intervals import paired_figure, rounded
 
@@ -90,6 +90,12 @@ def measure_latency(
     ]
     if prompt_tokens < 1:
         notes.append(f"Decoding {decode_tokens} tokens does not fit the model's {positions} positions.")
+    huge = 0
+    if shrunk.provider == "cpu" and (huge := huge_pages.ask()):
+        notes.append(
+            f"Latency: {huge / 1e6:.0f} MB of this process are in memory pages of 2 MB, or the model that is "
+            "opened first would be slower; processes with other settings differ by some percent (docs/graphs.md)."
+        )
     rng = np.random.default_rng(seed)
     pasts = (prompt_tokens,) if prompt_tokens >= 1 else ()
     samples = interleaved.measure(
@@ -131,6 +137,7 @@ def measure_latency(
         "threads": shrunk.threads,
         "provider": shrunk.provider,
         "batch": 1,
+        "huge_page_bytes": huge,
         **samples.watched,
         "decode_prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,

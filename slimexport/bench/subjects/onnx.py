@@ -38,9 +38,7 @@ class OnnxSubject(OnnxDecoder):
     kind = kind
 
     def __init__(self, place: Path, name: str, settings: Settings):
-        super().__init__(
-            place, settings.provider, settings.resolved_threads, settings.provider_options, settings.huge_pages
-        )
+        super().__init__(place, settings.provider, settings.resolved_threads, settings.provider_options)
         self.name = name
         self.precision = self.artifact.precision if self.artifact else "?"
         self.vocabulary = self.signature.vocab_size or 256
