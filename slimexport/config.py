@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
+from slimexport.providers import parsed
 
 CURVATURE_TOKENS = 4096
 REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
@@ -221,9 +222,7 @@ class RunConfig(BaseModel):
     def _consistent(self) -> RunConfig:
         if any(length < 1 for length in self.prompt_lengths):
             raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
-        for option in self.provider_option:
-            if not option.partition("=")[0] or "=" not in option:
-                raise ValueError(f"provider_option must be KEY=VALUE, not {option!r}")
+        parsed(self.provider_option)
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.sizes is not None and self.allocation not in ("auto", "explicit"):
@@ -268,7 +267,7 @@ class RunConfig(BaseModel):
 
     @property
     def provider_options(self) -> dict[str, str]:
-        return dict(option.split("=", 1) for option in self.provider_option)
+        return parsed(self.provider_option)
 
     def all_gates(self) -> tuple[Gate, ...]:
         """The sugar flags as gates, then the declared ones."""

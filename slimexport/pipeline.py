@@ -14,7 +14,7 @@ from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, 
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.run_directory import VERIFICATION, RunDirectory, VerifyRecord
+from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
 from slimexport.stages.prune import known_costs, measured_costs, plan_stage, prune_stage
@@ -147,9 +147,7 @@ def verified(output: str | Path) -> dict[str, VerificationReport]:
     """What was measured last of every export in `output`, by its name in the run directory, the first one first."""
     directory = RunDirectory(Path(output))
     with directory.locked(must_exist=True):
-        if not directory.done("verify"):
-            raise BadInputError(f"{output} is not verified yet; `slimexport verify {output}` does that.")
-        record = directory.read(VERIFICATION, VerifyRecord)
+        record = directory.verified()
         return {record.first: record.report, **record.others}
 
 

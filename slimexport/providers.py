@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -15,6 +16,17 @@ class Provider:
     builder: str = "default"
     fusions: str = "cpu"
     package: str = "onnxruntime"
+
+
+def parsed(options: Iterable[str]) -> dict[str, str]:
+    """`KEY=VALUE` words as a dict. Raises ValueError for one that is not."""
+    found = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not key or not equals:
+            raise ValueError(f"provider_option must be KEY=VALUE, not {option!r}")
+        found[key] = value
+    return found
 
 
 PROVIDERS = {

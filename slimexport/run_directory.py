@@ -150,6 +150,12 @@ class RunDirectory:
         for partial in self.path.glob(".*.partial"):
             remove(partial)
 
+    def verified(self) -> VerifyRecord:
+        """Raises BadInputError where nothing was measured of what is here now."""
+        if not self.done("verify"):
+            raise BadInputError(f"{self.path} is not verified yet; `slimexport verify {self.path}` does that.")
+        return self.read(VERIFICATION, VerifyRecord)
+
     def exported(self) -> list[str]:
         """Names of the exported directories, of this run's options or of others."""
         return sorted(made.parent.name for made in self.path.glob(f"[!.]*/{MANIFEST}"))

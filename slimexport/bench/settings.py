@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slimexport.errors import BadInputError
+from slimexport.providers import parsed
 from slimexport.runtime import checked_threads
 from slimexport.verification.interleaved import Quantities, Timed
 
@@ -45,8 +46,10 @@ class Settings:
         if self.batches and not self.pasts:
             raise BadInputError("Batches are measured after the first of the past lengths: name one.")
         checked_threads(self.threads)
-        if wrong := next((option for option in self.provider_option if not option.partition("=")[1]), None):
-            raise BadInputError(f"provider_option must be KEY=VALUE, not {wrong!r}.")
+        try:
+            parsed(self.provider_option)
+        except ValueError as error:
+            raise BadInputError(f"{error}.") from error
 
     @property
     def resolved_threads(self) -> int:
@@ -54,7 +57,7 @@ class Settings:
 
     @property
     def provider_options(self) -> dict[str, str]:
-        return dict(option.split("=", 1) for option in self.provider_option)
+        return parsed(self.provider_option)
 
     @property
     def longest(self) -> int:

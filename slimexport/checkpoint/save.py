@@ -54,12 +54,11 @@ def save_checkpoint(
 def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    architecture: Architecture | None,
+    architecture: Architecture,
     directory: Path,
     made: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """What `load` reads. `architecture` is that of `model`, which may do without where all its blocks have one size;
-    `made` says how it came about."""
+    """What `load` reads. `architecture` is that of `model`, `made` says how it came about."""
     import transformers
 
     model.save_pretrained(str(directory))
@@ -70,7 +69,6 @@ def write_model(
     _add_old_rope_fields(data)
     data.pop("auto_map", None)  # of the checkpoint that this one was made from
     if "per_layer_config" in data:
-        assert architecture is not None
         module, base, inner = modeling_slimexport.__name__.rpartition(".")[2], type(model), type(model.base_model)
         table = per_block_table(architecture)
         classes = {"AutoModelForCausalLM": (base.__name__, table)}
@@ -81,8 +79,8 @@ def write_model(
         data["auto_map"] = {auto: f"{module}.{name}" for auto, (name, _) in classes.items()}
         write_text(directory / "modeling_slimexport.py", _modelling_file(dict(classes.values())))
     write_json(path, data)
-    guessed = architecture is not None and architecture.family.guessed
-    write_json(directory / "slimexport.json", {"schema_version": 1, **made, "guessed": guessed})
+    facts = {"schema_version": 1, **made, "guessed": architecture.family.guessed}
+    write_json(directory / "slimexport.json", facts)
     for file in directory.iterdir():
         file.chmod(0o644)  # transformers writes weights for the owner's eyes only
 

@@ -51,7 +51,6 @@ COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "floor", "gate")
 NUMBERS = (1, 2, 3, 4, 5)  # those of COLUMNS
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
 EXPORT_COLUMNS = ("export", "MB", "token perplexity", "KL", "TTFT (ms)", "TPOT (ms)")
-_EXPORT_FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms", "decode.tpot_ms")
 _TTFT = "prefill.ttft_ms."
 BLOCK_COLUMNS = ("block", "query heads", "KV groups", "channels", "attention error", "FFN error")
 
@@ -122,7 +121,7 @@ def exports(report: Report) -> list[tuple[str, ...]]:
     each = {first: report.verification, **report.others}
     lengths = [int(f.name.rpartition(".")[2]) for f in report.verification.figures if f.name.startswith(_TTFT)]
     usual = min(lengths, key=lambda length: abs(length - 128)) if lengths else 0
-    names = [f"{_TTFT}{usual}" if name == _TTFT[:-1] else name for name in _EXPORT_FIGURES]
+    names = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", f"{_TTFT}{usual}", "decode.tpot_ms")
     return [(name, *(_brief(made.figure(figure)) for figure in names)) for name, made in each.items()]
 
 
@@ -155,14 +154,14 @@ def notes(report: Report) -> list[str]:
     for figure in report.verification.figures:
         if figure.note and figure.valid:
             names.setdefault(figure.note, []).append(figure.name)
-    others = [
+    others = dict.fromkeys(
         f"{name}: {note}" for name, made in report.others.items()
-        for note in (*made.notes, *dict.fromkeys(f.note for f in made.figures if f.note and not f.valid))
-    ]  # fmt: skip
+        for note in (*made.notes, *(f.note for f in made.figures if f.note and not f.valid))
+    )  # fmt: skip
     return [
         *report.verification.notes,
         *(f"{', '.join(of)}: {note}" for note, of in names.items()),
-        *dict.fromkeys(others),
+        *others,
     ]
 
 

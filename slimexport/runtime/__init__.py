@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimexport.errors import BadInputError
-from slimexport.runtime.base import Decoder, Greedy, TimedGreedy, checked_threads, default_threads
+from slimexport.runtime.base import Decoder, Greedy, TimedGreedy, checked_threads, default_threads, is_checkpoint
+from slimexport.runtime.checkpoint import CheckpointDecoder
 from slimexport.runtime.onnx import GRAPH, KVState, OnnxDecoder, require_provider
 
 __all__ = [
-    "GRAPH", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "checked_threads",
-    "default_threads", "open_decoder", "require_provider",
+    "GRAPH", "CheckpointDecoder", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "checked_threads",
+    "default_threads", "is_checkpoint", "open_decoder", "require_provider",
 ]  # fmt: skip
 
 
@@ -29,8 +30,6 @@ def open_decoder(
     directory = Path(directory)
     if (directory / GRAPH).is_file():
         return OnnxDecoder(directory, provider, threads, provider_options)
-    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
-        from slimexport.runtime.checkpoint import CheckpointDecoder
-
+    if is_checkpoint(directory):
         return CheckpointDecoder(directory, provider, threads)
     raise BadInputError(f"{directory} holds neither {GRAPH} nor a checkpoint.")

@@ -60,6 +60,21 @@ def _quota() -> float | None:
         return None
 
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Float precision -> torch's name of it."""
+
+
+def precision_of(dtype: Any) -> str:
+    """The precision of a torch dtype; float64 counts as fp32."""
+    name = str(dtype).removeprefix("torch.").replace("float64", "float32")
+    return next(precision for precision, known in DTYPES.items() if known == name)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether it holds a config and weights."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
 class Decoder(ABC):
     """A decoder in `directory` that was loaded and can be called.
 
@@ -82,20 +97,11 @@ class Decoder(ABC):
     # ---------------------------------------------------------------------------------------------- its own
 
     @abstractmethod
-    def forward(
-        self, input_ids: NDArray[np.int64], past: Any = None, attention_mask: NDArray[np.int64] | None = None
+    def _step(
+        self, input_ids: NDArray[np.int64], past: Any, mask: NDArray[np.int64] | None, *, last: bool
     ) -> tuple[NDArray[np.float32], Any]:
-        """Logits of every token, float32 [b, t, vocab] (read-only: they may share memory), and the cache after them.
-
-        `input_ids` is int64 [b, t]; `attention_mask` int64 [b, past + t], ones by default. Raises BadInputError for
-        impossible inputs.
-        """
-
-    @abstractmethod
-    def last_logits(
-        self, input_ids: NDArray[np.int64], past: Any = None, attention_mask: NDArray[np.int64] | None = None
-    ) -> tuple[NDArray[np.float32], Any]:
-        """Like `forward`, for the last token of each sequence alone: logits are float32 [b, vocab]."""
+        """Logits and cache of one call. With `last` the last row of logits, [:, -1], is that of each sequence's last
+        token, and there need be no other; else they are of every token."""
 
     def room(self, batch: int, tokens: int) -> Any:
         """An empty cache with memory for `tokens`, so that no call has to copy it; None where there is no such thing.
@@ -108,6 +114,24 @@ class Decoder(ABC):
         return {}
 
     # ---------------------------------------------------------------------------------------------- of all
+
+    def forward(
+        self, input_ids: NDArray[np.int64], past: Any = None, attention_mask: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Logits of every token, float32 [b, t, vocab] (read-only: they may share memory), and the cache after them.
+
+        `input_ids` is int64 [b, t]; `attention_mask` int64 [b, past + t], ones by default. Raises BadInputError for
+        impossible inputs, and for left padding where a graph is silently wrong with it.
+        """
+        return self._step(input_ids, past, attention_mask, last=False)
+
+    def last_logits(
+        self, input_ids: NDArray[np.int64], past: Any = None, attention_mask: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Like `forward`, for the last token of each sequence alone: logits are float32 [b, vocab]. Which one is last
+        where the mask pads on the right only a decoder with `last_only` knows."""
+        logits, grown = self._step(input_ids, past, attention_mask, last=True)
+        return logits[:, -1], grown
 
     def greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> Greedy:
         """Decodes `steps` tokens greedily after `prompt_ids` int64 [t]; equal logits go to the lowest token id."""

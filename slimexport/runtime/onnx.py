@@ -92,34 +92,8 @@ class OnnxDecoder(Decoder):
 
     # -------------------------------------------------------------------------------------------------- running
 
-    def forward(
-        self,
-        input_ids: NDArray[np.int64],
-        past: KVState | None = None,
-        attention_mask: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], KVState]:
-        """Runs the graph once, for the logits of every token.
-
-        `input_ids` is int64 [b, t]; `attention_mask` int64 [b, past + t], ones by default. Returns logits float32
-        [b, t, vocab] (they may share the graph's memory: treat as read-only) and the cache after these tokens.
-        Raises BadInputError for impossible inputs, and for left padding where the graph is silently wrong with it.
-        """
-        return self._step(input_ids, past, attention_mask, last=False)
-
-    def last_logits(
-        self,
-        input_ids: NDArray[np.int64],
-        past: KVState | None = None,
-        attention_mask: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], KVState]:
-        """Like `forward`, for the last token of each sequence alone: logits are float32 [b, vocab]. Which one is last
-        where the mask pads on the right only a graph knows that picks it itself (`signature.all_logits`)."""
-        logits, grown = self._step(input_ids, past, attention_mask, last=True)
-        return logits[:, -1], grown
-
     def room(self, batch: int, tokens: int) -> KVState | None:
-        """An empty cache with memory for `tokens`, so that no call has to copy it; None where the graph cannot have
-        past and present in one place. Pass it as the `past` of the first call."""
+        """See `Decoder`; None where the graph cannot have past and present in one place."""
         if not self.shared_kv:
             return None
         values = self._empty_cache(batch, tokens)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ModelSource, PruningPlan, from_dict
-from slimexport.errors import BadInputError
-from slimexport.run_directory import PLAN, PRUNE, REPORT, VERIFICATION, PruneRecord, RunDirectory, VerifyRecord
+from slimexport.run_directory import PLAN, PRUNE, REPORT, PruneRecord, RunDirectory
 from slimexport.stages.inputs import export_names
 
 if TYPE_CHECKING:
@@ -20,10 +19,8 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
     from slimexport import gate, reporting
     from slimexport.targets.base import load_artifact
 
-    if not directory.done("verify"):
-        raise BadInputError(f"{directory.path} is not verified yet; `slimexport verify {directory.path}` does that.")
+    verified = directory.verified()
     record = directory.read(PRUNE, PruneRecord)
-    verified = directory.read(VERIFICATION, VerifyRecord)
     made = reporting.Report(
         source=from_dict(ModelSource, directory.state["source"], "run.json"),
         config=config.model_dump(mode="json"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json
+from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
 from slimexport.providers import PROVIDERS
 
@@ -86,6 +86,12 @@ class Target(Protocol):
             NotReproducedError: whatever `check` raised for the last builder that was tried.
         """
         ...
+
+
+def save_artifact(artifact: ExportArtifact) -> None:
+    """Writes the manifest into the directory, which may move (staging, a copy to a server): the same model gives the
+    same bytes."""
+    write_json(Path(artifact.path) / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
 
 
 def load_artifact(directory: Path) -> ExportArtifact:

@@ -10,10 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimexport.artifacts import ExportArtifact, remove, sha256_tree, to_dict, write_json
+from slimexport.artifacts import ExportArtifact, remove, sha256_tree, write_json
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.targets import passes, quantise, registry
-from slimexport.targets.base import MANIFEST, Builder, BuilderUnsupportedError, BuiltGraph, Check, ExportOptions
+from slimexport.targets.base import (
+    Builder,
+    BuilderUnsupportedError,
+    BuiltGraph,
+    Check,
+    ExportOptions,
+    save_artifact,
+)
 from slimexport.targets.builders import mobius
 from slimexport.targets.builders.mobius import MobiusBuilder
 from slimexport.targets.builders.transformers import TransformersBuilder
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
 _BUILDERS: tuple[Builder, ...] = (MobiusBuilder(), TransformersBuilder())
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+_WHOLE = "{:.1f} MB of weights are of operators that are not quantised here, and stay as they are."
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "mobius")
 
 
@@ -93,12 +101,13 @@ def _export_with(
     with quiet():
         graph = builder.build(model, options)
         done, left = passes.apply(graph.model, options.without)
-    notes = (*notes, *left)
+    notes = (*notes, *graph.notes, *left)
     if graph.no_genai:
         notes = (*notes, f"No genai_config.json: {graph.no_genai}.")
 
     def written(graph: BuiltGraph, place: Path, precision: str) -> ExportArtifact:
         place.mkdir(exist_ok=True)
+        whole = quantise.left_float(graph.model) if precision.startswith("int") else 0
         _write_files(graph, model, tokenizer, place, options)
         artifact = ExportArtifact(
             path=str(place),
@@ -114,11 +123,10 @@ def _export_with(
             left_padding=graph.left_padding,
             shared_kv=graph.shared_kv,
             passes=done,
-            float_bytes=quantise.left_float(graph.model) if precision.startswith("int") else 0,
-            notes=(*graph.notes, *notes),
+            float_bytes=whole,
+            notes=(*notes, _WHOLE.format(whole / 1e6)) if whole else notes,
         )
-        # "." because the directory moves (staging, a copy to a server): the same model gives the same bytes.
-        write_json(place / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
+        save_artifact(artifact)
         return artifact
 
     if options.quantised:
@@ -147,10 +155,6 @@ def _quantised(
         plain = graph.model.clone()
         with quiet():
             sources = quantise.quantise(graph.model, quantise.SCHEMES[options.precision])
-        left = quantise.left_float(graph.model)
-        if left:
-            note = f"{left / 1e6:.1f} MB of weights are of operators that are not quantised here, and stay as they are."
-            graph = dataclasses.replace(graph, notes=(*graph.notes, note))
         artifact = written(graph, directory, options.precision)
         quantise.check_quantised(directory / GRAPH, sources)
         if check:
@@ -181,7 +185,7 @@ def _exact(artifact: ExportArtifact, place: Path, precision: str) -> ExportArtif
     quantise.without_rounded_activations(model)
     onnx_ir.save(model, place / GRAPH)
     exact = dataclasses.replace(artifact, path=str(place), precision=precision)
-    write_json(place / MANIFEST, to_dict(exact))
+    save_artifact(exact)
     return exact
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimexport.artifacts import ExportArtifact, sha256_tree, to_dict, write_json
+from slimexport.artifacts import ExportArtifact, sha256_tree
 from slimexport.errors import BadInputError
+from slimexport.runtime.base import DTYPES
 from slimexport.targets import registry
-from slimexport.targets.base import MANIFEST, Check, ExportOptions
+from slimexport.targets.base import Check, ExportOptions, save_artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class SafetensorsTarget:
@@ -73,7 +71,7 @@ class SafetensorsTarget:
             head_dim=architecture.head_dim,
             left_padding=True,
         )
-        write_json(directory / MANIFEST, to_dict(dataclasses.replace(artifact, path=".")))
+        save_artifact(artifact)
         if check:
             check(artifact)
         return artifact

@@ -21,7 +21,7 @@ from typing import Any
 from slimexport.artifacts import Figure
 from slimexport.environment import peak_memory_bytes
 from slimexport.errors import SlimExportError
-from slimexport.providers import PROVIDERS
+from slimexport.providers import PROVIDERS, parsed
 
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
@@ -139,8 +139,7 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
     from slimexport.runtime import open_decoder
 
     before = _memory_mb()
-    options = dict(option.split("=", 1) for option in provider_option)
-    decoder = open_decoder(directory, provider, threads, options)
+    decoder = open_decoder(directory, provider, threads, parsed(provider_option))
     loaded = _memory_mb()
     positions = decoder.max_positions or PROMPT_TOKENS + DECODE_TOKENS
     tokens = max(1, min(PROMPT_TOKENS, positions - DECODE_TOKENS))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.runtime import Decoder
+from slimexport.runtime.base import precision_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,6 @@ TOLERANCES = {
     "bf16": Tolerance(2.0, 0.15),
     **dict.fromkeys(("int8", "int4", "int4-mixed"), Tolerance(10.0, 0.5)),
 }
-_BY_DTYPE = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def check_export(
@@ -273,7 +273,7 @@ def _precision(decoder: Decoder, model: PreTrainedModel | Decoder) -> str:
     graph = decoder.precision
     if isinstance(model, Decoder):
         return graph
-    return max(graph, _BY_DTYPE[model.dtype], key=list(TOLERANCES).index)
+    return max(graph, precision_of(model.dtype), key=list(TOLERANCES).index)
 
 
 def _prompt_length(decoder: Decoder) -> int:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from slimexport.bench.subjects.onnx import has_experts
 from slimexport.run_directory import CHECKPOINT
-from slimexport.runtime.checkpoint import CheckpointDecoder
+from slimexport.runtime import CheckpointDecoder, is_checkpoint
 
 if TYPE_CHECKING:
     from slimexport.bench.settings import Settings
@@ -20,7 +18,7 @@ kind = "transformers"
 def find(path: Path) -> list[Path]:
     """The directory with config and weights; of a run directory that has no graph yet, its checkpoint."""
     for place in (path, path / CHECKPOINT):
-        if (place / "config.json").is_file() and any(place.glob("*.safetensors")):
+        if is_checkpoint(place):
             return [place]
     return []
 
@@ -36,7 +34,7 @@ class TransformersSubject(CheckpointDecoder):
 
     def __init__(self, place: Path, name: str, settings: Settings):
         super().__init__(place, settings.provider, settings.resolved_threads)
-        if settings.provider == "cpu" and self.model.dtype == torch.float16:
+        if settings.provider == "cpu" and self.precision == "fp16":
             self.model, self.precision = self.model.float(), "fp32"  # the CPU's kernels for it are not made for speed
         self.name = name
         self.vocabulary = self.vocab_size or 256

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimexport.providers import PROVIDERS
+from slimexport.runtime.base import DTYPES
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ Shapes = list[dict[str, tuple[int | None, ...]]]
 """Of every block what its cache holds: key, value or a state -> its sizes after the batch, None where it grows."""
 
 _UNEQUAL = "onnxruntime-genai (0.18) makes cached values as wide as keys, and this model's are not"
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class TransformersBuilder:
@@ -72,7 +72,7 @@ def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel
     """`model` on the CPU in the export's precision; a copy wherever that is a change."""
     import torch
 
-    dtype = getattr(torch, _DTYPES[options.float_precision])
+    dtype = getattr(torch, DTYPES[options.float_precision])
     if model.device.type == "cpu" and model.dtype == dtype:
         return model
     return copy.deepcopy(model).to(device="cpu", dtype=dtype)
