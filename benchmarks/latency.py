@@ -15,6 +15,7 @@ same model off the 4-bit grid that the demo model's weights lie on (offgrid.py).
     genai builder, best        with fuse_mlp_gate_up, prune_lm_head, and shared_embeddings where it takes that
     transformers.exporters     the graph that transformers traces itself, none of our passes over it
     torch, torch.compile       transformers on the CPU, in float32
+    openvino                   OpenVINO's own runtime (rivals/openvino.py)
 
 Graphs of others run as ours do: the cache in one place where all of it is GroupQueryAttention's.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, load_rows, save_rows, table
+from rivals import Unsupported, openvino
 
 RATIO = 0.3
 PRECISIONS = ("fp32", "int8", "int4")
@@ -104,10 +106,6 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
             "cpu": made.environment["cpu"], "packages": made.environment["packages"], **samples.watched,
         })  # fmt: skip
     save_rows(options.out, rows)
-
-
-class Unsupported(Exception):
-    """This candidate cannot be had in this group."""
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -192,6 +190,11 @@ def torch_only(options: argparse.Namespace, model: str, precision: str, place: P
     place.symlink_to(checkpoint(options, model, precision).resolve())
 
 
+def in_openvino(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+    found, _ = loaded(options, model, precision)
+    openvino.build(found, precision, place)
+
+
 def graph(place: Path, name: str, settings: Any, precision: str) -> Any:
     from slimexport.bench.subjects import onnx
 
@@ -221,6 +224,7 @@ CANDIDATES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "transformers.exporters": (traced, graph),
     "torch": (torch_only, in_torch(False)),
     "torch.compile": (torch_only, in_torch(True)),
+    "openvino": (in_openvino, openvino.opened),
 }
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.weights import LATENT_KEY_VALUE
 from slimexport.artifacts import ExportArtifact
 from slimexport.errors import BadInputError, NotReproducedError, reason
 from slimexport.targets import registry
@@ -17,7 +18,9 @@ from slimexport.targets.base import Check, ExportOptions
 from slimexport.targets.onnx import OnnxTarget, require
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.architectures.base import Architecture
 
 PROMPT, STEPS = 12, 24
 CLOSE = 1e-3  # of the logits' gap: two choices that are this near each other may change places
@@ -34,6 +37,15 @@ class GenaiTarget(OnnxTarget):
         """Also whether onnxruntime-genai is there."""
         super().check_options(options)
         require("onnxruntime_genai")
+
+    def check_model(self, config: PreTrainedConfig, architecture: Architecture, options: ExportOptions) -> None:
+        """Also where it cannot hold the cache."""
+        super().check_model(config, architecture, options)
+        if any(weight.runs_along(LATENT_KEY_VALUE) for weight in architecture.family.block_weights):
+            raise BadInputError(
+                f"onnxruntime-genai cannot run {architecture.family.model_type} models: it caches keys and values of "
+                "one width, and theirs come from a latent. `--target onnx` exports the graph for ONNX Runtime."
+            )
 
     def export(
         self,

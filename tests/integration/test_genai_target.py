@@ -83,9 +83,13 @@ def test_other_tokens_are_seen(copy: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_generation(copy, tokenizer(), "cpu")
 
 
-def test_a_model_that_it_cannot_run_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_it_cannot_run_is_refused_before_and_at_export(tmp_path: Path) -> None:
     from slimexport import testing
+    from slimexport.architectures import architecture_of
 
     model = testing.tiny_model(testing.tiny_config("deepseek_v2"))
+    target, architecture = registry.get("genai"), architecture_of(model.config, "here")
+    with pytest.raises(BadInputError, match=r"cannot run deepseek_v2 models.*`--target onnx` exports"):
+        target.check_model(model.config, architecture, ExportOptions())
     with pytest.raises(BadInputError, match=r"onnxruntime-genai cannot run this model\. No genai_config\.json"):
         export(tmp_path / "out", model)
