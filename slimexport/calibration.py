@@ -20,6 +20,7 @@ from slimexport.texts.windows import check_tokens, grid, pack, spread, tokenize
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from slimexport.config import RunConfig
 
@@ -82,6 +83,20 @@ def calibrate(
         )
     ids = grid(tokens, length)[spread(windows, count, config.seed)]
     return CalibrationSet(ids, _source(text, ids.numel()), config.seed)
+
+
+def rounding_windows(config: RunConfig, tokenizer: Any) -> NDArray[np.int64] | None:
+    """int64 [sequences, sequence_length]: the text by which weights of 4 bits are rounded (`targets/quantise/gptq.py`).
+
+    It is `config.rounding_tokens` of the calibration text, without what the model would have to write for it; where
+    that is all, the default text. None where the config asks for none. Raises BadInputError as `calibrate` does.
+    """
+    if not config.rounding_tokens:
+        return None
+    spec = "default" if mix.written(config.calibration) else config.calibration
+    fewer = config.model_copy(update={"calibration": spec, "calibration_tokens": config.rounding_tokens})
+    windows: NDArray[np.int64] = calibrate(fewer, tokenizer).input_ids.numpy()
+    return windows
 
 
 def evaluation_ids(config: RunConfig, tokenizer: Any, calibration: TextSource | None) -> EvaluationText:

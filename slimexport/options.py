@@ -28,7 +28,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "group_size_end", "damping", "bias_compensation",
     ),
     "export": (
-        "target", "precision", "exporter", "provider", "provider_option", "without_pass", "baseline", "baseline_cache",
+        "target", "precision", "exporter", "provider", "provider_option", "rounding_tokens", "without_pass", "baseline",
+        "baseline_cache",
     ),
     "verify": (
         "eval_text", "eval_tokens", "eval_window", "prompt_lengths", "decode_tokens", "latency_runs", "threads",

@@ -66,7 +66,7 @@ class OnnxDecoder(Decoder):
         self.artifact = manifest_of(self.directory)
         self.max_positions = positions_of(self.directory)
         started = time.perf_counter()
-        self._session = _open_session(self.path, provider, self.threads, provider_options or {})
+        self._session = open_session(self.path, provider, self.threads, provider_options or {})
         self.load_seconds = time.perf_counter() - started
         self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
@@ -134,6 +134,17 @@ class OnnxDecoder(Decoder):
             return _to_float32(outputs[-1], last), replace(past, length=total)
         return _to_float32(outputs[-1], last), KVState(tuple(outputs[:-1]), batch, total)
 
+    def feeds(self, input_ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """All that a call without a cache is fed, logits of every token asked for: for a graph that is this one with
+        something added to it."""
+        feeds, batch, _ = self._token_feeds(input_ids, None, None)
+        for cache in self.signature.caches:
+            shape = [batch, *(size or 0 for size in cache.shape)]
+            feeds[cache.past] = np.zeros(shape, np.float32 if cache.itemsize == 4 else np.float16)
+        if self.signature.all_logits:
+            feeds[self.signature.all_logits] = np.array(True)
+        return feeds
+
     def _token_feeds(
         self, input_ids: NDArray[np.int64], past: KVState | None, mask: NDArray[np.int64] | None
     ) -> tuple[dict[str, NDArray[Any]], int, int]:
@@ -195,7 +206,7 @@ def require_provider(provider: str) -> None:
         )
 
 
-def _open_session(path: Path, provider: str, threads: int, provider_options: Mapping[str, str]) -> Any:
+def open_session(path: Path, provider: str, threads: int, provider_options: Mapping[str, str]) -> Any:
     """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
     require_provider(provider)
     import onnxruntime

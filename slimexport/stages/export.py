@@ -3,12 +3,16 @@ baseline is kept by content hash."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slimexport.artifacts import (
     ExportArtifact,
@@ -57,11 +61,12 @@ def export_stage(
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
     with progress.stage("export"):
+        text = _rounding_text(directory / CHECKPOINT, config)
         for name, kind in exports(config).items():
-            numerics[name] = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress)
+            numerics[name] = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress, text)
             if config.baseline:
                 place = f"{BASELINE}/{name}"
-                numerics[place] = baseline_for(source, directory / place, kind, config, progress)
+                numerics[place] = baseline_for(source, directory / place, kind, config, progress, text)
     write_json(directory / NUMERICS, numerics)
     directory.save_config(fields_of(config, "export"))
     directory.finish("export", key, time.monotonic() - started)
@@ -70,31 +75,45 @@ def export_stage(
 
 Kind = tuple[str, str]
 """Target and precision."""
+Windows = NDArray[np.int64] | None
+
+
+def _rounding_text(checkpoint: Path, config: RunConfig) -> Windows:
+    """None where no precision needs one."""
+    if not any(precision.startswith("int4") for precision in config.precision):
+        return None
+    from transformers import AutoTokenizer
+
+    from slimexport.calibration import rounding_windows
+
+    return rounding_windows(config, AutoTokenizer.from_pretrained(str(checkpoint)))
 
 
 def export_checkpoint(
-    checkpoint: Path, place: Path, kind: Kind, config: RunConfig, progress: Progress
+    checkpoint: Path, place: Path, kind: Kind, config: RunConfig, progress: Progress, text: Windows = None
 ) -> dict[str, Any]:
     """Exports the shrunk model to `place` and returns how its logits compare with torch."""
     from slimexport.checkpoint import load
 
     progress.note(f"{place.name}: shrunk model")
     model, tokenizer = load(checkpoint)
-    return _export_model(model, tokenizer, place, kind, config)
+    return _export_model(model, tokenizer, place, kind, config, text)
 
 
-def baseline_for(source: ModelSource, place: Path, kind: Kind, config: RunConfig, progress: Progress) -> dict[str, Any]:
+def baseline_for(
+    source: ModelSource, place: Path, kind: Kind, config: RunConfig, progress: Progress, text: Windows = None
+) -> dict[str, Any]:
     """The dense model through the same export, in `place`; taken from there, or from the cache, where it is already.
 
     Raises BadInputError where the model is no longer the one that was pruned.
     """
-    key = _baseline_key(source, kind, config)
+    key = _baseline_key(source, kind, config, text)
     numerics = _intact(place, key)
     if numerics is not None:
         progress.note(f"{place.name}: baseline is there already")
         return numerics
     if config.baseline_cache is None:
-        return _make_baseline(source, place, key, kind, config, progress)
+        return _make_baseline(source, place, key, kind, config, progress, text)
     cache = config.baseline_cache
     cache.mkdir(parents=True, exist_ok=True)
     kept = cache / key / place.name
@@ -104,7 +123,7 @@ def baseline_for(source: ModelSource, place: Path, kind: Kind, config: RunConfig
     with lock_file(cache / f"{key}.lock", busy, CACHE_WAIT):
         numerics = _intact(kept, key)
         if numerics is None:
-            numerics = _make_baseline(source, kept, key, kind, config, progress)
+            numerics = _make_baseline(source, kept, key, kind, config, progress, text)
         else:
             progress.note(f"{place.name}: baseline from {cache}")
         with staged_directory(place) as partial:
@@ -114,7 +133,7 @@ def baseline_for(source: ModelSource, place: Path, kind: Kind, config: RunConfig
 
 
 def _make_baseline(
-    source: ModelSource, place: Path, key: str, kind: Kind, config: RunConfig, progress: Progress
+    source: ModelSource, place: Path, key: str, kind: Kind, config: RunConfig, progress: Progress, text: Windows
 ) -> dict[str, Any]:
     from slimexport.loading import load_model
 
@@ -123,12 +142,14 @@ def _make_baseline(
     if loaded.source.fingerprint != source.fingerprint:
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
     _record(place).unlink(missing_ok=True)
-    numerics = _export_model(loaded.model, loaded.tokenizer, place, kind, config)
+    numerics = _export_model(loaded.model, loaded.tokenizer, place, kind, config, text)
     write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
     return numerics
 
 
-def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: RunConfig) -> dict[str, Any]:
+def _export_model(
+    model: Any, tokenizer: Any, place: Path, kind: Kind, config: RunConfig, text: Windows
+) -> dict[str, Any]:
     from slimexport.runtime import Decoder, open_decoder
     from slimexport.targets import registry
     from slimexport.verification.numerics import check_export
@@ -146,7 +167,7 @@ def _export_model(model: Any, tokenizer: Any, place: Path, kind: Kind, config: R
         numerics.update({**found, "before": before} if before else found)
 
     target, precision = kind
-    options = export_options(config, precision)
+    options = dataclasses.replace(export_options(config, precision), text=text)
     with staged_directory(place) as partial:
         registry.get(target).export(model, tokenizer, partial, options, check)
     return numerics
@@ -171,9 +192,10 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
     return data["numerics"]
 
 
-def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig) -> str:
+def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig, text: Windows) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
-    how = [*kind, config.exporter, config.provider, config.without_pass]
+    rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and kind[1].startswith("int4") else None
+    how = [*kind, config.exporter, config.provider, config.without_pass, rounded]
     data = [source.fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

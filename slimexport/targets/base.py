@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +12,9 @@ from slimexport.errors import BadInputError
 from slimexport.providers import PROVIDERS
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
@@ -31,12 +33,14 @@ class Check(Protocol):
 class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
     `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
-    weights alone: `float_precision` is everything else's."""
+    weights alone: `float_precision` is everything else's. By `text`, token ids int64 [windows, tokens], weights of 4
+    bits are rounded; without it to the nearest."""
 
     builder: str = "auto"
     precision: str = "fp32"
     provider: str = "cpu"
     without: tuple[str, ...] = ()
+    text: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ExportArtifact, remove, sha256_tree, write_json
 from slimexport.errors import BadInputError, NotReproducedError
+from slimexport.runtime.activations import second_moments
 from slimexport.targets import passes, quantise, registry
 from slimexport.targets.base import (
     Builder,
@@ -148,13 +149,19 @@ def _quantised(
     against its own; the file's graph, but for the rounding of activations, against the float graph with the numbers
     that the weights stand for; and with that rounding, whose noise says little about single faults."""
     first, second = directory / ".first", directory / ".second"
+    scheme, moments = quantise.SCHEMES[options.precision], None
+    measured = {} if options.text is None else quantise.inputs_to_measure(graph.model, scheme)
     try:
-        if check:
-            check(written(graph, first, options.float_precision))
+        if check or measured:
+            made = written(graph, first, options.float_precision)
+            if check:
+                check(made)
+            if measured and options.text is not None:
+                moments = second_moments(first, measured, options.text, provider=options.provider)
             remove(first)
         plain = graph.model.clone()
         with quiet():
-            sources = quantise.quantise(graph.model, quantise.SCHEMES[options.precision])
+            sources = quantise.quantise(graph.model, scheme, moments)
         artifact = written(graph, directory, options.precision)
         quantise.check_quantised(directory / GRAPH, sources)
         if check:

@@ -104,6 +104,20 @@ def test_one_precision_that_misses_a_gate_fails_the_run(finished: Any) -> None:
     assert again.verdict.startswith("FAILED: 1 of 3 gates")
 
 
+def test_weights_of_4_bits_are_rounded_by_the_calibration_text(finished: Any) -> None:
+    """The dense model's too, whose graph is made anew for another text."""
+    out, _ = finished
+    files = {}
+    for tokens in (0, 1024, 2048, 2048):
+        pipeline.export(out, {"precision": ("int4",), "rounding_tokens": tokens}, force=True)
+        both = (out / place / "model.onnx.data" for place in ("onnx-int4", "baseline/onnx-int4"))
+        found = tuple(path.read_bytes() for path in both)
+        assert files.setdefault(tokens, found) == found, "the same again"
+    for place in (0, 1):
+        assert len({found[place] for found in files.values()}) == 3
+        assert len({len(found[place]) for found in files.values()}) == 1
+
+
 def test_a_precision_added_later_prunes_nothing_again(finished: Any) -> None:
     out, _ = finished
     before = (out / "prune.json").read_bytes()

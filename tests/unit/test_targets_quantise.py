@@ -26,8 +26,8 @@ from slimexport.targets.quantise import (
     left_float,
     put_levels,
     quantise,
-    unpacked,
 )
+from slimexport.targets.quantise.levels import unpacked
 
 RNG = np.random.default_rng(0)
 

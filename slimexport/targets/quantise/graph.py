@@ -1,32 +1,26 @@
-"""Weight-only quantisation of a graph: products become MatMulNBits, the embedding's rows GatherBlockQuantized.
-
-Weights are rounded to the nearest of 2^bits levels between the smallest and largest (zero among them) of every `BLOCK`
-inputs of an output. Activations stay in the graph's own precision; the kernels take them in 8 bits (`accuracy_level`
-4), without which 8-bit weights decode many times slower. A tied embedding is stored once, for both uses.
-"""
+"""What quantising does to a graph: other operators in the place of products and of the embedding's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimexport.errors import NotReproducedError
 from slimexport.targets.passes.head import head_product, is_product, is_transposed, weight_of
+from slimexport.targets.quantise.gptq import repaired
+from slimexport.targets.quantise.levels import BLOCK, Floats, Levels, nearest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BLOCK = 32
 _DOMAIN = "com.microsoft"
-_QUANTISED = ("MatMulNBits", "GatherBlockQuantized")
+QUANTISED = ("MatMulNBits", "GatherBlockQuantized")
 _OF_ROWS = ("Gather", "GroupQueryAttention", "RotaryEmbedding")  # read but rows of a table
+_PARTS = ("codes", "scales", "zero_points")
 _FULL_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4  # values of `accuracy_level`
-_ROUNDING = 1e-4  # of a level: in float32 a weight half way between two may go to either
 
 
 @dataclass(frozen=True)
@@ -39,67 +33,97 @@ class Scheme:
 
 SCHEMES = {"int8": Scheme(8, 8), "int4": Scheme(4, 4), "int4-mixed": Scheme(4, 8)}
 
-Sources = Mapping[str, NDArray[np.floating[Any]]]
-"""Name of a quantised weight -> what it was made from, [outputs, inputs]."""
+Moments = Mapping[str, NDArray[np.float64]]
+"""Name of what a product multiplies with its weights -> X^T X [K, K] of its rows on a text."""
 
 
-def quantise(model: ir.Model, scheme: Scheme) -> Sources:
+@dataclass(frozen=True)
+class Source:
+    """What the levels [outputs, inputs] of a weight are the nearest ones of; `cut`: but for what lies beyond the last
+    level, on purpose."""
+
+    weight: Floats
+    cut: bool = False
+
+
+Sources = Mapping[str, Source]
+"""By the name of the codes."""
+
+
+def quantise(model: ir.Model, scheme: Scheme, moments: Moments | None = None) -> Sources:
     """Changes `model` in place: all products with weights [K, N], and the embedding where K is a multiple of BLOCK.
 
+    With the `moments` of their inputs (`inputs_to_measure`) weights are rounded by what they do there (gptq.py).
     Weights of other operators (experts in one tensor, norms) stay as they are.
     """
     graph = model.graph
     head = head_product(graph)
     made: dict[tuple[str, bool], _Quantised] = {}
-    sources: dict[str, NDArray[np.floating[Any]]] = {}
+    sources: dict[str, Source] = {}
 
-    def quantised(weight: ir.Value, transposed: bool, bits: int) -> _Quantised:
+    def quantised(weight: ir.Value, transposed: bool, bits: int, read_with: str = "") -> _Quantised:
         """Of the weight [K, N], or [N, K] where it is `transposed`; the same for all who read it alike."""
         key = (str(weight.name), transposed)
         if key not in made:
-            source = _array(weight) if transposed else _array(weight).T
-            made[key] = _Quantised.of(graph, str(weight.name), source, bits)
-            sources[str(made[key].codes.name)] = source  # a view: no memory
+            of = Source(array(weight) if transposed else array(weight).T)  # a view: no memory
+            H = (moments or {}).get(read_with)
+            if H is None or bits == 8:
+                levels = nearest(of.weight, bits)
+            else:
+                levels, target = repaired(of.weight, H, bits)
+                of = Source(target, cut=target is not of.weight)
+            made[key] = _Quantised.of(graph, str(weight.name), levels, of.weight.shape)
+            sources[str(made[key].codes.name)] = of
         return made[key]
 
     for node in [node for node in graph if is_product(node)]:
         weight = weight_of(node)
         assert weight is not None
         bits = scheme.head_bits if node is head else scheme.bits
-        _replace_product(graph, node, quantised(weight, is_transposed(node), bits))
+        _replace_product(graph, node, quantised(weight, is_transposed(node), bits, str(_multiplied(node).name)))
     for node in [node for node in graph if node.op_type == "Gather" and _is_embedding(node)]:
         table = node.inputs[0]
         assert table is not None
-        if _array(table).shape[1] % BLOCK == 0:
+        if array(table).shape[1] % BLOCK == 0:
             _replace_gather(graph, node, quantised(table, True, scheme.head_bits))
     _drop_unused(graph)
     model.opset_imports.setdefault(_DOMAIN, 1)
     return sources
 
 
+def inputs_to_measure(model: ir.Model, scheme: Scheme) -> dict[str, int]:
+    """What the products of `model` that `scheme` rounds to few bits multiply with their weights, and its width K: what
+    `Moments` are of."""
+    head = head_product(model.graph)
+    found = {}
+    for node in [node for node in model.graph if is_product(node)]:
+        weight = weight_of(node)
+        assert weight is not None
+        if (scheme.head_bits if node is head else scheme.bits) < 8:
+            found[str(_multiplied(node).name)] = array(weight).shape[1 if is_transposed(node) else 0]
+    return found
+
+
+def _multiplied(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
 @dataclass(frozen=True)
 class _Quantised:
-    """A weight [N, K] as the operators read it: codes uint8 [N, K / BLOCK, BLOCK * bits / 8], scales [N, K / BLOCK],
-    zero points uint8, packed like the codes."""
+    """`Levels` of a weight of `shape` [N, K] in a graph."""
 
     codes: ir.Value
     scales: ir.Value
     zero_points: ir.Value
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
 
     @classmethod
-    def of(cls, graph: ir.Graph, name: str, source: NDArray[np.floating[Any]], bits: int) -> _Quantised:
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            DefaultWeightOnlyQuantizer,
-        )
-
-        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
-        arrays = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(source.T))
-        parts = zip(("codes", "scales", "zero_points"), arrays, strict=True)
-        codes, scales, zero_points = (_initializer(graph, f"{name}.{part}", array) for part, array in parts)
-        return cls(codes, scales, zero_points, (source.shape[0], source.shape[1]), bits)
+    def of(cls, graph: ir.Graph, name: str, levels: Levels, shape: tuple[int, ...]) -> _Quantised:
+        codes, scales, zero_points = (_initializer(graph, f"{name}.{part}", getattr(levels, part)) for part in _PARTS)
+        return cls(codes, scales, zero_points, shape, levels.bits)
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -148,7 +172,7 @@ def left_float(model: ir.Model) -> int:
     total = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        read = any(use.node.op_type not in (*_QUANTISED, *_OF_ROWS) for use in value.uses())
+        read = any(use.node.op_type not in (*QUANTISED, *_OF_ROWS) for use in value.uses())
         if tensor is not None and read and tensor.dtype.is_floating_point() and _matrix(tensor.shape.numpy()):
             total += tensor.nbytes
     return total
@@ -178,7 +202,7 @@ def _initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     return value
 
 
-def _array(weight: ir.Value) -> NDArray[Any]:
+def array(weight: ir.Value) -> NDArray[Any]:
     assert weight.const_value is not None
     return weight.const_value.numpy()
 
@@ -208,73 +232,35 @@ def put_levels(plain: ir.Model, quantised: ir.Model) -> None:
     """
     known = quantised.graph.initializers
     gathered = {codes.name for node in quantised.graph if node.op_type == "GatherBlockQuantized"
-                for codes in _stored(node)[:1]}  # fmt: skip
+                for codes in stored(node)[:1]}  # fmt: skip
     made: dict[str, ir.Value] = {}
 
-    def levels(weight: ir.Value, turned: bool) -> ir.Value | None:
+    def numbers_of(weight: ir.Value, turned: bool) -> ir.Value | None:
         """[K, N], or [N, K] where not `turned`; None for a weight that was left alone."""
         if f"{weight.name}.codes" not in known:
             return None
         name = f"{weight.name}.levels{'' if turned else '.rows'}"
         if name not in made:
-            parts = [_array(known[f"{weight.name}.{part}"]) for part in ("codes", "scales", "zero_points")]
-            source = _array(weight)
-            array = _levels(*parts)[:, : source.size // len(parts[0])].astype(source.dtype)
-            made[name] = _initializer(plain.graph, name, np.ascontiguousarray(array.T) if turned else array)
+            levels = Levels(*(array(known[f"{weight.name}.{part}"]) for part in _PARTS))
+            source = array(weight)
+            numbers = levels.numbers()[:, : source.size // len(levels.codes)].astype(source.dtype)
+            made[name] = _initializer(plain.graph, name, np.ascontiguousarray(numbers.T) if turned else numbers)
         return made[name]
 
     for node in [node for node in plain.graph if is_product(node)]:
         weight = weight_of(node)
         assert weight is not None
-        if (new := levels(weight, turned=not node.attributes.get_int("transB", 0))) is not None:
+        if (new := numbers_of(weight, turned=not node.attributes.get_int("transB", 0))) is not None:
             node.replace_input_with(1, new)
     for node in [node for node in plain.graph if node.op_type == "Gather" and _is_embedding(node)]:
         table = node.inputs[0]
         assert table is not None
-        if f"{table.name}.codes" in gathered and (new := levels(table, turned=False)) is not None:
+        if f"{table.name}.codes" in gathered and (new := numbers_of(table, turned=False)) is not None:
             node.replace_input_with(0, new)
     _drop_unused(plain.graph)
 
 
-def _levels(codes: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """[N, K] (K in whole blocks): the numbers that the codes stand for."""
-    outputs, blocks = scales.shape
-    bits = codes.shape[-1] * 8 // BLOCK
-    zero = unpacked(zero_points.reshape(outputs, -1), bits)[:, :blocks, None].astype(np.float64)
-    found = (unpacked(codes.reshape(outputs, -1), bits).reshape(outputs, blocks, BLOCK) - zero) * scales[..., None]
-    return np.asarray(found, np.float64).reshape(outputs, -1)
-
-
-# -------------------------------------------------------------------------------------------------------- checking
-
-
-def check_quantised(path: Path, sources: Sources) -> None:
-    """Holds every quantised weight of the graph in `path`, as its file has it, against what it was made from.
-
-    The level that stands for a weight must be the nearest one there is: within half a level, or the first or the last.
-    One wrong scale, zero point or code is seen, where logits would not show it. Raises NotReproducedError.
-    """
-    import onnx_ir as ir
-
-    graph = ir.load(str(path)).graph
-    found = set()
-    for node in graph:
-        if node.op_type not in _QUANTISED:
-            continue
-        codes, scales, zero_points = _stored(node)
-        name = str(codes.name)
-        found.add(name)
-        source = sources.get(name)
-        if source is None:
-            raise NotReproducedError(f"{path}: {name} was made from no weight of the model.")
-        bits = node.attributes.get_int("bits", 4)
-        if worst := _beyond_nearest(source, _array(codes), _array(scales), _array(zero_points), bits):
-            raise NotReproducedError(f"{path}: {name} is off by {worst:.3g} levels somewhere, half a one is the most.")
-    if missing := set(sources) - found:
-        raise NotReproducedError(f"{path}: {min(missing)} is not in the graph.")
-
-
-def _stored(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+def stored(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
     gathers = node.op_type == "GatherBlockQuantized"
     codes, scales, zero_points = (node.inputs[place] for place in ((0, 2, 3) if gathers else (1, 2, 3)))
     if gathers and codes is not None and (reshape := codes.producer()) is not None:
@@ -283,29 +269,3 @@ def _stored(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
     assert scales is not None
     assert zero_points is not None
     return codes, scales, zero_points
-
-
-def _beyond_nearest(
-    source: NDArray[Any], codes: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[np.uint8], bits: int
-) -> float:
-    """By how many levels a weight of `source` [N, K] is farther from its level than it need be; 0 where none is."""
-    outputs, inputs = source.shape
-    levels = unpacked(codes.reshape(outputs, -1), bits)[:, :inputs].astype(np.float64)
-    blocks = -(-inputs // BLOCK)
-    scale = np.repeat(scales.reshape(outputs, blocks).astype(np.float64), BLOCK, axis=1)[:, :inputs]
-    zero = np.repeat(unpacked(zero_points.reshape(outputs, -1), bits)[:, :blocks], BLOCK, axis=1)[:, :inputs]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wanted = np.where(scale == 0, np.where(source == 0, zero, np.inf), source / scale + zero)
-    distance = np.abs(np.clip(wanted, 0, 2**bits - 1) - levels)
-    beyond = np.nan_to_num(wanted, nan=np.inf) - np.clip(wanted, 0, 2**bits - 1)  # a range that is too small
-    worst = float(max(distance.max(), np.abs(beyond).max()))
-    # A scale of 16 bits is itself rounded, by which the last level of all is off most.
-    rounding = _ROUNDING + float(np.finfo(scales.dtype).eps) / 2
-    return worst if not worst <= 0.5 + rounding * 2**bits else 0.0
-
-
-def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """uint8 [n, m] of two 4-bit numbers each, the lower first -> uint8 [n, 2 m]; 8-bit ones as they are."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(len(packed), -1)
