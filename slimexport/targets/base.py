@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
@@ -31,12 +31,13 @@ class Check(Protocol):
 class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
     `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
-    weights alone: `float_precision` is everything else's."""
+    weights alone: `float_precision` is everything else's. `per_layer`: blocks may come to differ in size."""
 
     builder: str = "auto"
     precision: str = "fp32"
     provider: str = "cpu"
     without: tuple[str, ...] = ()
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -85,6 +86,16 @@ class Target(Protocol):
             BadInputError: nothing here can export this model with these options, or a package is missing.
             NotReproducedError: whatever `check` raised for the last builder that was tried.
         """
+        ...
+
+
+@runtime_checkable
+class ChecksTokenizer(Protocol):
+    """A target that cannot take every tokenizer."""
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Raises BadInputError for a tokenizer that cannot be exported, with a model of `vocabulary` tokens: called
+        before pruning."""
         ...
 
 
