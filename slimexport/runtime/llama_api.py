@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
 
-KNOWN = "2026.10.11549"
+KNOWN = "2026.10.11549"  # and 2026.8.10229, 2026.9.11063
 INSTALL = "pip install 'slimexport[gguf]'"
 BATCH = 512
 """Tokens that one call of llama.cpp takes; more go in turns."""
