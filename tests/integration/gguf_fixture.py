@@ -81,6 +81,38 @@ def bpe(digits: bool = False) -> transformers.PreTrainedTokenizerFast:
     return made
 
 
+def pieces(legacy: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """As transformers converts SentencePiece's models: all merges that make a token, and bytes for what is in none."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = sorted({word for line in TEXT[:2] for word in line.replace("\n", " ").split(" ") if word})
+    parts = {f"▁{word}"[:end] for word in words for end in range(2, len(word) + 2)} | {"er", "in", "ed", "ode", "mod"}
+    alphabet = sorted({character for part in parts for character in part} | set("▁ 0123456789"[:1]))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += sorted(parts, key=lambda part: (len(part), part)) + [c for c in alphabet if c not in parts]
+    vocabulary = {token: id for id, token in enumerate(dict.fromkeys(tokens))}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in vocabulary
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary and not token.startswith("<")
+    ]
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    backend = made.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
 def export(directory: Path, model: Any, tokenizer: Any = None, precision: str = "fp32") -> ExportArtifact:
     """Through the target, checked as a run checks it."""
 

@@ -83,7 +83,7 @@ def test_blocks_differ_and_bench_decodes_them(finished: tuple[Path, Any]) -> Non
 
 def test_what_cannot_be_written_is_said_before_pruning(tmp_path: Path) -> None:
     words = tiny_directory(tmp_path / "words")
-    with pytest.raises(BadInputError, match="is WordLevel, and only byte-level BPE"):
+    with pytest.raises(BadInputError, match="is WordLevel: BPE of bytes"):
         pipeline.run(config_for(tmp_path, words), tmp_path / "out")
     qwen3 = tiny_directory(tmp_path / "qwen3", "qwen3")
     with pytest.raises(BadInputError, match="no qwen3 model whose blocks differ in size"):

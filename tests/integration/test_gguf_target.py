@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_fixture import DIFFERENT, FAMILIES, VOCAB, bpe, export, logits_of, per_layer, tiny
+from gguf_fixture import DIFFERENT, FAMILIES, VOCAB, bpe, export, logits_of, per_layer, pieces, tiny
 
 from slimexport.artifacts import BlockSizes
 from slimexport.errors import BadInputError, NotReproducedError
@@ -348,3 +348,26 @@ def test_the_digits_of_a_tokenizer_decide_the_name(tmp_path: Path) -> None:
     plain, single = (export(tmp_path / str(d), tiny(), bpe(digits=d)) for d in (False, True))
     assert "pre-tokenizer gpt-2" in plain.notes[0]
     assert "pre-tokenizer smollm" in single.notes[0]
+
+
+@pytest.mark.parametrize(("legacy", "name"), [(True, "default, space before"), (False, "default.")])
+def test_sentencepiece(legacy: bool, name: str, tmp_path: Path) -> None:
+    tokenizer = pieces(legacy)
+    artifact = export(tmp_path / "out", tiny("mistral", vocab_size=len(tokenizer)), tokenizer)
+    assert f"pre-tokenizer {name}" in artifact.notes[0]
+    fields = read(artifact).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    model = decoder_of(artifact).model
+    for text in ("prune the weights of  models", "it's 2024; 日本", "</s>model<s> in"):
+        assert model.tokenize(text, special=True) == tokenizer(text).input_ids, text
+
+
+def test_a_way_that_llama_cpp_has_not(tmp_path: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = bpe()
+    words = [pre_tokenizers.Split("e", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    with pytest.raises(BadInputError, match="in none of its ways like this tokenizer"):
+        registry.get("gguf").check_tokenizer(tokenizer, VOCAB)

@@ -15,7 +15,7 @@ from slimexport.runtime.llama_cpp import _BITS
 from slimexport.targets import base
 from slimexport.targets.gguf import file, precision
 from slimexport.targets.gguf.tensors import file_name, neighbours
-from slimexport.targets.gguf.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary_of
+from slimexport.targets.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary_of
 
 
 def test_names() -> None:
@@ -99,11 +99,11 @@ def test_tokens_and_their_kinds() -> None:
     made = vocabulary_of(tokenizer, 264)
     assert made.tokens[256:] == ("ab", "<s>", "</s>", "<tool>", "[PAD260]", "[PAD261]", "[PAD262]", "[PAD263]")
     assert made.kinds[256:] == (NORMAL, CONTROL, CONTROL, USER_DEFINED, *[UNUSED] * 4)
-    assert made.merges == ("a b",)
+    assert (made.model, made.merges) == ("gpt2", (("a", "b"),))
     assert made.special == {"bos": 257, "eos": 258}
     assert (made.add_bos, made.add_eos, made.notes) == (False, False, ())
-    fields = made.fields("gpt-2")
-    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    fields = made.fields()
+    assert fields["tokenizer.ggml.merges"] == ["a b"]
     assert fields["tokenizer.ggml.eos_token_id"] == 258
     assert fields["tokenizer.chat_template"] == "{{ messages }}"
 
@@ -127,11 +127,6 @@ def words() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-def pieces() -> Any:
-    backend = Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[], byte_fallback=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
 def endless() -> Any:
     made = bpe()
     made.eos_token = None
@@ -141,8 +136,7 @@ def endless() -> Any:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (words, "is WordLevel, and only byte-level BPE"),
-        (pieces, "is SentencePiece BPE, and only byte-level BPE"),
+        (words, "is WordLevel: BPE of bytes"),
         (lambda: bpe(normalizer=normalizers.Lowercase()), r"normalises text \(Lowercase\)"),
         (lambda: bpe(pre_tokenizer=pre_tokenizers.Whitespace()), "is BPE of characters"),
         (endless, "names no token that ends a text"),
@@ -156,3 +150,15 @@ def test_tokenizers_that_are_refused(make: Any, said: str) -> None:
 def test_more_tokens_than_the_model_has() -> None:
     with pytest.raises(BadInputError, match="the model has 259 tokens"):
         vocabulary_of(bpe(), 259)
+
+
+def test_pieces_have_scores_and_bytes() -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "<0x41>": 2, "a": 3, "b": 4, "c": 5, "ab": 6, "abc": 7}
+    merges = [("a", "b"), ("ab", "c")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    made = vocabulary_of(tokenizer, 8)
+    assert made.model == "llama"
+    assert made.kinds == (UNKNOWN, CONTROL, BYTE, *[NORMAL] * 5)
+    assert made.fields()["tokenizer.ggml.scores"] == [-2, -2, -2, -2, -2, -2, 0, -1]

@@ -16,13 +16,14 @@ import numpy as np
 from slimexport.errors import BadInputError
 from slimexport.targets.gguf import file
 from slimexport.targets.gguf.architecture import Fields
-from slimexport.targets.gguf.vocabulary import CONTROL, USER_DEFINED, Vocabulary
+from slimexport.targets.gguf.vocabulary import BYTE_LEVEL, CONTROL, USER_DEFINED, Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from slimexport.runtime.llama_api import LlamaModel
 
+_PRE = "tokenizer.ggml.pre"
 NAMES = (
     "llama-bpe", "gpt-2", "smollm", "qwen2", "qwen35", "tekken", "gpt-4o", "llama4", "deepseek-v3", "deepseek-llm",
     "deepseek-coder", "deepseek-r1-qwen", "starcoder", "command-r", "falcon", "stablelm2", "olmo", "dbrx", "glm4",
@@ -50,8 +51,17 @@ TEXTS = (
 )  # fmt: skip
 
 
-def pre_tokenizer_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> str:
-    """One of `NAMES`. Raises BadInputError where none gives the tokenizer's ids, or xllamacpp is missing."""
+def _ways(vocabulary: Vocabulary) -> dict[str, Fields]:
+    """Name -> what the file says of it. Pieces are not cut into words; a text may begin with a mark for a space."""
+    if vocabulary.model == BYTE_LEVEL:
+        return {name: {_PRE: name} for name in NAMES}
+    spaced = {"default, space before": True, "default": False}
+    return {name: {_PRE: "default", "tokenizer.ggml.add_space_prefix": before} for name, before in spaced.items()}
+
+
+def pre_tokenizer_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> tuple[str, Fields]:
+    """The name of the way, and what the file says of it. Raises BadInputError where none gives the tokenizer's ids, or
+    xllamacpp is missing."""
     from slimexport.runtime import llama_api
 
     llama_api.require()
@@ -60,13 +70,13 @@ def pre_tokenizer_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary)
     nearest = ""
     fewest = len(texts) + 1
     with tempfile.TemporaryDirectory() as place:
-        for name in NAMES:
-            model = _opened(Path(place) / "vocabulary.gguf", vocabulary, name)
+        for name, fields in _ways(vocabulary).items():
+            model = _opened(Path(place) / "vocabulary.gguf", vocabulary, fields)
             if model is None:
                 continue
             wrong = [text for text, ids in zip(texts, wanted, strict=True) if _theirs(model, text) != ids]
             if not wrong:
-                return name
+                return name, fields
             if len(wrong) < fewest:
                 fewest, nearest = len(wrong), f"nearest is {name}, which differs for {wrong[0]!r}"
     raise BadInputError(f"llama.cpp cuts text in none of its ways like this tokenizer ({nearest}): no GGUF of it.")
@@ -95,11 +105,11 @@ def _theirs(model: LlamaModel, text: str) -> Both:
     return model.tokenize(text, special=False), model.tokenize(text, special=True)
 
 
-def _opened(path: Path, vocabulary: Vocabulary, name: str) -> LlamaModel | None:
-    """A model of one tiny block with this vocabulary; None where llama.cpp does not know the name."""
+def _opened(path: Path, vocabulary: Vocabulary, way: Fields) -> LlamaModel | None:
+    """A model of one tiny block with this vocabulary; None where llama.cpp does not know the way."""
     from slimexport.runtime.llama_api import LlamaModel
 
-    file.write(path, "llama", {**_SIZES, **vocabulary.fields(name)}, _weights(len(vocabulary.tokens)), "fp32")
+    file.write(path, "llama", {**_SIZES, **vocabulary.fields(), **way}, _weights(len(vocabulary.tokens)), "fp32")
     try:
         return LlamaModel(path)
     except BadInputError:

@@ -84,8 +84,8 @@ class GgufTarget:
         architecture = architecture_of(model.config, str(directory))
         kind = kind_of(model.config, architecture, per_layer=False)
         vocabulary = vocabulary_of(tokenizer, architecture.vocab)
-        pre = pre_tokenizer_of(tokenizer, vocabulary)
-        fields = {**header(model.config, architecture, kind), **vocabulary.fields(pre)}
+        pre, cut = pre_tokenizer_of(tokenizer, vocabulary)
+        fields = {**header(model.config, architecture, kind), **vocabulary.fields(), **cut}
         content = _Content(kind, fields, tensors_of(model, architecture, kind))
         whole = content.left_float(options.precision) if options.quantised else 0
         notes = (f"llama.cpp's architecture {kind.name}, pre-tokenizer {pre}.", *vocabulary.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,25 @@ from slimexport.targets.gguf.architecture import Fields
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""llama.cpp's kinds of tokens: of the vocabulary; special; put beside the vocabulary; without a text."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""llama.cpp's kinds of tokens: of the vocabulary; what is in it otherwise; special; put beside the vocabulary; without
+a text; a single byte."""
 
+BYTE_LEVEL, PIECES = "gpt2", "llama"
+"""llama.cpp's kinds of tokenizers: BPE of bytes, and SentencePiece's BPE of characters, which falls back to bytes."""
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _NFC = "The tokenizer brings text into the Unicode form NFC, and llama.cpp does not: give it text in that form."
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Byte-level BPE. `normalise` names the Unicode form that the tokenizer brings text into first."""
+    """`normalise` names the Unicode form that the tokenizer brings text into first."""
 
+    model: str  # BYTE_LEVEL or PIECES
     tokens: tuple[str, ...]
     kinds: tuple[int, ...]
-    merges: tuple[str, ...]
+    merges: tuple[tuple[str, str], ...]
     special: dict[str, int] = field(default_factory=dict)  # bos, eos, unknown, padding -> id
     add_bos: bool = False
     add_eos: bool = False
@@ -35,14 +42,18 @@ class Vocabulary:
     def notes(self) -> tuple[str, ...]:
         return (_NFC,) if self.normalise else ()
 
-    def fields(self, pre: str) -> Fields:
-        """The file's metadata, `pre` being llama.cpp's name for the way in which text is cut into words."""
+    def fields(self) -> Fields:
+        """The file's metadata, but for how text is cut into words (`pre_tokenizer.py`)."""
+        by_kind: Fields
+        if self.model == BYTE_LEVEL:
+            by_kind = {"tokenizer.ggml.merges": [" ".join(merge) for merge in self.merges]}
+        else:
+            by_kind = {"tokenizer.ggml.scores": self._scores()}
         made: Fields = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.model": self.model,
             "tokenizer.ggml.tokens": list(self.tokens),
             "tokenizer.ggml.token_type": list(self.kinds),
-            "tokenizer.ggml.merges": list(self.merges),
+            **by_kind,
             **{f"tokenizer.ggml.{name}_token_id": id for name, id in self.special.items()},
             "tokenizer.ggml.add_bos_token": self.add_bos,
             "tokenizer.ggml.add_eos_token": self.add_eos,
@@ -51,18 +62,25 @@ class Vocabulary:
             made["tokenizer.chat_template"] = self.chat_template
         return made
 
+    def _scores(self) -> list[float]:
+        """SentencePiece merges what makes the token of the highest score: the one that the first merge makes."""
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(self.merges):
+            ranks.setdefault("".join(merge), rank)
+        return [-float(ranks.get(token, len(self.merges))) for token in self.tokens]
+
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     """With `size` tokens, as many as the model's embedding has rows.
 
-    Raises BadInputError for a tokenizer that is no byte-level BPE, has more tokens than that, no token that ends a
-    text, or puts others than that and the first around it.
+    Raises BadInputError for a tokenizer that is no BPE of bytes or of SentencePiece's kind, has more tokens than that,
+    no token that ends a text, or puts others than that and the first around it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise BadInputError(f"The tokenizer {type(tokenizer).__name__} has no tokenizer.json to be written as GGUF.")
     said = json.loads(backend.to_str())
-    _check_kind(said)
+    model = _kind(said)
     tokens: list[str | None] = [None] * size
     kinds = [UNUSED] * size
     added = {token["id"]: token for token in said["added_tokens"]}
@@ -71,37 +89,44 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
             raise BadInputError(f"The tokenizer's token {text!r} has the id {id}: the model has {size} tokens.")
         tokens[id] = text
         kinds[id] = (CONTROL if added[id]["special"] else USER_DEFINED) if id in added else NORMAL
+        if model == PIECES and _BYTE.fullmatch(text):
+            kinds[id] = BYTE
     special = _special(tokenizer)
+    if model == PIECES and "unknown" in special:
+        kinds[special["unknown"]] = UNKNOWN
     before, after = _around(tokenizer, special)
     template = tokenizer.chat_template
     return Vocabulary(
+        model,
         tuple(f"[PAD{id}]" if text is None else text for id, text in enumerate(tokens)),
         tuple(kinds),
-        tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in said["model"]["merges"]),
+        tuple(tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in said["model"]["merges"]),
         special,
         before,
         after,
         template if isinstance(template, str) else (template or {}).get("default"),
-        "NFC" if said.get("normalizer") else None,
+        "NFC" if model == BYTE_LEVEL and said.get("normalizer") else None,
     )
 
 
-def _check_kind(said: dict[str, Any]) -> None:
-    """Raises BadInputError unless llama.cpp's gpt2 tokenizer can be this one."""
+def _kind(said: dict[str, Any]) -> str:
+    """Raises BadInputError where none of llama.cpp's tokenizers that are known here can be this one."""
     model = said["model"]
-    kind = model["type"]
-    if kind == "BPE" and (model.get("byte_fallback") or "ByteLevel" not in json.dumps(said.get("pre_tokenizer"))):
-        kind = "SentencePiece BPE" if model.get("byte_fallback") else "BPE of characters"
-    if kind != "BPE":
-        raise BadInputError(f"The tokenizer is {kind}, and only byte-level BPE is written as GGUF.")
+    cut = json.dumps(said.get("pre_tokenizer"))
+    if model["type"] != "BPE" or not (model.get("byte_fallback") or "ByteLevel" in cut):
+        name = "BPE of characters" if model["type"] == "BPE" else model["type"]
+        raise BadInputError(f"The tokenizer is {name}: BPE of bytes, or with bytes for the rest, is written as GGUF.")
     if not model["merges"]:
         raise BadInputError("The tokenizer has no merges: llama.cpp's BPE needs some.")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise BadInputError(f"The tokenizer's BPE has a {name}, which llama.cpp's has not.")
+    if model.get("byte_fallback"):
+        return PIECES  # which normalisers put a mark for a space is seen in the ids
     normalizer = (said.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise BadInputError(f"The tokenizer normalises text ({normalizer}), which llama.cpp's BPE does not.")
+    return BYTE_LEVEL
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
