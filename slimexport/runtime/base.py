@@ -97,6 +97,7 @@ class Decoder(ABC):
     kv_bytes_per_token: int  # what one more token adds to the cache
     fixed_batch: int | None = None  # None: any
     bits: Bits | None = None  # None: those of a graph of that precision (verification/latency.py)
+    strays: float = 0.0  # share of positions of which verification/numerics.py expects nothing
     last_only: bool  # `last_logits` computes no others, and knows which is last where the mask pads on the right
 
     # ---------------------------------------------------------------------------------------------- its own
