@@ -33,9 +33,9 @@ _BITS = {  # with scales and minima; of the cache that goes with each
 _STRAYS = 0.05
 """Of positions of random tokens, in a quantised file. llama.cpp rounds activations to 8 bits and, for Q4_1, the sum of
 32 of them to float16. Where one activation is huge, as at a few tokens of many models, that is coarse enough to turn
-the prediction there into another one: of SmolLM2-135M, pruned, 5 of 96 positions are beyond tolerance in Q4_1, 4 in Q8_0,
-none in Q4_0. On text Q4_1 is the better one by far (KL 0.15 and 0.57, of which rounding activations makes 0.004). A
-wrong file is wrong at all positions, and its content is held to the model without such noise (targets/gguf/target.py).
+the prediction there into another one: of SmolLM2-135M, pruned, 5 of 96 positions are beyond tolerance in Q4_1, 4 in
+Q8_0, none in Q4_0. On text Q4_1 is the better one by far (KL 0.15 and 0.57, of which rounding activations makes 0.004).
+A wrong file is wrong at all positions, and its content is held to the model without such noise (targets/gguf/target.py).
 """
 
 
