@@ -35,7 +35,7 @@ _STRAYS = 0.05
 32 of them to float16. Where one activation is huge, as at a few tokens of many models, that is coarse enough to turn
 the prediction there into another one: of SmolLM2-135M, pruned, 5 of 96 positions are beyond tolerance in Q4_1, 4 in
 Q8_0, none in Q4_0. On text Q4_1 is the better one by far (KL 0.15 and 0.57, of which rounding activations makes 0.004).
-A wrong file is wrong at all positions, and its content is held to the model without such noise (targets/gguf/target.py).
+A wrong file is wrong at all positions, and its content is held to the model without such noise (gguf/target.py).
 """
 
 
