@@ -151,7 +151,7 @@ class RunConfig(BaseModel):
     damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
 
     # export
-    target: tuple[str, ...] = Field(default=("onnx",), description="What to export to.")
+    target: tuple[str, ...] = Field(default=("onnx",), description="What to export to: onnx, genai, safetensors, gguf.")
     exporter: Literal["auto", "mobius", "transformers"] = Field(
         default="auto", description="Graph builder; auto tries in order."
     )

@@ -1,4 +1,5 @@
-"""Running what was exported, with a KV cache: graphs in ONNX Runtime, checkpoints in torch.
+"""Running what was exported, with a KV cache: graphs in ONNX Runtime, GGUF files in llama.cpp,
+checkpoints in torch.
 
 Nothing here imports torch before it is needed, so that a process which measures the memory of a graph holds nothing
 else.
@@ -12,11 +13,12 @@ from pathlib import Path
 from slimexport.errors import BadInputError
 from slimexport.runtime.base import Decoder, Greedy, TimedGreedy, checked_threads, default_threads, is_checkpoint
 from slimexport.runtime.checkpoint import CheckpointDecoder
+from slimexport.runtime.llama_cpp import MODEL, LlamaCppDecoder
 from slimexport.runtime.onnx import GRAPH, KVState, OnnxDecoder, require_provider
 
 __all__ = [
-    "GRAPH", "CheckpointDecoder", "Decoder", "Greedy", "KVState", "OnnxDecoder", "TimedGreedy", "checked_threads",
-    "default_threads", "is_checkpoint", "open_decoder", "require_provider",
+    "GRAPH", "MODEL", "CheckpointDecoder", "Decoder", "Greedy", "KVState", "LlamaCppDecoder", "OnnxDecoder",
+    "TimedGreedy", "checked_threads", "default_threads", "is_checkpoint", "open_decoder", "require_provider",
 ]  # fmt: skip
 
 
@@ -30,6 +32,8 @@ def open_decoder(
     directory = Path(directory)
     if (directory / GRAPH).is_file():
         return OnnxDecoder(directory, provider, threads, provider_options)
+    if (directory / MODEL).is_file():
+        return LlamaCppDecoder(directory, provider, threads)
     if is_checkpoint(directory):
         return CheckpointDecoder(directory, provider, threads)
-    raise BadInputError(f"{directory} holds neither {GRAPH} nor a checkpoint.")
+    raise BadInputError(f"{directory} holds neither {GRAPH}, {MODEL} nor a checkpoint.")

@@ -75,6 +75,10 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
+Bits = tuple[float, float, float]
+"""Read for an entry of the blocks' matrices, of lm_head, and of the cache."""
+
+
 class Decoder(ABC):
     """A decoder in `directory` that was loaded and can be called.
 
@@ -92,6 +96,8 @@ class Decoder(ABC):
     precision: str
     kv_bytes_per_token: int  # what one more token adds to the cache
     fixed_batch: int | None = None  # None: any
+    bits: Bits | None = None  # None: those of a graph of that precision (verification/latency.py)
+    strays: float = 0.0  # share of positions of which verification/numerics.py expects nothing
     last_only: bool  # `last_logits` computes no others, and knows which is last where the mask pads on the right
 
     # ---------------------------------------------------------------------------------------------- its own

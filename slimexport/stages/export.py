@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 GRAPH_PACKAGES = (
     "slimexport", "mobius-onnx", "onnx", "onnx-ir", "onnxscript", "transformers", "torch", "numpy", "onnxruntime",
-    "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda",
+    "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "gguf", "xllamacpp",
 )  # fmt: skip
 CACHE_WAIT = 900.0  # seconds for another run that is just making the same baseline
 

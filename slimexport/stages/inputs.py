@@ -15,7 +15,7 @@ from slimexport.run_directory import BASELINE, RunDirectory
 from slimexport.texts import mix, sources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
     from slimexport.targets.base import ExportOptions
@@ -63,13 +63,19 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
-def check_exportable(model_config: PreTrainedConfig, architecture: Architecture, config: RunConfig) -> None:
-    """That a target cannot export a model like this is said before minutes of pruning."""
+def check_exportable(
+    model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, config: RunConfig
+) -> None:
+    """That a target cannot export a model or a tokenizer like these is said before minutes of pruning."""
     from slimexport.targets import registry as targets
+    from slimexport.targets.base import ChecksTokenizer
 
     for name in config.target:
+        target = targets.get(name)
         for precision in config.precision:
-            targets.get(name).check_model(model_config, architecture, export_options(config, precision))
+            target.check_model(model_config, architecture, export_options(config, precision))
+        if isinstance(target, ChecksTokenizer):
+            target.check_tokenizer(tokenizer, architecture.vocab)
 
 
 def fields_of(config: RunConfig, *stages: str) -> dict[str, Any]:
@@ -96,7 +102,9 @@ def export_options(config: RunConfig, precision: str) -> ExportOptions:
     """Raises BadInputError for a precision that the provider does not compute in."""
     from slimexport.targets.base import ExportOptions
 
-    return ExportOptions(config.exporter, precision, config.provider, config.without_pass)
+    return ExportOptions(
+        config.exporter, precision, config.provider, config.without_pass, config.resolved_layout == "per_layer"
+    )
 
 
 def check_files(place: Path, files: Mapping[str, str]) -> None:

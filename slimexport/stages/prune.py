@@ -230,7 +230,7 @@ def prune_stage(
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     check_criterion(loaded.architecture, config)
     if evaluated:
-        check_exportable(loaded.model.config, loaded.architecture, config)
+        check_exportable(loaded.model.config, loaded.tokenizer, loaded.architecture, config)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     if allocations.needs_costs(allocation):

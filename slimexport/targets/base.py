@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
@@ -33,13 +33,14 @@ class Check(Protocol):
 class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
     `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
-    weights alone: `float_precision` is everything else's. By `text`, token ids int64 [windows, tokens], weights of 4
-    bits are rounded; without it to the nearest."""
+    weights alone: `float_precision` is everything else's. `per_layer`: blocks may come to differ in size. By `text`, token
+    ids int64 [windows, tokens], a graph's weights of 4 bits are rounded; without it to the nearest."""
 
     builder: str = "auto"
     precision: str = "fp32"
     provider: str = "cpu"
     without: tuple[str, ...] = ()
+    per_layer: bool = False
     text: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +90,16 @@ class Target(Protocol):
             BadInputError: nothing here can export this model with these options, or a package is missing.
             NotReproducedError: whatever `check` raised for the last builder that was tried.
         """
+        ...
+
+
+@runtime_checkable
+class ChecksTokenizer(Protocol):
+    """A target that cannot take every tokenizer."""
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+        """Raises BadInputError for a tokenizer that cannot be exported, with a model of `vocabulary` tokens: called
+        before pruning."""
         ...
 
 

@@ -33,9 +33,11 @@ Progress = Callable[[int, int], None]
 
 
 def export_bytes(directory: Path) -> int:
-    """Bytes of the graph and its weights, model.onnx and the files named after it, or of a checkpoint's weights; not
-    of tokenizer and configs."""
-    found = [path for pattern in ("model.onnx*", "*.safetensors") for path in Path(directory).glob(pattern)]
+    """Bytes of the graph and its weights, model.onnx and the files named after it, of a GGUF file, or of a checkpoint's
+    weights; not of tokenizer and configs beside them."""
+    found = [
+        path for pattern in ("model.onnx*", "model.gguf", "*.safetensors") for path in Path(directory).glob(pattern)
+    ]
     return sum(path.stat().st_size for path in found if path.is_file())
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slimexport.artifacts import Estimates, Figure
 from slimexport.providers import PROVIDERS
 from slimexport.runtime import Decoder, huge_pages
+from slimexport.runtime.base import Bits
 from slimexport.verification import interleaved, machine
 from slimexport.verification.intervals import paired_figure, rounded
 
@@ -123,8 +124,8 @@ def measure_latency(
         context = prompt_tokens + (decode_tokens - 1) / 2
         precision = shrunk.precision
         half = PROVIDERS[shrunk.provider].device == "cuda"
-        streamed = decode_bytes(shrunk_estimates, context, precision, half=half) / decode_bytes(
-            baseline_estimates, context, precision, half=half
+        streamed = decode_bytes(shrunk_estimates, context, precision, half=half, bits=shrunk.bits) / decode_bytes(
+            baseline_estimates, context, precision, half=half, bits=baseline.bits
         )
         ideals = replace(ideals, prefill={n: flops[n] / dense[n] for n in lengths}, decode=streamed)
     figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
@@ -203,7 +204,7 @@ def _floors(decoder: Decoder, estimates: Estimates, lengths: Sequence[int], cont
         {}  # 8-bit products are faster than the float ones that were measured
         if precision.startswith("int")
         else {n: 1e3 * _prefill_flops(decoder, estimates, n) / rates.flops_per_second for n in lengths},
-        1e3 * decode_bytes(estimates, context, precision) / rates.read_bytes_per_second,
+        1e3 * decode_bytes(estimates, context, precision, bits=decoder.bits) / rates.read_bytes_per_second,
     )
 
 
@@ -211,22 +212,27 @@ def _prefill_flops(decoder: Decoder, estimates: Estimates, length: int) -> int:
     return estimates.prefill_flops(length, all_logits=not decoder.last_only)
 
 
-def decode_bytes(estimates: Estimates, context: float, precision: str, *, half: bool = False) -> float:
+def decode_bytes(
+    estimates: Estimates, context: float, precision: str, *, half: bool = False, bits: Bits | None = None
+) -> float:
     """Bytes that a graph of this precision reads for one token: the streamed weights once, scales and zero points with
-    them, and the cache of `context` tokens. What an int precision leaves is in 32 bits, or 16 if `half`."""
+    them, and the cache of `context` tokens. What an int precision leaves is in 32 bits, or 16 if `half`. `bits` are
+    those of something that is no graph of ours."""
     each = estimates.bytes / estimates.parameters  # the estimates are in the checkpoint's dtype
     weights = estimates.decode_bytes_per_token / each
     head = min(estimates.head_flops / 2, weights)
     cached = estimates.kv_cache_bytes_per_token / each * context
-    bits, head_bits = BITS[precision]
+    if bits is not None:
+        return ((weights - head) * bits[0] + head * bits[1] + cached * bits[2]) / 8
+    own_bits, head_bits = BITS[precision]
     if not precision.startswith("int"):
-        return ((weights - head) * bits + head * head_bits + cached * bits) / 8
+        return ((weights - head) * own_bits + head * head_bits + cached * own_bits) / 8
     plain = 16 if half else 32
 
     def each_with_its_block(bits: float) -> float:  # 32 weights share a scale and a zero point
         return bits + (plain + bits) / 32
 
-    parts = (weights - head) * each_with_its_block(bits), head * each_with_its_block(head_bits), cached * plain
+    parts = (weights - head) * each_with_its_block(own_bits), head * each_with_its_block(head_bits), cached * plain
     return sum(parts) / 8
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,21 +12,13 @@ from numpy.typing import NDArray
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.runtime import Decoder
 from slimexport.runtime.base import precision_of
+from slimexport.verification.differences import Found, GraphRun, Tolerance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 48  # of each random prompt: 35 for the prefill, 1 for the decode step, 12 for the chunk
-STEPS = ("prefill", "decode", "chunk", "greedy", "last")
 SHORTEST_PROMPT = 4  # 1 for the prefill, 1 for the decode step, 2 for the chunk
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds on |logit - torch's logit| in units of the logits' spread: the largest, and the mean of each step."""
-
-    maximum: float
-    mean: float
 
 
 # The spread is the standard deviation over the vocabulary, averaged over positions (2.6 for SmolLM2-135M). There the
@@ -79,6 +70,8 @@ def compare_export(
     too, which makes both sequences equal by induction; or it is a *tie*, a token whose torch logit is within the
     tolerance of the best. The steps after a tie are checked on the graph's token.
 
+    Of a decoder with `strays` that share of positions may be anything; they are listed, and count for nothing else.
+
     The tolerance (`TOLERANCES`) is the coarser of the graph's precision and the model's dtype, times the spread of
     torch's logits. Returns plain data; `failure` is None or says which step differs and by how much. Raises
     BadInputError for prompts that are too short or too long.
@@ -88,7 +81,7 @@ def compare_export(
         prompts = np.random.default_rng(seed).integers(0, vocabulary, (2, _prompt_length(decoder))).tolist()
     precision = _precision(decoder, model)
     limits = TOLERANCES[precision]
-    found, failure = _Found(limits), None
+    found, failure = Found(limits, decoder.strays), None
     for number, prompt in enumerate(prompts):
         if len(prompt) < SHORTEST_PROMPT:
             raise BadInputError(f"Prompt {number} of the check has {len(prompt)} tokens, it needs {SHORTEST_PROMPT}.")
@@ -108,107 +101,7 @@ def compare_export(
     }
 
 
-class _Track:
-    """Largest and mean |difference| of one kind of step, over prompts."""
-
-    def __init__(self) -> None:
-        self.max, self.sum, self.count = 0.0, 0.0, 0
-
-    def add(self, got: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        if not got.size:
-            return
-        with np.errstate(invalid="ignore"):
-            # Masked vocabulary is -inf in both, and -inf - -inf is NaN.
-            difference = np.where(got == expected, 0, np.abs(got - expected))
-        self.max = float(np.maximum(self.max, difference.max()))  # keeps a NaN, unlike max()
-        self.sum += float(difference.sum(dtype=np.float64))
-        self.count += difference.size
-
-    @property
-    def mean(self) -> float:
-        return self.sum / self.count
-
-
-class _Found:
-    """What was found so far, over prompts."""
-
-    def __init__(self, limits: Tolerance) -> None:
-        self.limits = limits
-        self.tracks = {name: _Track() for name in STEPS}
-        self.spreads: list[float] = []
-        self.checked = 0
-        self.ties: list[dict[str, Any]] = []
-        self.mismatches: list[dict[str, Any]] = []
-
-    def add(self, number: int, prompt: int, run: _GraphRun, expected: NDArray[np.float32]) -> None:
-        """Compares one prompt of `prompt` tokens and its greedy tokens with torch's logits [ids, vocab]."""
-        spread = _spread(expected)
-        self.spreads.append(spread)
-        for name, part in run.parts.items():
-            self.tracks[name].add(run.logits[part], expected[part])
-        for place, row in run.last.items():
-            self.tracks["last"].add(row, expected[place])
-        choosing = expected[prompt - 1 :]  # the prompt's last position chooses the first token
-        self.checked += len(run.chosen)
-        for step in np.flatnonzero(run.chosen != choosing.argmax(-1)):
-            got, wanted = int(run.chosen[step]), int(choosing[step].argmax())
-            gap = float(choosing[step, wanted] - choosing[step, got])
-            where = {"prompt": number, "step": int(step), "torch": wanted, "onnx": got, "gap": gap}
-            (self.ties if gap <= self.limits.maximum * spread else self.mismatches).append(where)
-
-    @property
-    def spread(self) -> float:
-        return float(np.mean(self.spreads)) if self.spreads else 0.0
-
-    def result(self) -> dict[str, Any]:
-        tracks = {name: track for name, track in self.tracks.items() if track.count}
-        total = sum(track.count for track in tracks.values())
-        return {
-            "logit_spread": self.spread,
-            "tolerance": self.limits.maximum * self.spread,
-            "tolerance_mean": self.limits.mean * self.spread,
-            "steps": {name: {"max": track.max, "mean": track.mean} for name, track in tracks.items()},
-            "max_logit_difference": float(np.max([t.max for t in tracks.values()])) if tracks else None,
-            "mean_logit_difference": sum(t.sum for t in tracks.values()) / total if total else None,
-            "greedy_tokens": self.checked,
-            "greedy_equal": self.checked - len(self.ties) - len(self.mismatches),
-            "ties": self.ties,
-            "mismatches": self.mismatches,
-        }
-
-    def failure(self, precision: str) -> str | None:
-        """Which step differs and by how much; None if everything is within the tolerance."""
-        largest, mean = self.limits.maximum * self.spread, self.limits.mean * self.spread
-        bounds = f"{precision}, logits spread by {self.spread:.3g}"
-        for name, track in self.tracks.items():
-            if not track.count:
-                continue
-            # Written so that NaN fails.
-            if not track.max <= largest:
-                return f"{name} logits differ by up to {track.max:.3g}, tolerance {largest:.3g} ({bounds})."
-            if not track.mean <= mean:
-                return f"{name} logits differ by {track.mean:.3g} in the mean, tolerance {mean:.3g} ({bounds})."
-        if not self.mismatches:
-            return None
-        first = self.mismatches[0]
-        return (
-            f"{len(self.mismatches)} greedy tokens differ, first at step {first['step']}: {first['onnx']} instead of "
-            f"{first['torch']}, whose logit is larger by {first['gap']:.3g}, tolerance {largest:.3g}."
-        )
-
-
-@dataclass(frozen=True)
-class _GraphRun:
-    """What the graph said about the prompt and the tokens it chose itself; `parts` are positions of `logits`."""
-
-    ids: NDArray[np.int64]  # the prompt and all chosen tokens but the last
-    logits: NDArray[np.float32]  # [ids, vocab], pieced together from the calls
-    chosen: NDArray[np.int64]
-    parts: dict[str, slice]
-    last: dict[int, NDArray[np.float32]]  # position -> what it said when asked for the last token's logits alone
-
-
-def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> _GraphRun:
+def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> GraphRun:
     size, chunk = len(prompt), max(2, len(prompt) // 4)
     one = size - chunk - 1
     parts = {"prefill": slice(0, one), "decode": slice(one, one + 1), "chunk": slice(one + 1, size)}
@@ -228,7 +121,7 @@ def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> _Grap
     # The first choice is made on the chunk's last logits, which are compared as the chunk's.
     parts["greedy"] = slice(size, None)
     ids = np.concatenate([prompt, np.array(chosen[:-1], np.int64)])
-    return _GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, _last(decoder, prompt, one))
+    return GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, _last(decoder, prompt, one))
 
 
 def _last(decoder: Decoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:
@@ -253,12 +146,6 @@ def _expected_logits(model: PreTrainedModel | Decoder, ids: NDArray[np.int64]) -
     logits = model(torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
     array: NDArray[np.float32] = logits[0].float().cpu().numpy()
     return array
-
-
-def _spread(logits: NDArray[np.float32]) -> float:
-    """Standard deviation over the vocabulary, averaged over positions; what all logits share does not count."""
-    finite = np.where(np.isfinite(logits), logits, np.nan)
-    return float(np.nanstd(finite, axis=-1, dtype=np.float64).mean())
 
 
 def _vocabulary(model: PreTrainedModel | Decoder) -> int:

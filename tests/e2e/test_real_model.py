@@ -145,3 +145,32 @@ def test_a_gate_that_fails(finished: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert "accuracy.perplexity" in done.stdout + done.stderr
+
+
+def test_llama_cpp_computes_the_same(finished: Any, tmp_path: Path) -> None:
+    """Blocks that differ in size, too: as `deci`, in 8 bits, after the same in float32 was held to torch."""
+    pytest.importorskip("xllamacpp")
+    from slimexport.runtime import open_decoder
+    from slimexport.targets import registry
+    from slimexport.targets.base import ExportOptions
+    from slimexport.verification.numerics import check_export
+
+    out, layout, _ = finished
+    model, tokenizer = slimexport.load(out)
+    found: list[dict[str, Any]] = []
+
+    def check(artifact: Any, reference: Any = None) -> None:
+        against = open_decoder(Path(reference.path)) if reference else model
+        found.append(check_export(open_decoder(Path(artifact.path)), against))
+
+    made = registry.get("gguf").export(model.float(), tokenizer, tmp_path, ExportOptions(precision="int8"), check)
+    assert ("deci" in made.notes[0]) == (layout == "per_layer")
+    full, quantised = found
+    assert full["max_logit_difference"] < 2e-3
+    assert full["greedy_equal"] == full["greedy_tokens"]
+    assert quantised["failure"] is None
+    ids = tokenizer(PROMPTS[0]).input_ids
+    decoder: Any = open_decoder(tmp_path)
+    assert decoder.model.tokenize(PROMPTS[0], special=True) == ids
+    text = tokenizer.decode(decoder.greedy(np.array(ids), 8).tokens)
+    assert text.strip()

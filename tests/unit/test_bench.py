@@ -227,7 +227,7 @@ def test_streamed_bytes_leave_out_tables_of_which_rows_are_taken(place: Path) ->
 # ------------------------------------------------------------------------------------------------------------ GGUF
 
 
-def test_gguf_through_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gguf_through_llama_cpp_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Against its documented interface: llama-cpp-python comes as source only and is not installed here."""
     seen: list[Any] = []
 
@@ -249,15 +249,31 @@ def test_gguf_through_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     module.Llama = Llama  # type: ignore[attr-defined]
     path = tmp_path / "m.gguf"
     path.write_bytes(b"x" * 10)
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(BadInputError, match="pip install llama-cpp-python"):
+    installed: set[str] = set()
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    with pytest.raises(BadInputError, match=r"needs llama\.cpp: pip install 'slimexport\[gguf\]'"):
         gguf.open_one(path, "m", SMALL)
+    installed.add("llama_cpp")
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     (subject,) = open_all([path], SMALL).values()
     assert seen[0]["n_ctx"] == 13
     assert seen[0]["n_threads"] == 1
     assert subject.timed_greedy(np.array([0, 1, 2]), 2).tokens == (2, 1, 1)
     assert (subject.vocabulary, subject.streamed_bytes) == (3, None)
+
+
+def test_gguf_files_are_found_beside_graphs(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("gguf", "gguf-int8", "baseline/gguf"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.gguf").touch()
+    (run / "run.json").write_text("{}")
+    assert gguf.find(run) == [run / "gguf", run / "gguf-int8", run / "baseline" / "gguf"]
+    assert gguf.find(run / "gguf") == [run / "gguf"]
+    assert gguf.find(run / "gguf" / "model.gguf") == [run / "gguf" / "model.gguf"]
+    assert gguf.find(run / "run.json") == gguf.find(place / "onnx") == []
+    (run / "onnx").symlink_to(place / "onnx")
+    assert [kind.__name__.rpartition(".")[2] for kind, _ in subjects_module._find(run)] == ["onnx", *["gguf"] * 3]
 
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

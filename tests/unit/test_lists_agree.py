@@ -9,6 +9,7 @@ from slimexport.config import RunConfig
 from slimexport.providers import PROVIDERS
 from slimexport.runtime import signature
 from slimexport.targets import base, passes
+from slimexport.targets import registry as targets
 from slimexport.targets.passes import last_logits
 from slimexport.targets.quantise import SCHEMES
 from slimexport.verification.latency import BITS
@@ -33,3 +34,8 @@ def test_providers_exporters_and_passes() -> None:
     assert choices("without_pass") == tuple(passes.PASSES)
     assert Settings().provider in PROVIDERS
     assert last_logits.ALL_LOGITS == signature.ALL_LOGITS
+
+
+def test_targets() -> None:
+    said = str(RunConfig.model_fields["target"].description)
+    assert sorted(said.rstrip(".").split(": ")[1].split(", ")) == targets.names()

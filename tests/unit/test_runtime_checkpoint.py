@@ -85,7 +85,7 @@ def test_another_batch_than_the_cache(both: Any) -> None:
 
 
 def test_nothing_to_open(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match=r"holds neither model\.onnx nor a checkpoint"):
+    with pytest.raises(BadInputError, match=r"holds neither model\.onnx, model\.gguf nor a checkpoint"):
         open_decoder(tmp_path)
     place = tiny_directory(tmp_path / "model")
     with pytest.raises(BadInputError, match="torch on cpu or cuda, not on coreml"):

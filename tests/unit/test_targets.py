@@ -112,6 +112,7 @@ def test_options_are_checked(options: dict[str, str], words: str) -> None:
         ("genai", {"precision": "bf16"}, "bf16 on the CPU"),
         ("safetensors", {"precision": "int8"}, "holds fp32, fp16, bf16, not int8"),
         ("safetensors", {"provider": "openvino"}, "on cpu or cuda, not on openvino"),
+        ("gguf", {"provider": "cuda"}, "on the CPU here, not on cuda"),
     ],
     ids=str,
 )

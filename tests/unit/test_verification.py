@@ -127,7 +127,7 @@ def test_measuring_process(artifacts):
 def test_a_measuring_process_that_fails_makes_the_figures_invalid(artifacts, tmp_path):
     figures, details = footprint.process_figures(tmp_path, None, "cpu", 1)
     assert [f.name for f in figures] == ["load.seconds", "memory.peak_rss_mb"]
-    assert all(not f.valid and "holds neither model.onnx nor a checkpoint" in f.note for f in figures)
+    assert all(not f.valid and "holds neither model.onnx, model.gguf nor a checkpoint" in f.note for f in figures)
     assert len(details["shrunk"]) == footprint.LOADS
 
 
@@ -159,7 +159,7 @@ def test_importing_the_package_is_cheap():
 
 
 def test_a_manifest_that_moved_is_found_by_its_path(artifacts, tmp_path):
-    with pytest.raises(BadInputError, match=r"holds neither model\.onnx nor a checkpoint"):
+    with pytest.raises(BadInputError, match=r"holds neither model\.onnx, model\.gguf nor a checkpoint"):
         verify(
             replace(artifacts[0], path=str(tmp_path)),
             None,

@@ -26,7 +26,7 @@ DENSE = Estimates(200, 160, 800, 600, 500, 8)
 class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
-    provider, threads, precision, last_only, artifact = "coreml", 2, "fp32", False, None
+    provider, threads, precision, last_only, artifact, bits = "coreml", 2, "fp32", False, None, None
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
@@ -46,6 +46,8 @@ def test_bytes_of_a_token_by_precision():
     assert latency_module.decode_bytes(half, 10, "int8") == 80 * 9.25 / 8 + 20 * 4
     assert latency_module.decode_bytes(half, 10, "int4-mixed") == (60 * 5.125 + 20 * 9.25) / 8 + 20 * 4
     assert latency_module.decode_bytes(half, 10, "int8", half=True) == 80 * 8.75 / 8 + 20 * 2
+    q4 = latency_module.decode_bytes(half, 10, "int4-mixed", bits=(5.0, 8.5, 16.0))
+    assert q4 == (60 * 5 + 20 * 8.5 + 20 * 16) / 8
 
 
 def test_ideal_of_a_prompt_of_which_only_the_last_logits_are_made():

@@ -105,7 +105,7 @@ def test_ties_are_named_and_do_not_fail(model, decoder):
 
         path, precision, last_only = decoder.path, decoder.precision, decoder.last_only
         fixed_batch, vocab_size = decoder.fixed_batch, decoder.vocab_size
-        max_positions = decoder.max_positions
+        max_positions, strays = decoder.max_positions, 0.0
         room = decoder.room
 
         def forward(self, ids, past=None, mask=None):
@@ -123,7 +123,7 @@ def test_ties_are_named_and_do_not_fail(model, decoder):
 
 
 def test_a_greedy_token_beyond_the_tolerance_fails_even_when_logits_pass(model, decoder, monkeypatch):
-    import slimexport.verification.numerics as numerics
+    from slimexport.verification import differences, numerics
 
     wide = {name: numerics.Tolerance(1e9, 1e9) for name in TOLERANCES}
     monkeypatch.setattr(numerics, "TOLERANCES", wide)
@@ -131,7 +131,7 @@ def test_a_greedy_token_beyond_the_tolerance_fails_even_when_logits_pass(model, 
     assert result["failure"] is None  # everything is a tie within 1e9
     monkeypatch.setattr(numerics, "TOLERANCES", {name: numerics.Tolerance(1e-9, 1e9) for name in TOLERANCES})
     assert "greedy" not in str(compare_export(decoder, model, steps=2)["failure"])
-    monkeypatch.setattr(numerics._Track, "add", lambda self, got, expected: None)
+    monkeypatch.setattr(differences.Track, "add", lambda self, got, expected: None)
     result = compare_export(decoder, tiny_llama(seed=9), prompts=[list(range(12))], steps=8)
     assert "greedy tokens differ, first at step" in result["failure"]
 
@@ -173,3 +173,40 @@ def test_half_precision_models_get_their_own_tolerance(model, decoder):
     assert result["max_logit_difference"] > TOLERANCES["fp32"].maximum * result["logit_spread"]
     other = compare_export(decoder, tiny_llama(seed=9).to(torch.bfloat16), steps=4)
     assert "in the mean" in other["failure"] or "by up to" in other["failure"]
+
+
+def straying(decoder, monkeypatch, positions):
+    """As if `decoder` were off by 50 at these positions, and allowed to be so at a twentieth of all."""
+    real = decoder.forward
+
+    def forward(ids, past=None, mask=None):
+        logits, state = real(ids, past, mask)
+        logits, start = logits.copy(), state.length - ids.shape[1]
+        for position in positions:
+            if start <= position < state.length:
+                logits[:, position - start, ::2] += 50
+        return logits, state
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    monkeypatch.setattr(decoder, "strays", 0.05)
+
+
+def test_a_few_positions_may_stray_where_the_decoder_says_so(model, decoder, monkeypatch):
+    """111 positions of each prompt: 5 may, and 6 may not."""
+    straying(decoder, monkeypatch, (3, 20, 37, 50, 90))
+    result = check_export(decoder, model)
+    assert sorted((stray["prompt"], stray["position"]) for stray in result["strays"]) == [
+        (prompt, position) for prompt in (0, 1) for position in (3, 20, 37, 50, 90)
+    ]
+    assert result["max_logit_difference"] < result["tolerance"]
+    assert result["greedy_equal"] < result["greedy_tokens"]
+    straying(decoder, monkeypatch, (100,))
+    with pytest.raises(NotReproducedError, match="logits differ by up to 50"):
+        check_export(decoder, model)
+
+
+def test_nothing_strays_where_the_decoder_does_not_say_so(model, decoder, monkeypatch):
+    straying(decoder, monkeypatch, (3,))
+    monkeypatch.setattr(decoder, "strays", 0.0)
+    with pytest.raises(NotReproducedError, match="prefill logits differ"):
+        check_export(decoder, model)

@@ -21,7 +21,8 @@ class Kind(Protocol):
     def open_one(self, place: Path, name: str, settings: Settings) -> Subject: ...
 
 
-KINDS: tuple[Kind, ...] = (onnx, gguf, transformers)  # in the order in which they look at a path
+EXPORTED: tuple[Kind, ...] = (onnx, gguf)  # of a run directory, all that these find
+KINDS: tuple[Kind, ...] = (*EXPORTED, transformers)
 
 
 def open_all(paths: Sequence[Path], settings: Settings) -> Mapping[str, Subject]:
@@ -40,9 +41,9 @@ def open_all(paths: Sequence[Path], settings: Settings) -> Mapping[str, Subject]
 def _find(path: Path) -> list[tuple[Kind, Path]]:
     if not path.exists():
         raise BadInputError(f"{path} does not exist.")
-    for kind in KINDS:
-        if places := kind.find(path):
-            return [(kind, place) for place in places]
+    exported = [(kind, place) for kind in EXPORTED for place in kind.find(path)]
+    if found := exported or [(transformers, place) for place in transformers.find(path)]:
+        return found
     raise BadInputError(
         f"{path} holds no model: an exported directory or its model.onnx, a run directory, a Hugging Face directory "
         "or a .gguf file is expected."

@@ -1,7 +1,12 @@
-"""GGUF files, in llama.cpp through llama-cpp-python, where that is installed."""
+"""GGUF files, in llama.cpp: through xllamacpp, or llama-cpp-python where only that is installed.
+
+Every time is the wall clock's, read after each token is known in Python, as for graphs; nothing is kept from one prompt
+to the next, so a prefill computes all of its tokens.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -11,46 +16,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
-from slimexport.runtime import TimedGreedy
+from slimexport.run_directory import BASELINE, RUN
+from slimexport.runtime import MODEL, LlamaCppDecoder, TimedGreedy
+from slimexport.runtime.llama_api import INSTALL
 
 if TYPE_CHECKING:
-    from slimexport.bench.settings import Settings
+    from slimexport.bench.settings import Settings, Subject
 
 kind = "gguf"
 
 
 def find(path: Path) -> list[Path]:
-    return [path] if path.suffix == ".gguf" and path.is_file() else []
+    """A file, or what holds `model.gguf`: an exported directory, or of a run directory every one and the baselines."""
+    if path.is_file():
+        return [path] if path.suffix == ".gguf" else []
+    if (path / MODEL).is_file():
+        return [path]
+    if not (path / RUN).is_file():
+        return []
+    return [model.parent for where in (path, path / BASELINE) for model in sorted(where.glob(f"[!.]*/{MODEL}"))]
 
 
-def open_one(place: Path, name: str, settings: Settings) -> GgufSubject:
-    return GgufSubject(place, name, settings)
+def open_one(place: Path, name: str, settings: Settings) -> Subject:
+    if importlib.util.find_spec("xllamacpp"):
+        return GgufSubject(place, name, settings)
+    if importlib.util.find_spec("llama_cpp"):
+        return LlamaCppPythonSubject(place, name, settings)
+    raise BadInputError(f"{place} needs llama.cpp: {INSTALL}")
 
 
-class GgufSubject:
+class GgufSubject(LlamaCppDecoder):
     """See `slimexport.bench.settings.Subject`."""
 
     kind = kind
 
     def __init__(self, place: Path, name: str, settings: Settings):
-        try:
-            from llama_cpp import Llama
-        except ImportError:
-            raise BadInputError(f"{place} needs llama.cpp: pip install llama-cpp-python") from None
+        super().__init__(place, settings.provider, settings.resolved_threads)
+        self.name = name
+        assert self.vocab_size is not None
+        self.vocabulary: int = self.vocab_size
+        self.streamed_bytes: int | None = None  # the file may hold tables and experts that a token reads little of
+
+
+class LlamaCppPythonSubject:
+    """See `slimexport.bench.settings.Subject`."""
+
+    kind = kind
+
+    def __init__(self, place: Path, name: str, settings: Settings):
+        from llama_cpp import Llama
+
+        path = place / MODEL if place.is_dir() else place
         longest = settings.longest + 1
         threads = settings.resolved_threads
         try:
             self.model: Any = Llama(
-                str(place), n_ctx=longest, n_batch=longest, n_threads=threads, n_threads_batch=threads,
+                str(path), n_ctx=longest, n_batch=longest, n_threads=threads, n_threads_batch=threads,
                 n_gpu_layers=-1 if settings.provider == "cuda" else 0, logits_all=False, verbose=False,
             )  # fmt: skip
         except ValueError as error:
-            raise BadInputError(f"{place}: llama.cpp cannot open it: {error}") from error
+            raise BadInputError(f"{path}: llama.cpp cannot open it: {error}") from error
         self.name = name
         self.precision = "gguf"
         self.vocabulary: int = self.model.n_vocab()
         self.max_positions: int | None = int(self.model.n_ctx_train()) if hasattr(self.model, "n_ctx_train") else None
-        self.streamed_bytes: int | None = None  # the file may hold tables and experts that a token reads little of
+        self.streamed_bytes: int | None = None
 
     def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
         self.model.reset()
