@@ -34,7 +34,8 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from slimexport.runtime import OnnxDecoder, huge_pages
+    from slimexport.machine import huge_pages
+    from slimexport.runtime import OnnxDecoder
 
     sessions = [OnnxDecoder(options.directory, threads=1) for _ in range(options.sessions)]
     held = huge_pages.ask() if options.kind == "asked" else huge_pages.held()

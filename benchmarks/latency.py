@@ -70,8 +70,8 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
         return
     from slimexport.bench import Settings
     from slimexport.bench.results import result
-    from slimexport.runtime import huge_pages
-    from slimexport.verification import interleaved, machine
+    from slimexport.machine import huge_pages, rates
+    from slimexport.verification import interleaved
 
     settings = Settings(prompts=(32, 128, 512), pasts=(128, 1024), rounds=options.rounds, threads=threads)
     wanted = options.candidates.split(",") if options.candidates else None
@@ -91,17 +91,17 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
     rng = np.random.default_rng(0)
     vocabulary = min(subject.vocabulary for subject in subjects.values())
     huge_pages.ask()
-    rates = machine.rates(threads)
+    most = rates.measured(threads)
     samples = interleaved.measure(
         subjects, settings.quantities, lambda n: rng.integers(0, vocabulary, n), rounds=settings.rounds, threads=threads
     )
-    made = result(subjects, settings, rates, samples)
+    made = result(subjects, settings, most, samples)
     if samples.busy and not options.busy:
         print(f"{key}: {samples.busy}; not kept", flush=True)
         return
     for name in subjects:
         rows.append({
-            "group": key, "candidate": name, "rounds": settings.rounds, "rates": dataclasses.asdict(rates),
+            "group": key, "candidate": name, "rounds": settings.rounds, "rates": dataclasses.asdict(most),
             "figures": [dataclasses.asdict(figure) for figure in made.figures[name]],
             "cpu": made.environment["cpu"], "packages": made.environment["packages"], **samples.watched,
         })  # fmt: skip

@@ -43,10 +43,9 @@ def profile(directory: Path, past: int, tokens: int, threads: int) -> list[dict[
     """Milliseconds a token of every kind of operator in the graph of `directory`, the longest first."""
     import numpy as np
 
-    from slimexport.runtime import huge_pages
-    from slimexport.verification import machine
+    from slimexport.machine import huge_pages, rates
 
-    rate = machine.rates(threads).read_bytes_per_second
+    rate = rates.measured(threads).read_bytes_per_second
     kinds = kinds_of(directory)
     with tempfile.TemporaryDirectory() as place:
         decoder = _profiled(directory, threads, f"{place}/profile")

@@ -45,9 +45,9 @@ def measure(precision: str, threads: int, rounds: int, busy: bool) -> list[dict[
     """Rows of one precision; none where the machine had other work to do."""
     import numpy as np
 
-    from slimexport.runtime import huge_pages
+    from slimexport.machine import huge_pages
+    from slimexport.machine.watch import Watch
     from slimexport.verification.intervals import median
-    from slimexport.verification.machine import Watch
 
     sizes = [LOW, *(LOW + unit for unit in UNITS), LOW + STEP]
     sessions = {size: session(size, precision, threads) for size in sizes}

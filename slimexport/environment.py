@@ -70,7 +70,8 @@ def environment(cuda: bool = False) -> dict[str, Any]:
     """Plain data for run.json and report.json. The CUDA device is asked for only with `cuda` or if torch is loaded."""
     import psutil
 
-    from slimexport.runtime import default_threads, huge_pages
+    from slimexport.machine import huge_pages
+    from slimexport.machine.cores import default_threads
 
     return {
         "slimexport": __version__,
@@ -257,7 +258,8 @@ def _demo(_: Path) -> Check:
 def _machine(directory: Path) -> Check:
     import psutil
 
-    from slimexport.runtime import default_threads, huge_pages
+    from slimexport.machine import huge_pages
+    from slimexport.machine.cores import default_threads
 
     free, memory = shutil.disk_usage(directory).free, psutil.virtual_memory().available
     message = f"{default_threads()} cores, {memory / 1e9:.1f} GB of memory free, {free / 1e9:.1f} GB of disk free here"

@@ -4,7 +4,7 @@ subjects/    how each kind of model is opened and asked (one file a kind)
 settings.py  what is measured
 results.py   figures, their intervals, the table and the JSON
 
-The measuring itself is that of the latency report: `verification/interleaved.py`, `verification/machine.py`.
+The measuring itself is that of the latency report: `verification/interleaved.py`, `machine/`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def bench(
     from slimexport.bench.results import result
     from slimexport.bench.subjects import open_all
     from slimexport.errors import BadInputError
-    from slimexport.runtime import huge_pages
-    from slimexport.verification import interleaved, machine
+    from slimexport.machine import huge_pages, rates
+    from slimexport.verification import interleaved
 
     settings = settings or Settings()
     subjects = open_all([Path(path) for path in paths], settings)
@@ -49,7 +49,7 @@ def bench(
         huge_pages.ask()
     if progress:
         progress.note("what this machine can do")
-    rates = machine.rates(settings.resolved_threads)
+    most = rates.measured(settings.resolved_threads)
     rng, vocabulary = np.random.default_rng(settings.seed), min(s.vocabulary for s in subjects.values())
     samples = interleaved.measure(
         subjects,
@@ -61,4 +61,4 @@ def bench(
     )
     if settings.provider != "cpu":
         samples.busy = None  # the CPU waits for the device
-    return result(subjects, settings, rates, samples)
+    return result(subjects, settings, most, samples)

@@ -12,9 +12,9 @@ import numpy as np
 from slimexport.artifacts import SCHEMA_VERSION
 from slimexport.bench.settings import Settings, Subject
 from slimexport.environment import environment
+from slimexport.machine.rates import Rates
 from slimexport.verification.interleaved import Samples
 from slimexport.verification.intervals import defect, median, rounded
-from slimexport.verification.machine import Rates
 
 QUANTILES = (50, 90, 99)
 _DRAWS = 2000

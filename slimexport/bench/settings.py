@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slimexport.errors import BadInputError
+from slimexport.machine.cores import checked_threads
 from slimexport.providers import parsed
-from slimexport.runtime import checked_threads
 from slimexport.verification.interleaved import Quantities, Timed
 
 
@@ -37,7 +37,7 @@ class Settings:
     threads: int | None = None
     provider: str = "cpu"
     provider_option: tuple[str, ...] = ()  # KEY=VALUE, for graphs
-    huge_pages: bool = True  # as far as Linux has them: see runtime/huge_pages.py
+    huge_pages: bool = True  # as far as Linux has them: see machine/huge_pages.py
     seed: int = 0
 
     def __post_init__(self) -> None:

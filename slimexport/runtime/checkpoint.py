@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
+from slimexport.machine.cores import default_threads
 from slimexport.providers import PROVIDERS
-from slimexport.runtime.base import Decoder, default_threads, manifest_of, precision_of
+from slimexport.runtime.base import Decoder, manifest_of, precision_of
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
-from slimexport.runtime.base import Decoder, default_threads, manifest_of
+from slimexport.machine.cores import default_threads
+from slimexport.runtime.base import Decoder, manifest_of
 from slimexport.runtime.llama_api import LlamaContext, LlamaModel
 
 if TYPE_CHECKING:

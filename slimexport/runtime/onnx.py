@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError, nearest
+from slimexport.machine.cores import default_threads
 from slimexport.providers import PROVIDERS
-from slimexport.runtime.base import Decoder, default_threads, manifest_of, positions_of
+from slimexport.runtime.base import Decoder, manifest_of, positions_of
 from slimexport.runtime.signature import read_signature
 
 GRAPH = "model.onnx"

@@ -48,7 +48,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def check_targets(config: RunConfig) -> None:
     """Unknown targets and absent providers are said before minutes of pruning."""
-    from slimexport.runtime import checked_threads, require_provider
+    from slimexport.machine.cores import checked_threads
+    from slimexport.runtime import require_provider
     from slimexport.targets import registry as targets
 
     require_provider(config.provider)

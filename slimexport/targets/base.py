@@ -33,8 +33,8 @@ class Check(Protocol):
 class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
     `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
-    weights alone: `float_precision` is everything else's. `per_layer`: blocks may come to differ in size. By `text`, token
-    ids int64 [windows, tokens], a graph's weights of 4 bits are rounded; without it to the nearest."""
+    weights alone: `float_precision` is everything else's. `per_layer`: blocks may come to differ in size. By `text`,
+    token ids int64 [windows, tokens], a graph's weights of 4 bits are rounded; without it to the nearest."""
 
     builder: str = "auto"
     precision: str = "fp32"

@@ -51,7 +51,8 @@ def verify(
     import numpy as np
 
     from slimexport.errors import BadInputError
-    from slimexport.runtime import checked_threads, open_decoder
+    from slimexport.machine.cores import checked_threads
+    from slimexport.runtime import open_decoder
     from slimexport.verification.footprint import process_figures, size_figure
     from slimexport.verification.latency import measure_latency
     from slimexport.verification.perplexity import accuracy

@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slimexport.machine.energy import Meter
+from slimexport.machine.watch import Watch
 from slimexport.runtime import TimedGreedy
-from slimexport.verification.energy import Meter
-from slimexport.verification.machine import Watch
 
 # Rounds of warm-up, at least and at most: until no model is more than STEADY faster than in the round before.
 WARM_UP = (2, 5)

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.artifacts import Estimates, Figure
+from slimexport.machine import huge_pages, rates
 from slimexport.providers import PROVIDERS
-from slimexport.runtime import Decoder, huge_pages
+from slimexport.runtime import Decoder
 from slimexport.runtime.base import Bits
-from slimexport.verification import interleaved, machine
+from slimexport.verification import interleaved
 from slimexport.verification.intervals import paired_figure, rounded
 
 DECODE_PROMPT = 128  # tokens before the decoded ones
@@ -196,15 +197,15 @@ def _energy_figures(samples: interleaved.Samples, pasts: Sequence[int]) -> tuple
 
 
 def _floors(decoder: Decoder, estimates: Estimates, lengths: Sequence[int], context: float) -> _Ideals:
-    rates = machine.rates(decoder.threads)
+    most = rates.measured(decoder.threads)
     precision = decoder.precision
     return _Ideals(
         {},
         None,
         {}  # 8-bit products are faster than the float ones that were measured
         if precision.startswith("int")
-        else {n: 1e3 * _prefill_flops(decoder, estimates, n) / rates.flops_per_second for n in lengths},
-        1e3 * decode_bytes(estimates, context, precision, bits=decoder.bits) / rates.read_bytes_per_second,
+        else {n: 1e3 * _prefill_flops(decoder, estimates, n) / most.flops_per_second for n in lengths},
+        1e3 * decode_bytes(estimates, context, precision, bits=decoder.bits) / most.read_bytes_per_second,
     )
 
 

@@ -19,8 +19,10 @@ from slimexport.bench import Settings, bench, results
 from slimexport.bench.subjects import gguf, open_all
 from slimexport.bench.subjects import onnx as onnx_kind
 from slimexport.errors import BadInputError
-from slimexport.runtime import TimedGreedy, default_threads
-from slimexport.verification import interleaved, machine
+from slimexport.machine import rates, watch
+from slimexport.machine.cores import default_threads
+from slimexport.runtime import TimedGreedy
+from slimexport.verification import interleaved
 
 SMALL = Settings(prompts=(4,), pasts=(8,), batches=(2,), tokens=4, rounds=6, threads=1)
 
@@ -117,7 +119,7 @@ def test_all_kinds_give_the_same_tokens(place: Path) -> None:
 
 
 def test_a_real_bench_measures_everything(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.Watch, "busy", None)
+    monkeypatch.setattr(watch.Watch, "busy", None)
     monkeypatch.setattr(results, "defect", lambda values: None)
     made = bench([place / "onnx", place / "checkpoint"], SMALL)
     for name in ("onnx", "checkpoint"):
@@ -154,8 +156,8 @@ def faked(monkeypatch: pytest.MonkeyPatch, busy: str | None = None) -> Any:
     calls: list[str] = []
     models = {name: fake(seconds, calls, name) for name, seconds in (("a", 0.02), ("b", 0.01))}
     monkeypatch.setattr(subjects_module, "open_all", lambda paths, settings: models)
-    monkeypatch.setattr(machine, "rates", lambda threads: machine.Rates(threads, 1e11, 1e11))
-    monkeypatch.setattr(machine.Watch, "busy", busy)
+    monkeypatch.setattr(rates, "measured", lambda threads: rates.Rates(threads, 1e11, 1e11))
+    monkeypatch.setattr(watch.Watch, "busy", busy)
     return bench(["x"], SMALL)
 
 
@@ -182,8 +184,8 @@ def test_the_first_model_is_judged_by_its_own_times(monkeypatch: pytest.MonkeyPa
     model = fake(0.01, [], "a")
     model.timed_greedy, model.timed_batch = timed_greedy, lambda prompts, steps: float(next(scattered))
     monkeypatch.setattr(subjects_module, "open_all", lambda paths, settings: {"a": model})
-    monkeypatch.setattr(machine, "rates", lambda threads: machine.Rates(threads, 1e11, 1e11))
-    monkeypatch.setattr(machine.Watch, "busy", None)
+    monkeypatch.setattr(rates, "measured", lambda threads: rates.Rates(threads, 1e11, 1e11))
+    monkeypatch.setattr(watch.Watch, "busy", None)
     made = bench(["x"], dataclasses.replace(SMALL, rounds=8))
     assert [figure.valid for figure in made.figures["a"]] == [False, False, False]
 
@@ -208,7 +210,7 @@ def test_a_ratio_of_quantiles_has_an_interval_that_covers_it() -> None:
 
 
 def test_rates_are_of_this_machine() -> None:
-    found = machine.rates(1)
+    found = rates.measured(1)
     assert 1e8 < found.read_bytes_per_second < 1e13
     assert 1e8 < found.flops_per_second < 1e15
 

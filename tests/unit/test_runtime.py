@@ -14,7 +14,9 @@ from onnx_fixture import HEAD_DIM, VOCAB, export_tiny, tiny_llama
 
 from slimexport.artifacts import read_json, write_json
 from slimexport.errors import BadInputError
-from slimexport.runtime import OnnxDecoder, base, checked_threads, default_threads
+from slimexport.machine import cores
+from slimexport.machine.cores import checked_threads, default_threads
+from slimexport.runtime import OnnxDecoder
 
 IDS = np.array([[5, 17, 3, 80, 41, 9, 2, 66, 31, 7]], np.int64)
 
@@ -240,7 +242,7 @@ def test_missing_onnxruntime_names_the_command(directory, monkeypatch):
 def test_threads_follow_the_affinity_mask(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6}, raising=False)
     assert default_threads() == 3
-    monkeypatch.setattr(base, "_quota", lambda: 1.5)
+    monkeypatch.setattr(cores, "_quota", lambda: 1.5)
     assert default_threads() == 1
     with pytest.raises(BadInputError, match=r"threads must be from 1 to 1, .* not 2"):
         checked_threads(2)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from slimexport.artifacts import Estimates
+from slimexport.machine import rates, watch
 from slimexport.runtime import TimedGreedy
-from slimexport.verification import interleaved, machine
+from slimexport.verification import interleaved
 from slimexport.verification import latency as latency_module
 from slimexport.verification.intervals import defect, median, paired_figure, relative_iqr
 from slimexport.verification.latency import measure_latency
@@ -149,8 +150,8 @@ def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, all_seconds,
         perf_counter = staticmethod(iter([0.0, 1.0]).__next__)
         process_time = staticmethod(iter([0.0, cpu_seconds]).__next__)
 
-    monkeypatch.setattr(machine, "time", Clock)
-    monkeypatch.setattr(machine, "_machine_seconds", iter([(0.0, 0.0), (all_seconds, 0.0)]).__next__)
+    monkeypatch.setattr(watch, "time", Clock)
+    monkeypatch.setattr(watch, "_machine_seconds", iter([(0.0, 0.0), (all_seconds, 0.0)]).__next__)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured()
     assert made.details["cpu_share"] == cpu_seconds / 2
@@ -174,14 +175,14 @@ def test_other_reasons_why_a_machine_is_not_ours(monkeypatch, machine_seconds, t
         perf_counter = staticmethod(iter([0.0, 1.0]).__next__)
         process_time = staticmethod(iter([0.0, 1.9]).__next__)
 
-    monkeypatch.setattr(machine, "time", Clock)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine, "default_threads", lambda: 2)
-    monkeypatch.setattr(machine, "_machine_seconds", iter([(0.0, 0.0), machine_seconds]).__next__)
-    monkeypatch.setattr(machine, "_throttled_seconds", iter([0.0, throttled]).__next__)
-    with machine.Watch(2) as watch:
+    monkeypatch.setattr(watch, "time", Clock)
+    monkeypatch.setattr(watch.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(watch, "default_threads", lambda: 2)
+    monkeypatch.setattr(watch, "_machine_seconds", iter([(0.0, 0.0), machine_seconds]).__next__)
+    monkeypatch.setattr(watch, "_throttled_seconds", iter([0.0, throttled]).__next__)
+    with watch.Watch(2) as watched:
         pass
-    assert watch.busy is None if words is None else words in watch.busy
+    assert watched.busy is None if words is None else words in watched.busy
 
 
 def test_energy_is_a_figure_where_the_machine_tells(monkeypatch):
@@ -205,10 +206,10 @@ def test_energy_is_a_figure_where_the_machine_tells(monkeypatch):
 def test_real_work_of_others_is_seen():
     """A process that does nothing but count, while this one waits."""
     code = "import time; end = time.perf_counter() + 3\nwhile time.perf_counter() < end: pass"
-    with subprocess.Popen([sys.executable, "-c", code]) as other, machine.Watch(1) as watch:
+    with subprocess.Popen([sys.executable, "-c", code]) as other, watch.Watch(1) as watched:
         other.wait()
-    assert watch.found["others"] > 0.3
-    assert "the machine was busy" in watch.busy
+    assert watched.found["others"] > 0.3
+    assert "the machine was busy" in watched.busy
 
 
 def test_warm_up_goes_on_while_a_model_gets_faster(monkeypatch):
@@ -286,8 +287,8 @@ def test_nothing_measured_is_invalid():
 
 
 def test_floors_follow_from_what_the_machine_can_do(monkeypatch):
-    monkeypatch.setattr(machine, "rates", lambda threads: machine.Rates(threads, 1e3, 1e5))
-    monkeypatch.setattr(machine.Watch, "busy", None)
+    monkeypatch.setattr(rates, "measured", lambda threads: rates.Rates(threads, 1e3, 1e5))
+    monkeypatch.setattr(watch.Watch, "busy", None)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured(shrunk_estimates=ESTIMATES, baseline_estimates=DENSE)
     figures = {f.name: f for f in made.figures}

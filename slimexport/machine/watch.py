@@ -1,18 +1,13 @@
-"""What this machine can do at most, and whether it had anything else to do while it was measured."""
+"""Whether the machine had anything else to do while it was measured."""
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from slimexport.runtime.base import default_threads
+from slimexport.machine.cores import default_threads
 
 # Threads that work alone on their cores are on the CPU nearly all the time, also while they wait for each other. Below
 # this share, while others work, the cores were not ours, and ratios are pressed toward 1 although they look steady.
@@ -21,58 +16,6 @@ MAX_OTHERS = 0.1  # cores that others keep busy meanwhile; less has not taken th
 MAX_LOAD = 0.25  # of all cores, kept busy by others, where all are ours to use: memory is shared even by idle cores
 MAX_STEAL = 0.05  # of all time: what the host of this virtual machine gave to others
 MAX_THROTTLED = 0.02  # of all time: what a container's CPU quota held us up
-_READ_BYTES = 256 * 2**20  # more than any cache
-_GEMM = 1024
-_REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The best of several tries: bytes/s read from memory, float32 FLOP/s of a large matrix product, with `threads`."""
-
-    threads: int
-    read_bytes_per_second: float
-    flops_per_second: float
-
-
-@functools.cache
-def rates(threads: int) -> Rates:
-    return Rates(threads, read_rate(threads), gemm_rate(threads))
-
-
-def read_rate(threads: int) -> float:
-    """Bytes/s at which `threads` threads read memory once (numpy's maximum, which does next to nothing with it)."""
-    data = np.ones(_READ_BYTES // 4, np.float32)
-    parts = np.array_split(data, threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_REPEATS):
-            started = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - started)
-    return data.nbytes / best
-
-
-def gemm_rate(threads: int) -> float:
-    """FLOP/s of ONNX Runtime's own float32 product of two square matrices."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight = numpy_helper.from_array(np.ones((_GEMM, _GEMM), np.float32), "w")
-    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [_GEMM, _GEMM])
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [_GEMM, _GEMM])
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "gemm", [shape], [out], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": np.ones((_GEMM, _GEMM), np.float32)}
-    best = float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        session.run(None, feed)
-        best = min(best, time.perf_counter() - started)
-    return 2 * _GEMM**3 / best
 
 
 class Watch:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from onnx_fixture import export_tiny, tiny_llama
 
-from slimexport.runtime import OnnxDecoder, huge_pages
+from slimexport.machine import huge_pages
+from slimexport.runtime import OnnxDecoder
 
 
 def test_modes_and_machines_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slimexport.verification.energy import Meter
+from slimexport.machine.energy import Meter
 
 
 def counters(root: Path, **microjoules: int) -> None:
