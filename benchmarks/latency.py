@@ -16,6 +16,7 @@ same model off the 4-bit grid that the demo model's weights lie on (offgrid.py).
     transformers.exporters     the graph that transformers traces itself, none of our passes over it
     torch, torch.compile       transformers on the CPU, in float32
     openvino                   OpenVINO's own runtime (rivals/openvino.py)
+    llama.cpp                  the same model as `--target gguf` writes it (int8: Q8_0, int4: Q4_1)
 
 Graphs of others run as ours do: the cache in one place where all of it is GroupQueryAttention's.
 """
@@ -149,14 +150,16 @@ def loaded(options: argparse.Namespace, model: str, precision: str) -> tuple[Any
 # -------------------------------------------------------------------------------------------------------- candidates
 
 
-def ours(options: argparse.Namespace, model: str, precision: str, place: Path, **changes: Any) -> None:
+def ours(
+    options: argparse.Namespace, model: str, precision: str, place: Path, target: str = "onnx", **changes: Any
+) -> None:
     from slimexport.artifacts import staged_directory
     from slimexport.targets import registry
     from slimexport.targets.base import ExportOptions
 
     found, tokenizer = loaded(options, model, precision)
     with staged_directory(place) as partial:
-        registry.get("onnx").export(found, tokenizer, partial, ExportOptions(precision=precision, **changes))
+        registry.get(target).export(found, tokenizer, partial, ExportOptions(precision=precision, **changes))
 
 
 def traced(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
@@ -188,6 +191,16 @@ def torch_only(options: argparse.Namespace, model: str, precision: str, place: P
         raise Unsupported("torch is measured in float32")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(checkpoint(options, model, precision).resolve())
+
+
+def gguf(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+    ours(options, model, precision, place, target="gguf")
+
+
+def in_llama_cpp(place: Path, name: str, settings: Any, precision: str) -> Any:
+    from slimexport.bench.subjects import gguf
+
+    return gguf.open_one(place, name, settings)
 
 
 def in_openvino(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
@@ -225,6 +238,7 @@ CANDIDATES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "torch": (torch_only, in_torch(False)),
     "torch.compile": (torch_only, in_torch(True)),
     "openvino": (in_openvino, openvino.opened),
+    "llama.cpp": (gguf, in_llama_cpp),
 }
 
 
