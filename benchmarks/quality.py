@@ -9,8 +9,8 @@ be made in pieces; columns that are added later prune again, unless the models w
 
 The protocol of the main rows: 128 x 512 tokens of calibration.txt (nearly all of it, so there is no seed spread), the
 first 60,000 tokens of wiki.test.txt, windows of 512 without overlap. `ours` is what `slimexport run` does by default,
-but for the calibration text; `mix` is `slimexport run` as it is. The rows that compare criteria, allocations and
-layouts, and those on the calibration text, are many: they have less text (`COMPARED`, `PART`), all of them the same.
+but for the calibration text; `mix` is `slimexport run` as it is. The rows that compare criteria and allocations, and
+those on the calibration text, are many: they have less text (`COMPARED`, `PART`), all of them the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RATIOS = (0.2, 0.3, 0.5)
 CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths")  # groups of rows that differ in the text alone
-COMPARED = ("criteria", "allocations", "layout")
+COMPARED = ("criteria", "allocations")
 COMPARED_WINDOWS = 16
 PART = {"wikitext2": 10, "articles": 3, "arc": 3}  # windows that rows of COMPARED and CALIBRATIONS are measured on
 TAYLOR: dict[str, Any] = {"peer": "torch_pruning", "importance": "taylor"}
@@ -99,8 +99,6 @@ def wanted() -> Iterator[Row]:
     for allocation in ("arithmetic", "sensitivity", "search"):
         for ratio in RATIOS:
             yield Row("allocations", allocation, ratio, options={"allocation": allocation, **PAPER}, **few)
-    for layout in ("per_layer", "uniform"):
-        yield Row("layout", f"slimexport --layout {layout}", 0.3, options={"layout": layout}, **few)
     fast: dict[str, Any] = {"options": {"fast": True}}
     for seed in (0, 1, 2):
         yield Row("seeds", "slimexport --fast", 0.3, calibration=f"seed-{seed}", windows=64, **fast)
@@ -325,7 +323,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def compared(rows: list[dict[str, Any]]) -> str:
-    """One table a ratio: criteria, allocations and layouts of this engine, on less text."""
+    """One table a ratio: criteria and allocations of this engine, on less text."""
     return _by_ratio([row for row in rows if row["group"] in COMPARED], PART_HEAD)
 
 

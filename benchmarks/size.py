@@ -69,10 +69,13 @@ def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -> tuple[int, float]:
-    """Bytes of the graph with its weights, and the mean NLL of the same off the grid."""
+    """Bytes of the graph with its weights, and the mean NLL of the same off the grid; 4 bits are rounded by the text
+    that `slimexport run` takes by default."""
     from offgrid import off_grid
 
     from slimexport.artifacts import staged_directory
+    from slimexport.calibration import rounding_windows
+    from slimexport.config import RunConfig
     from slimexport.runtime import OnnxDecoder
     from slimexport.targets import registry
     from slimexport.targets.base import ExportOptions
@@ -80,14 +83,15 @@ def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -
 
     place = work / "onnx"
 
-    def export(of: Any) -> None:
+    def export(of: Any, text: Any = None) -> None:
         with staged_directory(place) as partial:
-            registry.get("onnx").export(of, tokenizer, partial, ExportOptions(precision=precision))
+            registry.get("onnx").export(of, tokenizer, partial, ExportOptions(precision=precision, text=text))
 
-    export(model.float())
+    export(model.float())  # its size is the same however weights are rounded
     size = sum((place / file).stat().st_size for file in (GRAPH, WEIGHTS))
     if precision != PRECISIONS[0]:
-        export(off_grid(model))
+        few_bits = precision.startswith("int4")
+        export(off_grid(model), rounding_windows(RunConfig(model="any"), tokenizer) if few_bits else None)
     return size, accuracy(OnnxDecoder(place), None, ids).mean_nll
 
 
