@@ -16,6 +16,7 @@ from slimexport.runtime import Decoder
 from slimexport.runtime.base import Bits
 from slimexport.verification import interleaved
 from slimexport.verification.intervals import paired_figure, rounded
+from slimexport.verification.shortfall import shortfall
 
 DECODE_PROMPT = 128  # tokens before the decoded ones
 PERCENTILES = (50, 90, 99)
@@ -133,6 +134,9 @@ def measure_latency(
     if busy:
         notes.append(f"No time counts: {busy}.")
         figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
+    operators = sum(count for of in shrunk.placement.values() for count in of.values())
+    explained = [f for f in figures if f.name == "decode.tpot_ms" or f.name.startswith("prefill.")]
+    notes += [why for figure in explained if (why := shortfall(figure, operators))]
     details = {
         "runs": runs,
         "warm_up_rounds": samples.warm_up,

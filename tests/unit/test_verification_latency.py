@@ -28,6 +28,7 @@ class FakeDecoder:
     """Answers with scripted times and writes down who was called with what."""
 
     provider, threads, precision, last_only, artifact, bits = "coreml", 2, "fp32", False, None, None
+    placement: dict = {}  # noqa: RUF012
 
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
