@@ -1,6 +1,7 @@
 """Ours beside whatever else would run the same checkpoint: decoding and prefill, dense and shrunk, in every precision.
 
-    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--rounds 10]
+    python benchmarks/latency.py --work DIR --build        # makes every graph; may share the machine
+    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--rounds 10]     # may not
     python benchmarks/latency.py --render      # the table, from the JSON alone
 
 One group is one model in one precision at one number of threads; all its candidates take turns in one run
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--only", help="groups, such as dense/fp32, joined by commas")
     parser.add_argument("--candidates", help="parts of their names, joined by commas; ours is always there")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--build", action="store_true", help="only make what is missing, and measure nothing")
     parser.add_argument("--busy", action="store_true", help="keep rows of a busy machine, to try the script out")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
@@ -77,16 +79,20 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
     settings = Settings(prompts=(32, 128, 512), pasts=(128, 1024), rounds=options.rounds, threads=threads)
     wanted = options.candidates.split(",") if options.candidates else None
     subjects: dict[str, Any] = {}
+    made_of = options.work / model / precision
     for name, (build, opened) in CANDIDATES.items():
         if name != OURS and wanted is not None and not any(part in name for part in wanted):
             continue
-        place = options.work / key.rpartition("/")[0] / name.replace(" ", "-").replace(",", "")
+        place = made_of / name.replace(" ", "-").replace(",", "")
         try:
             if not place.is_dir():
                 build(options, model, precision, place)
-            subjects[name] = opened(place, name, settings, precision)
+            if not options.build:
+                subjects[name] = opened(place, name, settings, precision)
         except Unsupported as error:
             print(f"{key}: {name}: {error}", flush=True)
+    if options.build:
+        return
     import numpy as np
 
     rng = np.random.default_rng(0)

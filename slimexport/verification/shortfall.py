@@ -24,8 +24,8 @@ def shortfall(figure: Figure, operators: int) -> str | None:
     counted = "bytes" if decodes else "FLOPs"
     if not 0 < fixed < own:
         return (
-            f"{figure.name} has {ideal / figure.ratio:.0%} of its ideal speed-up: the shrunk model is no faster, so its "
-            f"{counted} are worked off more slowly than the dense one's (sizes that the kernels do not like?)."
+            f"{figure.name} has {ideal / figure.ratio:.0%} of its ideal speed-up, and the shrunk model is no faster: its "
+            f"{counted} are worked off more slowly (sizes that the kernels do not like?)."
         )
     what = "attention over the cache, norms" if decodes else "attention, norms"
     calls = f", the calls of {operators} operators" if operators else ""
