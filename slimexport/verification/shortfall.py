@@ -22,14 +22,15 @@ def shortfall(figure: Figure, operators: int) -> str | None:
     fixed = (figure.ratio * dense - ideal * dense) / (1 - ideal)
     decodes = figure.name.startswith("decode.")
     counted = "bytes" if decodes else "FLOPs"
+    reached = f"{figure.name} has {ideal / figure.ratio:.0%} of its ideal speed-up"
     if not 0 < fixed < own:
         return (
-            f"{figure.name} has {ideal / figure.ratio:.0%} of its ideal speed-up, and the shrunk model is no faster: its "
+            f"{reached}, and the shrunk model is no faster: its "
             f"{counted} are worked off more slowly (sizes that the kernels do not like?)."
         )
     what = "attention over the cache, norms" if decodes else "attention, norms"
     calls = f", the calls of {operators} operators" if operators else ""
     return (
-        f"{figure.name} has {ideal / figure.ratio:.0%} of its ideal speed-up, as if about {fixed:.2g} of {own:.3g} "
+        f"{reached}, as if about {fixed:.2g} of {own:.3g} "
         f"{figure.unit} did not shrink with the {counted} ({what}{calls}); lm_head is in the ideal."
     )
