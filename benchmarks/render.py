@@ -17,15 +17,17 @@ from pathlib import Path
 import cost
 import families
 import quality
+import size
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "pruning.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "pruning.md", ROOT / "docs" / "graphs.md")
 TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
     "quality-compared": ("quality.json", quality.compared),
     "quality-calibration": ("quality.json", quality.calibrations),
+    "size": ("size.json", size.render),
     "cost": ("cost.json", cost.render),
     "families": (families.CHECKED, families.render),
 }

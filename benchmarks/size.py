@@ -96,11 +96,13 @@ def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -
 
 
 def points(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
-    """(what, precision, MB, times the dense float32 perplexity)."""
+    """(what, precision, MB, times the dense float32 perplexity), the models in turn."""
     import math
 
     dense = next(row["nll"] for row in rows if (row["name"], row["precision"]) == (DENSE, PRECISIONS[0]))
-    return [(_label(r["name"]), r["precision"], r["bytes"] / 1e6, math.exp(r["nll"] - dense)) for r in rows]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    of = sorted(rows, key=lambda row: (names.index(row["name"]), PRECISIONS.index(row["precision"])))
+    return [(_label(r["name"]), r["precision"], r["bytes"] / 1e6, math.exp(r["nll"] - dense)) for r in of]
 
 
 def _label(name: str) -> str:
