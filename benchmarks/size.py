@@ -129,8 +129,14 @@ def draw(rows: list[dict[str, Any]], place: Path) -> None:
         line = sorted((mb, ratio, what) for what, p, mb, ratio in found if p == precision)
         axes.plot([p[0] for p in line], [p[1] for p in line], marker=marker, label=precision)
         for mb, ratio, what in line:
-            axes.annotate(what, (mb, ratio), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="model.onnx with its weights, MB", ylabel="token perplexity, times dense fp32", yscale="log")
+            left = precision == PRECISIONS[-1]  # there is another point on its right
+            place_of, side = ((-6, -3), "right") if left else ((6, -3), "left")
+            axes.annotate(what, (mb, ratio), xytext=place_of, textcoords="offset points", fontsize=8, ha=side)
+    axes.set(xlabel="model.onnx with its weights, MB", ylabel="token perplexity, times dense fp32")
+    axes.set(xscale="log", yscale="log", xlim=(40, 800))
+    axes.set_xticks([50, 100, 200, 400, 800], minor=False)
+    axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.grid(alpha=0.3, which="both")
