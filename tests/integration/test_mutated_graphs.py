@@ -128,8 +128,8 @@ def test_wrong_in_one_place_it_does_not(
     else:
         quantise = onnx_target.quantise.quantise
 
-        def wrong(model: Any, scheme: Any) -> Any:
-            made = quantise(model, scheme)
+        def wrong(model: Any, scheme: Any, moments: Any) -> Any:
+            made = quantise(model, scheme, moments)
             mutate(model.graph)
             return made
 

@@ -139,6 +139,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "provider_option": (["--provider-option", "device_id=1"], ("device_id=1",)),
     "precision": (["--precision", "int8,fp32"], ("int8", "fp32")),
     "without_pass": (["--without-pass", "gate_up"], ("gate_up",)),
+    "rounding_tokens": (["--rounding-tokens", "0"], 0),
     "target": (["--target", "onnx,genai", "--target", "x"], ("onnx", "genai", "x")),
     "exporter": (["--exporter", "mobius"], "mobius"),
     "provider": (["--provider", "cuda"], "cuda"),

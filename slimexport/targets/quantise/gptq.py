@@ -57,7 +57,7 @@ def _by_columns(
         zeros.append(zero)
     codes = np.pad(codes, ((0, 0), (0, -K % BLOCK)), constant_values=0)
     shape = (len(W), len(scales), BLOCK * bits // 8)
-    zero_points = packed(np.stack(zeros, axis=1).astype(np.uint8), bits).reshape(-1)
+    zero_points = packed(np.stack(zeros, axis=1).astype(np.uint8), bits)
     return Levels(packed(codes, bits).reshape(shape), np.stack(scales, axis=1).astype(dtype), zero_points), W
 
 
