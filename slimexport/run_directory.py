@@ -67,6 +67,15 @@ class VerifyRecord:
     first: str = "onnx"  # name of the first
 
 
+def exports_in(path: Path, file: str) -> list[Path]:
+    """`path`, where it holds `file`; else, where it is a run directory, every export and baseline that does."""
+    if (path / file).is_file():
+        return [path]
+    if not (path / RUN).is_file():
+        return []
+    return [made.parent for where in (path, path / BASELINE) for made in sorted(where.glob(f"[!.]*/{file}"))]
+
+
 class RunDirectory:
     """Paths and stage states of one run. A stage is done when run.json says so, which is written last.
 

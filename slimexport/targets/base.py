@@ -103,6 +103,25 @@ class ChecksTokenizer(Protocol):
         ...
 
 
+def without_graph(
+    target: str, builder: str, architecture: Architecture, directory: Path, options: ExportOptions
+) -> ExportArtifact:
+    """The manifest, before there are files, of an export that its own runtime calls and no graph's names do."""
+    return ExportArtifact(
+        path=str(directory),
+        target=target,
+        builder=builder,
+        precision=options.precision,
+        provider=options.provider,
+        files={},
+        inputs=(),
+        outputs=(),
+        kv_heads=tuple(block.kv_groups for block in architecture.blocks),
+        head_dim=architecture.head_dim,
+        left_padding=True,
+    )
+
+
 def save_artifact(artifact: ExportArtifact) -> None:
     """Writes the manifest into the directory, which may move (staging, a copy to a server): the same model gives the
     same bytes."""

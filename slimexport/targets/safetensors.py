@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from slimexport.artifacts import ExportArtifact, sha256_tree
 from slimexport.errors import BadInputError
 from slimexport.runtime.base import DTYPES
 from slimexport.targets import registry
-from slimexport.targets.base import Check, ExportOptions, save_artifact
+from slimexport.targets.base import Check, ExportOptions, save_artifact, without_graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,19 +59,8 @@ class SafetensorsTarget:
         write_model(stored, tokenizer, architecture, directory)
         if check:  # what a fresh process reads, bit for bit; `check` then says what the precision costs
             check_round_trip(stored, directory, seed=0)
-        artifact = ExportArtifact(
-            path=str(directory),
-            target=self.name,
-            builder="transformers",
-            precision=options.precision,
-            provider=options.provider,
-            files=sha256_tree(directory),
-            inputs=(),
-            outputs=(),
-            kv_heads=tuple(block.kv_groups for block in architecture.blocks),
-            head_dim=architecture.head_dim,
-            left_padding=True,
-        )
+        empty = without_graph(self.name, "transformers", architecture, directory, options)
+        artifact = replace(empty, files=sha256_tree(directory))
         save_artifact(artifact)
         if check:
             check(artifact)

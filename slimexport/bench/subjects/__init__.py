@@ -22,7 +22,6 @@ class Kind(Protocol):
 
 
 EXPORTED: tuple[Kind, ...] = (onnx, gguf)  # of a run directory, all that these find
-KINDS: tuple[Kind, ...] = (*EXPORTED, transformers)
 
 
 def open_all(paths: Sequence[Path], settings: Settings) -> Mapping[str, Subject]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
-from slimexport.run_directory import BASELINE, RUN
+from slimexport.run_directory import exports_in
 from slimexport.runtime import MODEL, LlamaCppDecoder, TimedGreedy
 from slimexport.runtime.llama_api import INSTALL
 
@@ -30,11 +30,7 @@ def find(path: Path) -> list[Path]:
     """A file, or what holds `model.gguf`: an exported directory, or of a run directory every one and the baselines."""
     if path.is_file():
         return [path] if path.suffix == ".gguf" else []
-    if (path / MODEL).is_file():
-        return [path]
-    if not (path / RUN).is_file():
-        return []
-    return [model.parent for where in (path, path / BASELINE) for model in sorted(where.glob(f"[!.]*/{MODEL}"))]
+    return exports_in(path, MODEL)
 
 
 def open_one(place: Path, name: str, settings: Settings) -> Subject:

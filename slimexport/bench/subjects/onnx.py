@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import read_json
-from slimexport.run_directory import BASELINE, RUN
+from slimexport.run_directory import exports_in
 from slimexport.runtime import GRAPH, OnnxDecoder
 
 if TYPE_CHECKING:
@@ -21,11 +21,7 @@ def find(path: Path) -> list[Path]:
     """The exported directory; of a run directory every one, and the baselines."""
     if path.is_file():
         return [path.parent] if path.name == GRAPH else []
-    if (path / GRAPH).is_file():
-        return [path]
-    if not (path / RUN).is_file():
-        return []
-    return [graph.parent for where in (path, path / BASELINE) for graph in sorted(where.glob(f"[!.]*/{GRAPH}"))]
+    return exports_in(path, GRAPH)
 
 
 def open_one(place: Path, name: str, settings: Settings) -> OnnxSubject:

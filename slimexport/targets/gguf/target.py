@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from slimexport.artifacts import ExportArtifact, remove, sha256_tree
 from slimexport.errors import BadInputError
 from slimexport.targets import registry
-from slimexport.targets.base import Check, ExportOptions, save_artifact
+from slimexport.targets.base import Check, ExportOptions, save_artifact, without_graph
 from slimexport.targets.gguf import file
 from slimexport.targets.gguf import precision as numbers
 from slimexport.targets.gguf.architecture import Fields, Kind, header, kind_of
@@ -89,18 +89,8 @@ class GgufTarget:
         content = _Content(kind, fields, tensors_of(model, architecture, kind))
         whole = content.left_float(options.precision) if options.quantised else 0
         notes = (f"llama.cpp's architecture {kind.name}, pre-tokenizer {pre}.", *vocabulary.notes)
-        artifact = ExportArtifact(
-            path=str(directory),
-            target=self.name,
-            builder="gguf",
-            precision=options.precision,
-            provider=options.provider,
-            files={},
-            inputs=(),
-            outputs=(),
-            kv_heads=tuple(block.kv_groups for block in architecture.blocks),
-            head_dim=architecture.head_dim,
-            left_padding=True,
+        artifact = replace(
+            without_graph(self.name, "gguf", architecture, directory, options),
             float_bytes=whole,
             notes=(*notes, _WHOLE.format(whole / 1e6, numbers.BLOCK)) if whole else notes,
         )
