@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimexport.checkpoint.load import load as load
-    from slimexport.config import Gate as Gate
     from slimexport.config import RunConfig as RunConfig
+    from slimexport.gates.declared import Gate as Gate
     from slimexport.pipeline import export as export
     from slimexport.pipeline import plan as plan
     from slimexport.pipeline import prune as prune

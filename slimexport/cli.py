@@ -26,6 +26,7 @@ from slimexport.providers import PROVIDERS
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
     from slimexport.progress import Progress
+    from slimexport.reporting import Report
 
 _INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 
@@ -177,6 +178,12 @@ def _print(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> N
     click.echo(json.dumps(data(), indent=2, default=str, ensure_ascii=False) if as_json else text())
 
 
+def _say_gates(report: Report) -> None:
+    """The last line of a log says which gate did not pass, and by how much."""
+    if not all(result.passed for result in report.gates):
+        click.echo(report.verdict, err=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
@@ -213,6 +220,7 @@ def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None
 
         report = pipeline.run(config, output, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(report), lambda: reporting.summary(report, output / "report"))
+    _say_gates(report)
     return ExitCode.PASSED if report.passed else ExitCode.GATE_FAILED
 
 
@@ -321,6 +329,7 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
         made = pipeline.report(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
+    _say_gates(made)
     return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
 
 

@@ -6,8 +6,6 @@ Built from a YAML recipe and from flags (flags win). What does not change the re
 
 from __future__ import annotations
 
-import re
-import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,53 +13,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
+from slimexport.gates import figures
+from slimexport.gates.declared import Gate, gates_of
 from slimexport.providers import parsed
 
 CURVATURE_TOKENS = 4096
 REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
-
-Operator = Literal["<=", ">="]
-GateOf = Literal["shrunk", "baseline", "ratio", "speedup"]
-
-_GATE = re.compile(r"(?:(?P<of>\w+)\((?P<inner>[^()]+)\)|(?P<figure>[^()<>=]+))\s*(?P<op><=|>=)\s*(?P<bound>\S+)")
-
-
-class Gate(BaseModel):
-    """A figure of the report, an operator and a bound: `accuracy.perplexity` of `ratio` `<=` 1.5.
-
-    Written on one line it is `accuracy.kl<=0.2` (of the shrunk model) or `ratio(accuracy.perplexity)<=1.5`; flags
-    and recipes take that form, `str(gate)` gives it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    figure: str
-    of: GateOf = "shrunk"
-    op: Operator = "<="
-    bound: float
-
-    @classmethod
-    def parse(cls, spec: str) -> Gate:
-        """Reads the one-line form; raises ValueError that says what is wrong with it."""
-        match = _GATE.fullmatch(spec.strip())
-        if match is None:
-            raise ValueError(f"{spec!r} is not a gate: write FIGURE<=BOUND, FIGURE>=BOUND or ratio(FIGURE)<=BOUND")
-        of = match["of"] or "shrunk"
-        known = typing.get_args(GateOf)
-        if of not in known:
-            raise ValueError(f"{spec!r}: {of!r} is none of {', '.join(known)}.{nearest(of, known)}")
-        try:
-            bound = float(match["bound"])
-        except ValueError:
-            raise ValueError(f"{spec!r}: the bound {match['bound']!r} is not a number") from None
-        if bound - bound != 0:  # inf and nan: a gate that always or never holds is a mistake
-            raise ValueError(f"{spec!r}: the bound must be finite")
-        figure = (match["inner"] or match["figure"]).strip()
-        return cls(figure=figure, of=of, op=match["op"], bound=bound)  # type: ignore[arg-type]
-
-    def __str__(self) -> str:
-        figure = self.figure if self.of == "shrunk" else f"{self.of}({self.figure})"
-        return f"{figure}{self.op}{self.bound:g}"
 
 
 class RunConfig(BaseModel):
@@ -184,6 +141,9 @@ class RunConfig(BaseModel):
     prompt_lengths: tuple[int, ...] = Field(default=(32, 128, 512), description="Prompt lengths for TTFT.")
     decode_tokens: int = Field(default=64, ge=2, description="Tokens decoded per latency run.")
     latency_runs: int = Field(default=10, ge=0, description="Interleaved latency runs per model; 0 leaves latency out.")
+    max_latency_runs: int = Field(
+        default=80, ge=0, description="As many latency runs at most, where a gate on a time cannot be decided by fewer."
+    )
     threads: int | None = Field(default=None, ge=1, description="ONNX Runtime threads; default: the affinity mask.")
 
     # gate
@@ -201,17 +161,23 @@ class RunConfig(BaseModel):
     gates: tuple[Gate, ...] = Field(
         default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
     )
+    against: Path | None = Field(
+        default=None,
+        description="report.json of an earlier run, which gates such as earlier(FIGURE)<=1.02 compare with.",
+    )
+    on_undecided: Literal["fail", "warn"] = Field(
+        default="fail", description="What a gate does whose figure is not known well enough to tell."
+    )
 
-    @field_validator("target", "precision", "provider_option", "without_pass", "prompt_lengths", "gates", mode="before")
+    @field_validator("target", "precision", "provider_option", "without_pass", "prompt_lengths", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | Mapping) else value
 
     @field_validator("gates", mode="before")
     @classmethod
-    def _gates_on_one_line(cls, value: Any) -> Any:
-        many = (value,) if isinstance(value, str | Mapping) else value
-        return tuple(Gate.parse(g) if isinstance(g, str) else g for g in many) if _is_list(many) else many
+    def _gates_as_they_are_written(cls, value: Any) -> Any:
+        return gates_of(value)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -296,7 +262,7 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
     """
     check_keys(values, where)
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -306,6 +272,13 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
         if key.split(".")[0] in flags:
             kind, where, key = UsageError, f"--{key.replace('_', '-')}", ""
         raise kind(": ".join(part for part in (where, key, f"{message}{shown}.") if part)) from error
+    try:
+        figures.check(config.gates, config.prompt_lengths)
+    except ValueError as error:
+        if "gates" in flags:
+            raise UsageError(f"--gate: {error}.") from error
+        raise BadInputError(f"{where}: gates: {error}.") from error
+    return config
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:
@@ -313,7 +286,3 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in RunConfig.model_fields:
             raise BadInputError(f"{where}: unknown key {key!r}.{nearest(str(key), RunConfig.model_fields)}")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)

@@ -32,9 +32,13 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "baseline_cache",
     ),
     "verify": (
-        "eval_text", "eval_tokens", "eval_window", "prompt_lengths", "decode_tokens", "latency_runs", "threads",
+        "eval_text", "eval_tokens", "eval_window", "prompt_lengths", "decode_tokens", "latency_runs",
+        "max_latency_runs", "threads",
     ),
-    "gate": ("max_perplexity_ratio", "max_kl", "min_speedup", "max_latency_ms", "max_size_mb", "gates"),
+    "gate": (
+        "max_perplexity_ratio", "max_kl", "min_speedup", "max_latency_ms", "max_size_mb", "gates", "against",
+        "on_undecided",
+    ),
 }  # fmt: skip
 
 _SINGULAR = {"gates": "gate"}  # --gate is given once per gate
@@ -107,7 +111,7 @@ def _plain(annotation: Any) -> tuple[Any, bool]:
 
 
 def _click_type(kind: Any) -> click.ParamType:
-    from slimexport.config import Gate
+    from slimexport.gates.declared import Gate
 
     if typing.get_origin(kind) is Literal:
         return click.Choice(typing.get_args(kind))
@@ -147,7 +151,7 @@ class _GateType(click.ParamType):
     name = "gate"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from slimexport.config import Gate
+        from slimexport.gates.declared import Gate
 
         try:
             return Gate.parse(value)

@@ -40,6 +40,8 @@ def run(
     progress = progress or Progress(quiet=True)
     config = absolute(config)
     check_targets(config)
+    if config.against:
+        _check_comparable(config)
     directory = RunDirectory(Path(output))
     with directory.locked(force=force):
         prune_stage(directory, config, force=force, resume=resume, progress=progress, evaluated=True)
@@ -47,6 +49,15 @@ def run(
         verify_stage(directory, config, progress)
         directory.save_config(fields_of(config, "gate"))  # the run's own gates; those of `report` hold once
         return report_stage(directory, config, progress)
+
+
+def _check_comparable(config: RunConfig) -> None:
+    """That the earlier report is of another model is said before minutes of pruning."""
+    from slimexport.gates import earlier
+    from slimexport.loading import fingerprint, locate
+
+    assert config.against is not None
+    earlier.read_of(config.against, fingerprint(locate(config)))
 
 
 def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:

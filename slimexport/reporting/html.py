@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from slimexport.artifacts import PruningPlan
-from slimexport.gate import failed
 from slimexport.reporting import view
 from slimexport.reporting.schema import Report
 
@@ -34,6 +33,7 @@ tr:last-child td { border-bottom: 0; }
 td, th { overflow-wrap: break-word; } td.n, th.n { text-align: right; white-space: nowrap; }
 td.why { white-space: normal; } .texts td + td { overflow-wrap: anywhere; }
 tr.passed td:last-child { color: var(--good); } tr.failed td:last-child { color: var(--bad); font-weight: 600; }
+tr.undecided td:last-child { font-weight: 600; font-style: italic; }
 .wide { overflow-x: auto; }
 .wide td { overflow-wrap: normal; white-space: nowrap; }
 p, ul { margin: .6rem 0 0; } ul { padding-left: 1.2rem; } .soft { color: var(--soft); font-size: .87rem; }
@@ -60,7 +60,7 @@ def render(report: Report) -> str:
     state = "passed" if report.passed else "failed"
     body = [
         f'<header class="verdict {state}"><h1>{escape(report.headline)}</h1>'
-        f"{_list(r.message for r in failed(report.gates))}<p>{escape(view.sentence(report))}</p></header>",
+        f"{_list(r.message for r in view.reasons(report))}<p>{escape(view.sentence(report))}</p></header>",
         _section("Figures", _figures(first), _soft(view.LEGEND), _list(view.notes(report)), _more(rest)),
         *(
             [

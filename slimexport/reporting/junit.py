@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
-from slimexport.gate import GateResult
+from slimexport.gates.decide import GateResult
 from slimexport.reporting.schema import Report
 
 # XML 1.0 has no form for these; a model's name may hold them.
@@ -13,10 +13,11 @@ _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def render(report: Report) -> str:
-    lost = sum(not result.passed for result in report.gates)
-    total = {"tests": str(len(report.gates)), "failures": str(lost), "errors": "0"}
+    lost = sum(result.lost for result in report.gates)
+    skipped = sum(result.outcome == "undecided" and not result.lost for result in report.gates)
+    total = {"tests": str(len(report.gates)), "failures": str(lost), "errors": "0", "skipped": str(skipped)}
     root = ET.Element("testsuites", total)
-    suite = ET.SubElement(root, "testsuite", {"name": "slimexport gates", **total, "skipped": "0", "time": "0"})
+    suite = ET.SubElement(root, "testsuite", {"name": "slimexport gates", **total, "time": "0"})
     properties = ET.SubElement(suite, "properties")
     for name, value in (("model", report.source.name), ("verdict", report.verdict)):
         ET.SubElement(properties, "property", {"name": name, "value": _clean(value)})
@@ -24,10 +25,12 @@ def render(report: Report) -> str:
         case = ET.SubElement(
             suite, "testcase", {"classname": "slimexport.gate", "name": _clean(_name(result)), "time": "0"}
         )
-        if not result.passed:
-            kind = "undecidable" if result.undecidable else "failed"
+        if result.lost:
+            kind = "undecidable" if result.undecidable else result.outcome
             failure = ET.SubElement(case, "failure", {"type": kind, "message": _clean(result.message)})
             failure.text = _clean(result.message)
+        elif result.outcome == "undecided":
+            ET.SubElement(case, "skipped", {"message": _clean(result.message)})
         else:
             ET.SubElement(case, "system-out").text = _clean(result.message)
     ET.indent(root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from slimexport.gate import failed
 from slimexport.reporting import view
 from slimexport.reporting.schema import Report
 
@@ -14,7 +13,7 @@ def render(report: Report) -> str:
     first, rest = view.tables(report)
     parts = [
         f"# {_text(report.headline)}",
-        *(f"- {_text(result.message)}" for result in failed(report.gates)),
+        *(f"- {_text(result.message)}" for result in view.reasons(report)),
         _text(view.sentence(report)),
         _table(view.COLUMNS, [row.cells for row in first], right=view.NUMBERS),
         view.LEGEND,

@@ -21,7 +21,7 @@ from slimexport.artifacts import (
     to_dict,
 )
 from slimexport.errors import BadInputError
-from slimexport.gate import GateResult, failed
+from slimexport.gates.decide import GateResult, lost
 
 JSON_NAME = "report.json"
 
@@ -105,23 +105,31 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no gate failed; true without gates."""
-        return not failed(self.gates)
+        """Whether no gate is lost; true without gates."""
+        return not lost(self.gates)
 
     @property
     def headline(self) -> str:
         """`PASSED: all 2 gates held`, the verdict without the reasons."""
-        total, lost = len(self.gates), len(failed(self.gates))
-        if lost:
-            return f"FAILED: {lost} of {total} gates" if total > 1 else "FAILED: the gate"
+        total, gone = len(self.gates), lost(self.gates)
+        undecided = sum(result.outcome == "undecided" for result in self.gates)
+        if gone:
+            word = "" if any(result.outcome == "failed" for result in gone) else " undecided"
+            return (
+                f"FAILED: {len(gone)} of {total} gates{word}"
+                if total > 1
+                else f"FAILED: the gate{word and ' is undecided'}"
+            )
         if not total:
             return "PASSED: no gate was set, so nothing was required"
+        if undecided:
+            return f"PASSED: no gate failed, but {undecided} of {total} could not be decided"
         return f"PASSED: all {total} gates held" if total > 1 else "PASSED: the gate held"
 
     @property
     def verdict(self) -> str:
-        """One line: the headline and, for every failed gate, its name and why."""
-        reasons = "; ".join(result.message for result in failed(self.gates))
+        """One line: the headline and, for every gate that did not pass, its name and why."""
+        reasons = "; ".join(result.message for result in self.gates if not result.passed)
         line = f"{self.headline}{': ' if reasons else ''}{reasons}"
         return line if line.endswith((".", "?")) else f"{line}."
 
@@ -136,9 +144,9 @@ def to_json(report: Report) -> dict[str, Any]:
     return strict
 
 
-def load_report(directory: Path) -> Report:
-    """Reads `directory`/report.json; raises BadInputError where it is missing or not a report."""
-    path = Path(directory) / JSON_NAME
+def load_report(place: Path) -> Report:
+    """Reads `place`, a report.json or its directory; raises BadInputError where it is missing or not a report."""
+    path = Path(place) / JSON_NAME if Path(place).is_dir() else Path(place)
     data = read_json(path)
     if not isinstance(data, dict):
         raise BadInputError(f"{path} is not a report.")

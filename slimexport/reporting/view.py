@@ -9,8 +9,9 @@ import shlex
 from dataclasses import dataclass
 
 from slimexport.artifacts import BlockSizes, Estimates, Figure, PruningPlan, VerificationReport
-from slimexport.config import Gate, RunConfig
-from slimexport.gate import GateResult
+from slimexport.config import RunConfig
+from slimexport.gates.decide import GateResult
+from slimexport.gates.declared import Gate
 from slimexport.progress import seconds
 from slimexport.reporting.schema import Report
 
@@ -21,7 +22,7 @@ _DETAILS = (".p90", ".p99", ".min", ".max", ".mean", ".std", "_low", "_high")
 
 @dataclass(frozen=True)
 class Row:
-    """A figure as the tables print it. `state` is passed, failed or "" (no gate on it)."""
+    """A figure as the tables print it. `state` is passed, failed, undecided or "" (no gate on it)."""
 
     name: str
     dense: str
@@ -52,6 +53,7 @@ NUMBERS = (1, 2, 3, 4, 5)  # those of COLUMNS
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
 EXPORT_COLUMNS = ("export", "MB", "token perplexity", "KL", "TTFT (ms)", "TPOT (ms)")
 _TTFT = "prefill.ttft_ms."
+_WORST_FIRST = ("failed", "undecided", "passed")
 BLOCK_COLUMNS = ("block", "query heads", "KV groups", "channels", "attention error", "FFN error")
 
 
@@ -77,7 +79,7 @@ def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
     on_it = [r for r in results if r.gate.figure == figure.name]
     name = _with_unit(figure)
     gate = "; ".join(_gate(r) for r in on_it)
-    state = "" if not on_it else "passed" if all(r.passed for r in on_it) else "failed"
+    state = "" if not on_it else min((r.outcome for r in on_it), key=_WORST_FIRST.index)
     if not figure.valid:
         why = f"invalid: {figure.note or 'measured too badly'}"
         return Row(name, DASH, why, DASH, _ratio(figure.ideal), DASH, gate, state)
@@ -94,6 +96,11 @@ def _ideal(figure: Figure) -> str:
         return _ratio(figure.ideal)
     share = figure.ideal / figure.ratio if figure.better == "lower" else figure.ratio / figure.ideal
     return f"{_ratio(figure.ideal)} ({share:.0%})"
+
+
+def reasons(report: Report) -> tuple[GateResult, ...]:
+    """The gates that say something beside the verdict: those that did not pass."""
+    return tuple(result for result in report.gates if not result.passed)
 
 
 def tables(report: Report) -> tuple[list[Row], list[Row]]:
@@ -303,8 +310,9 @@ def _spec(gate: dict[str, object] | str) -> str:
 def _gate(result: GateResult) -> str:
     of = "" if result.gate.of == "shrunk" else f"{result.gate.of} "
     # Why is said beside the verdict; a table has no room for it.
-    outcome = "passed" if result.passed else "FAILED, undecidable" if result.undecidable else "FAILED"
-    return f"{of}{result.gate.op} {result.gate.bound:g} {outcome}"
+    outcome = result.outcome if result.passed else result.outcome.upper()
+    bound = str(result.gate).partition(result.gate.op)[2]
+    return f"{of}{result.gate.op} {bound} {outcome}{', undecidable' if result.undecidable else ''}"
 
 
 def _ratio(value: float | None) -> str:

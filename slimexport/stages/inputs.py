@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
+    from slimexport.artifacts import TextSource, VerificationReport
+    from slimexport.gates.decide import Earlier, GateResult
     from slimexport.targets.base import ExportOptions
 
 
@@ -38,12 +40,50 @@ def absolute(config: RunConfig) -> RunConfig:
     }
     if mix.is_mix(config.calibration):
         found["calibration"] = mix.absolute(config.calibration)
-    for name in ("sizes", "costs"):
+    for name in ("sizes", "costs", "against"):
         if value := getattr(config, name):
             found[name] = value.expanduser().resolve()
     if config.baseline_cache:
         found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
     return config.model_copy(update=found)
+
+
+def earlier_exports(config: RunConfig, state: Mapping[str, Any], text: TextSource) -> Mapping[str, Earlier]:
+    """What gates compare the exports with, by name; empty without `config.against`. `state` is run.json's.
+
+    Raises BadInputError where that is no report, or of another model.
+    """
+    from slimexport.gates import earlier
+
+    if config.against is None:
+        return {}
+    report = earlier.read_of(config.against, state["source"]["fingerprint"])
+    return earlier.comparisons(report, tuple(exports(config)), state["environment"], text, config.eval_window)
+
+
+def decided(
+    config: RunConfig,
+    name: str,
+    report: VerificationReport,
+    compared: Mapping[str, Earlier],
+    first: bool,
+) -> tuple[GateResult, ...]:
+    """The config's gates on the export `name`; the report is about the `first` one, and names the others."""
+    from slimexport.gates import decide, earlier
+
+    return decide.evaluate(
+        config.all_gates(),
+        report,
+        "" if first else name,
+        earlier=earlier.of_export(name, compared) if config.against else None,
+        undecided_fails=config.on_undecided == "fail",
+        looks=looks(config.latency_runs, config.max_latency_runs),
+    )
+
+
+def looks(runs: int, at_most: int) -> int:
+    """How often a gate on a time is looked at, where each time all runs so far are measured once more."""
+    return 1 + sum(1 for doublings in range(1, 32) if runs and runs << (doublings - 1) < at_most)
 
 
 def check_targets(config: RunConfig) -> None:

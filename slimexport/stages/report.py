@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ModelSource, PruningPlan, from_dict
 from slimexport.run_directory import PLAN, PRUNE, REPORT, PruneRecord, RunDirectory
-from slimexport.stages.inputs import export_names
+from slimexport.stages.inputs import decided, earlier_exports, export_names
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -16,20 +16,23 @@ if TYPE_CHECKING:
 
 
 def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress) -> Report:
-    from slimexport import gate, reporting
+    from slimexport import reporting
     from slimexport.targets.base import load_artifact
 
     verified = directory.verified()
     record = directory.read(PRUNE, PruneRecord)
+    compared = earlier_exports(config, directory.state, verified.evaluation)
+    found = {verified.first: verified.report, **verified.others}
     made = reporting.Report(
         source=from_dict(ModelSource, directory.state["source"], "run.json"),
         config=config.model_dump(mode="json"),
         plan=directory.read(PLAN, PruningPlan),
         checkpoint=record.checkpoint,
         verification=verified.report,
-        gates=(
-            *gate.evaluate(config.all_gates(), verified.report),
-            *(result for name, of in verified.others.items() for result in gate.evaluate(config.all_gates(), of, name)),
+        gates=tuple(
+            result
+            for name, of in found.items()
+            for result in decided(config, name, of, compared, first=name == verified.first)
         ),
         others=verified.others,
         pruning=_summary(record),

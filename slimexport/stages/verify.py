@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +22,21 @@ from slimexport.run_directory import (
     RunDirectory,
     VerifyRecord,
 )
-from slimexport.stages.inputs import check_files, export_names, exports, fields_of
+from slimexport.stages.inputs import check_files, decided, earlier_exports, export_names, exports, fields_of
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
+    from slimexport.gates.decide import Earlier
     from slimexport.progress import Progress
+
+
+def _decided(
+    config: RunConfig, name: str, compared: Mapping[str, Earlier], first: bool, report: VerificationReport
+) -> bool:
+    """Whether no gate on a time of the export `name` waits for further rounds."""
+    from slimexport.gates.decide import worth_more_runs
+
+    return not worth_more_runs(decided(config, name, report, compared, first))
 
 
 def verify_stage(
@@ -59,6 +71,7 @@ def verify_stage(
     numerics = read_json(directory / NUMERICS)
     # Accuracy is held to the dense model in full precision, where that was exported.
     full = next((n for n, (_, precision) in exports(config).items() if not precision.startswith("int")), None)
+    compared = earlier_exports(config, directory.state, text.source)
     found: dict[str, VerificationReport] = {}
     directory.begin("verify")
     started = time.monotonic()
@@ -76,6 +89,7 @@ def verify_stage(
                 numerics.get(f"{BASELINE}/{name}"),
                 progress.update,
                 dense=made_of.get(f"{BASELINE}/{full or name}"),
+                enough=partial(_decided, config, name, compared, not found),
             )
     made, *_ = found.values()
     if far:

@@ -39,10 +39,12 @@ def verify(
     baseline_numerics: dict[str, Any] | None,
     progress: Progress | None = None,
     dense: ExportArtifact | None = None,
+    enough: Callable[[VerificationReport], bool] | None = None,
 ) -> VerificationReport:
     """Measures both graphs: footprint, accuracy on `eval_text`, latency. No torch model is needed.
 
-    Accuracy is held to `dense`, or the baseline: of a quantised graph to the dense model in full precision.
+    Accuracy is held to `dense`, or the baseline: of a quantised graph to the dense model in full precision. Latency is
+    measured on, up to `config.max_latency_runs`, until the report is `enough`.
 
     The numerics were found at the export, where the torch models were in memory (`numerics.check_export`); they become
     figures here. Without a baseline all ratios and the KL divergence are missing. Raises BadInputError if a graph
@@ -54,7 +56,7 @@ def verify(
     from slimexport.machine.cores import checked_threads
     from slimexport.runtime import open_decoder
     from slimexport.verification.footprint import process_figures, size_figure
-    from slimexport.verification.latency import measure_latency
+    from slimexport.verification.latency import Latency, measure_latency
     from slimexport.verification.perplexity import accuracy
 
     ids = np.asarray(eval_text.input_ids, np.int64)
@@ -84,6 +86,25 @@ def verify(
     reference = other if same or dense is None else opened(dense.path)
     scored = accuracy(own, reference, ids, config.eval_window, telling("tokens of evaluation text"))
     del reference
+
+    def report(latency: Latency) -> VerificationReport:
+        figures = (
+            *scored.figures(),
+            *latency.figures,
+            size_figure(*places),
+            *processes,
+            _kv_figure(own, other),
+            *_placement_figures(own, other),
+            *_numerics_figures(shrunk_numerics, baseline_numerics),
+        )
+        return VerificationReport(
+            figures=figures,
+            numerics={"shrunk": shrunk_numerics, "baseline": baseline_numerics},
+            accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
+            latency={**latency.details, "processes": footprint} if config.latency_runs else {},
+            notes=latency.notes,
+        )
+
     latency = measure_latency(
         own,
         other,
@@ -95,23 +116,10 @@ def verify(
         shrunk_estimates=shrunk_estimates,
         baseline_estimates=baseline_estimates,
         progress=telling("latency rounds"),
+        enough=(lambda found: enough(report(found))) if enough else None,
+        at_most=config.max_latency_runs,
     )
-    figures = (
-        *scored.figures(),
-        *latency.figures,
-        size_figure(*places),
-        *processes,
-        _kv_figure(own, other),
-        *_placement_figures(own, other),
-        *_numerics_figures(shrunk_numerics, baseline_numerics),
-    )
-    return VerificationReport(
-        figures=figures,
-        numerics={"shrunk": shrunk_numerics, "baseline": baseline_numerics},
-        accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
-        latency={**latency.details, "processes": footprint} if config.latency_runs else {},
-        notes=latency.notes,
-    )
+    return report(latency)
 
 
 def _placement_figures(own: Decoder, other: Decoder | None) -> tuple[Figure, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,26 @@ class Samples:
             {name: {n: [] for n in quantities.pasts} for name in names},
         )
 
+    def joined(self, later: Samples) -> Samples:
+        """Both, where neither was measured beside other work; else the one that was not."""
+        if self.busy or later.busy:
+            return later if self.busy else self
+
+        def both(first: dict[str, dict[int, list[Any]]], then: dict[str, dict[int, list[Any]]]) -> Any:
+            return {name: {n: values + then[name][n] for n, values in of.items()} for name, of in first.items()}
+
+        watched = {key: min(value, later.watched[key]) if key == "cpu_share" else max(value, later.watched[key])
+                   for key, value in self.watched.items() if key in later.watched}  # fmt: skip
+        return Samples(
+            both(self.ttft, later.ttft),
+            both(self.itl, later.itl),
+            both(self.batch, later.batch),
+            both(self.joules, later.joules),
+            self.orders + later.orders,
+            self.warm_up,
+            watched,
+        )
+
 
 def measure(
     models: Mapping[str, Timed],
@@ -77,8 +97,14 @@ def measure(
     rounds: int,
     threads: int,
     progress: Progress | None = None,
+    enough: Callable[[Samples], bool] | None = None,
+    at_most: int = 0,
 ) -> Samples:
-    """`rounds` rounds after the warm-up. `prompt(n)` gives n tokens, others at every call; one call serves all."""
+    """`rounds` rounds after the warm-up. `prompt(n)` gives n tokens, others at every call; one call serves all.
+
+    Until these are `enough`, as many again are measured as there are, `at_most` rounds in all. Of rounds beside other
+    work and rounds without, the latter count alone.
+    """
     warm, before, meter = Samples.empty(list(models), quantities), None, Meter()
     while warm.warm_up < WARM_UP[1]:
         _round(models, quantities, prompt, warm, warm.warm_up, meter)
@@ -87,14 +113,23 @@ def measure(
         if before and warm.warm_up >= WARM_UP[0] and all(now[name] > before[name] * (1 - STEADY) for name in models):
             break
         before = now
-    samples = Samples.empty(list(models), quantities)
-    samples.warm_up = warm.warm_up
-    with Watch(threads) as watch:
-        for number in range(rounds):
-            _round(models, quantities, prompt, samples, number, meter)
-            if progress:
-                progress(number + 1, rounds)
-    samples.watched, samples.busy = watch.found, watch.busy
+
+    def measured(first: int, end: int) -> Samples:
+        made = Samples.empty(list(models), quantities)
+        made.warm_up = warm.warm_up
+        with Watch(threads) as watch:
+            for number in range(first, end):
+                _round(models, quantities, prompt, made, number, meter)
+                if progress:
+                    progress(number + 1, end)
+        made.watched, made.busy = watch.found, watch.busy
+        return made
+
+    samples = measured(0, rounds)
+    while enough and rounds < at_most and not enough(samples):
+        more = min(2 * rounds, at_most)
+        samples = samples.joined(measured(rounds, more))
+        rounds = more
     return samples
 
 

@@ -27,8 +27,8 @@ class Median:
     coverage: float
 
 
-def median(values: Sequence[float]) -> Median:
-    """Median and its order-statistic interval [x_(k), x_(n-k+1)], with the largest k that covers 95 %.
+def median(values: Sequence[float], confidence: float = CONFIDENCE) -> Median:
+    """Median and its order-statistic interval [x_(k), x_(n-k+1)], with the largest k that covers `confidence`.
 
     The true median lies outside with probability 2 P(Binomial(n, 1/2) < k), whatever the distribution: timings are
     skewed and have outliers. Fewer than six values cannot reach 95 %; then it is the whole range, with its coverage
@@ -39,7 +39,7 @@ def median(values: Sequence[float]) -> Median:
     k, outside = 1, 2.0 ** (1 - n)
     while 2 * k < n:
         wider = outside + 2 * comb(n, k) / 2**n
-        if wider > 1 - CONFIDENCE:
+        if wider > 1 - confidence:
             break
         k, outside = k + 1, wider
     return Median(float(np.median(ordered)), float(ordered[k - 1]), float(ordered[n - k]), 1 - outside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,8 +74,10 @@ def measure_latency(
     shrunk_estimates: Estimates | None = None,
     baseline_estimates: Estimates | None = None,
     progress: Progress | None = None,
+    enough: Callable[[Latency], bool] | None = None,
+    at_most: int = 0,
 ) -> Latency:
-    """Measures `runs` rounds after the warm-up (`interleaved.py`).
+    """Measures `runs` rounds after the warm-up (`interleaved.py`), and more until they are `enough`, `at_most` in all.
 
     Within a round every measurement is made on both models back to back, on the same prompt (a stretch of `text` int64
     [n], chosen by `seed`, another one each round); which model goes first alternates. On a machine that had other work
@@ -101,19 +103,6 @@ def measure_latency(
         )
     rng = np.random.default_rng(seed)
     pasts = (prompt_tokens,) if prompt_tokens >= 1 else ()
-    samples = interleaved.measure(
-        decoders,
-        interleaved.Quantities(tuple(lengths), pasts, decode_tokens),
-        lambda length: _stretch(text, length, rng),
-        rounds=runs,
-        threads=shrunk.threads,
-        progress=progress,
-    )
-    times = {
-        name: _Times(samples.ttft[name], [run for past in pasts for run in samples.itl[name][past]])
-        for name in decoders
-    }
-    busy = samples.busy if shrunk.provider == "cpu" else None
     ideals = _Ideals({}, None)
     if any(d.artifact and d.artifact.float_bytes for d in decoders.values()):
         notes.append("No ideals and floors: some weights are not quantised, and what is read follows from no size.")
@@ -130,30 +119,65 @@ def measure_latency(
             baseline_estimates, context, precision, half=half, bits=baseline.bits
         )
         ideals = replace(ideals, prefill={n: flops[n] / dense[n] for n in lengths}, decode=streamed)
-    figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
-    if busy:
-        notes.append(f"No time counts: {busy}.")
-        figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
     operators = sum(count for of in shrunk.placement.values() for count in of.values())
-    explained = [f for f in figures if f.name == "decode.tpot_ms" or f.name.startswith("prefill.")]
-    notes += [why for figure in explained if (why := shortfall(figure, operators))]
-    details = {
-        "runs": runs,
-        "warm_up_rounds": samples.warm_up,
+    known = {
         "threads": shrunk.threads,
         "provider": shrunk.provider,
         "batch": 1,
         "huge_page_bytes": huge,
-        **samples.watched,
         "decode_prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
+    }
+
+    def made(samples: interleaved.Samples) -> Latency:
+        return _latency(samples, lengths, pasts, ideals, operators, known, tuple(notes))
+
+    samples = interleaved.measure(
+        decoders,
+        interleaved.Quantities(tuple(lengths), pasts, decode_tokens),
+        lambda length: _stretch(text, length, rng),
+        rounds=runs,
+        threads=shrunk.threads,
+        progress=progress,
+        enough=(lambda found: enough(made(found))) if enough else None,
+        at_most=at_most,
+    )
+    return made(samples)
+
+
+def _latency(
+    samples: interleaved.Samples,
+    lengths: Sequence[int],
+    pasts: Sequence[int],
+    ideals: _Ideals,
+    operators: int,
+    known: Mapping[str, Any],
+    notes: tuple[str, ...],
+) -> Latency:
+    """Figures and record of what was measured. `operators` of a graph are called at every step."""
+    times = {
+        name: _Times(of, [run for past in pasts for run in samples.itl[name][past]])
+        for name, of in samples.ttft.items()
+    }
+    busy = samples.busy if known["provider"] == "cpu" else None
+    figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
+    if busy:
+        notes = (*notes, f"No time counts: {busy}.")
+        figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
+    explained = [f for f in figures if f.name == "decode.tpot_ms" or f.name.startswith("prefill.")]
+    notes = (*notes, *(why for figure in explained if (why := shortfall(figure, operators))))
+    details = {
+        "runs": len(samples.orders),
+        "warm_up_rounds": samples.warm_up,
+        **known,
+        **samples.watched,
         "order": samples.orders,
         "ttft_ms": {name: {str(n): _ms(t.ttft[n]) for n in lengths} for name, t in times.items()},
         "itl_ms": {name: [_ms(run) for run in t.itl] for name, t in times.items()},
         "joules_per_token": {name: {str(n): rounded(v) for n, v in of.items()} for name, of in samples.joules.items()},
         "tpot_ms": {name: _ms([float(np.mean(run)) for run in t.itl]) for name, t in times.items()},
     }
-    return Latency(figures, details, tuple(notes))
+    return Latency(figures, details, notes)
 
 
 def _figures(times: dict[str, _Times], ideals: _Ideals) -> tuple[Figure, ...]:

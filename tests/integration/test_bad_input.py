@@ -412,6 +412,32 @@ def test_gates_survive_a_resumed_prune_and_inputs_may_not_change(
     refused(cli("prune", model, "-o", run_done, "--resume"), "has changed since")
 
 
+def test_the_report_of_an_earlier_run(
+    cli: Callable[..., Result], run_done: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Against itself everything holds; what is no report, or another model's, is refused before anything is done."""
+    earlier = tmp_path / "earlier.json"
+    shutil.copy(run_done / "report" / "report.json", earlier)
+    gates = ["--gate", "earlier(accuracy.perplexity)<=1", "--gate", "earlier(size.export_mb)<=1", "--max-kl", 100]
+    for place in (earlier, run_done, run_done / "report"):
+        assert bare("report", run_done, "--against", place, *gates) == 0
+    assert bare("report", run_done, *gates) == 3
+    assert "no earlier report is given (--against report.json)" in capfd.readouterr().err.splitlines()[-1]
+    data = json.loads(earlier.read_text())
+
+    def against(content: str) -> Result:
+        earlier.write_text(content)
+        return cli("run", model, "-o", tmp_path / "new", against=earlier)
+
+    refused(against(json.dumps(data)[:500]), "is not valid JSON", "truncated")
+    refused(against(json.dumps({**data, "schema_version": 99})), "has schema_version 99")
+    other = {**data, "source": {**data["source"], "fingerprint": "0" * 64, "name": "another"}}
+    refused(against(json.dumps(other)), "is the report of another model: another has the fingerprint 000000000000")
+    assert not (tmp_path / "new").exists()
+    earlier.write_text(json.dumps({**data, "environment": {**data["environment"], "cpu": "Z80"}}))
+    assert bare("report", run_done, "--against", earlier, "--gate", "earlier(load.seconds)<=9", "--max-kl", 100) == 3
+
+
 def test_an_export_that_fails_leaves_no_report_of_the_old_one(run_done: Path, model: Path) -> None:
     shutil.rmtree(run_done / "baseline")
     model.rename(model.parent / "elsewhere")  # the dense model cannot be exported any more

@@ -10,6 +10,7 @@ from models import tiny_directory, tiny_text
 import slimexport
 from slimexport import pipeline
 from slimexport.errors import BadInputError
+from slimexport.gates import figures
 from slimexport.reporting import load_report
 from slimexport.runtime import OnnxDecoder
 
@@ -89,6 +90,13 @@ def test_the_report_shows_all_and_can_be_read_again(finished: Any) -> None:
         assert name in (out / "report" / "report.html").read_text()
     assert "onnx-int4-mixed: accuracy.kl&lt;=0.5" in (out / "report" / "junit.xml").read_text()
     assert "--precision int8,fp32,int4-mixed" in text
+
+
+def test_gates_may_name_every_figure(finished: Any) -> None:
+    _, report = finished
+    known = figures.known(report.config["prompt_lengths"])
+    for made in (report.verification, *report.others.values()):
+        assert {figure.name: figure.unit for figure in made.figures}.items() <= known.items()
 
 
 def test_one_precision_that_misses_a_gate_fails_the_run(finished: Any) -> None:

@@ -15,8 +15,9 @@ from slimexport.artifacts import (
     TextSource,
     VerificationReport,
 )
-from slimexport.config import Gate, RunConfig
-from slimexport.gate import evaluate
+from slimexport.config import RunConfig
+from slimexport.gates.decide import evaluate
+from slimexport.gates.declared import Gate
 from slimexport.reporting import BlockSummary, PruningSummary, Report
 
 BLOCKS = 30

@@ -17,8 +17,9 @@ import report_data
 
 import slimexport
 from slimexport.cli import main
-from slimexport.config import Gate, RunConfig
+from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, GateFailedError, NotReproducedError
+from slimexport.gates.declared import Gate
 from slimexport.options import STAGES
 
 
@@ -152,13 +153,19 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "prompt_lengths": (["--prompt-lengths", "16, 32"], (16, 32)),
     "decode_tokens": (["--decode-tokens", "8"], 8),
     "latency_runs": (["--latency-runs", "0"], 0),
+    "max_latency_runs": (["--max-latency-runs", "20"], 20),
     "threads": (["--threads", "2"], 2),
     "max_perplexity_ratio": (["--max-perplexity-ratio", "1.5"], 1.5),
     "max_kl": (["--max-kl", "0.2"], 0.2),
     "min_speedup": (["--min-speedup", "1.2"], 1.2),
     "max_latency_ms": (["--max-latency-ms", "20"], 20.0),
     "max_size_mb": (["--max-size-mb", "400"], 400.0),
-    "gates": (["--gate", "a<=1", "--gate", "ratio(b)>=2"], (Gate.parse("a<=1"), Gate.parse("ratio(b)>=2"))),
+    "gates": (
+        ["--gate", "decode.tpot_ms<=9ms", "--gate", "ratio(accuracy.kl)>=2"],
+        (Gate.parse("decode.tpot_ms<=9ms"), Gate.parse("ratio(accuracy.kl)>=2")),
+    ),
+    "against": (["--against", "report.json"], Path("report.json")),
+    "on_undecided": (["--on-undecided", "warn"], "warn"),
 }
 
 
@@ -225,6 +232,12 @@ def test_other_results_for_people(cli, pipeline, tmp_path) -> None:
         (["run", "m", "-o", "x", "--dtype", "int3"], "'int3' is not one of"),
         (["run", "m", "-o", "x", "--gate", "a<1"], "'a<1' is not a gate"),
         (["run", "m", "-o", "x", "--gate", "rato(a)<=1"], "Did you mean 'ratio'?"),
+        (
+            ["run", "m", "-o", "x", "--gate", "accuracy.kll<=1"],
+            "--gate: no figure 'accuracy.kll'. Did you mean 'accuracy.kl'?",
+        ),
+        (["run", "m", "-o", "x", "--gate", "prefill.ttft_ms.64<=1"], "prompts of 32, 128, 512 are measured"),
+        (["run", "m", "-o", "x", "--gate", "decode.tpot_ms<=1s"], "decode.tpot_ms is in ms, not in s"),
         (["run", "m", "-o", "x", "--prompt-lengths", "1,b"], "'b' is not a valid integer"),
         (["run", "m", "-o", "x", "--force", "--resume"], "give one of them"),
         (["run", "m"], "'--output'"),

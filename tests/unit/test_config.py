@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from slimexport.config import Gate, RunConfig, make_config
+from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError, UsageError
+from slimexport.gates.declared import Gate
 from slimexport.options import STAGES
 from slimexport.recipe import load_recipe
 
@@ -38,7 +39,13 @@ def test_frozen() -> None:
 
 def test_json_round_trip() -> None:
     config = make_config(
-        {"model": "m", "target": ["onnx", "genai"], "baseline_cache": "/c", "gates": ["ratio(a)<=1"], "max_kl": 0.2}
+        {
+            "model": "m",
+            "target": ["onnx", "genai"],
+            "baseline_cache": "/c",
+            "gates": ["ratio(accuracy.nll)<=1"],
+            "max_kl": 0.2,
+        }
     )
     assert make_config(config.model_dump(mode="json")) == config
 
@@ -66,10 +73,10 @@ def test_one_gate_on_one_line() -> None:
 
 def test_sugar_becomes_gates() -> None:
     values = {"max_perplexity_ratio": 1.5, "max_kl": 0.2, "min_speedup": 1.2, "max_latency_ms": 20, "max_size_mb": 400}
-    gates = make_config({"model": "m", **values, "gates": ["x<=1"]}).all_gates()
+    gates = make_config({"model": "m", **values, "gates": ["load.seconds<=1"]}).all_gates()
     assert [str(gate) for gate in gates] == [
         "ratio(accuracy.perplexity)<=1.5", "accuracy.kl<=0.2", "speedup(decode.tpot_ms)>=1.2", "decode.tpot_ms<=20",
-        "size.export_mb<=400", "x<=1",
+        "size.export_mb<=400", "load.seconds<=1",
     ]  # fmt: skip
 
 
@@ -94,6 +101,12 @@ def test_sugar_becomes_gates() -> None:
         ({"gates": [{"figure": "a"}]}, "gates.0.bound: Field required"),
         ({"gates": [{"figure": "a", "bound": 1, "off": "ratio"}]}, "gates.0.off: Extra inputs are not permitted"),
         ({"gates": 7}, "gates"),
+        ({"gates": ["accuracy.kll<=1"]}, "gates: no figure 'accuracy.kll'. Did you mean 'accuracy.kl'?"),
+        ({"gates": {"accuracy.kl": {"maximum": 1}}}, "unknown condition 'maximum'. Did you mean 'max'?"),
+        ({"gates": {"accuracy.kl": 1}}, "write conditions"),
+        ({"gates": {"accuracy.kl": {"max": "a"}}}, "max must be a number"),
+        ({"gates": {"accuracy.kl": {"unit": "nats/token"}}}, "no condition is given"),
+        ({"gates": {"decode.tpot_ms": {"max": 1, "unit": "s"}}}, "decode.tpot_ms is in ms, not in s"),
         ({"group_size_start": 1, "group_size_end": 4}, "group_size_end must not be larger than group_size_start"),
         ({"layout": "uniform", "allocation": "incremental"}, "layout uniform has the same sizes in every block"),
         ({"first_ratio": 1.0}, "first_ratio: Input should be less than 1"),

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from slimexport.artifacts import Figure, VerificationReport
-from slimexport.config import Gate
 from slimexport.errors import UsageError
-from slimexport.gate import evaluate, failed, parse
+from slimexport.gates.decide import evaluate, lost, parse
+from slimexport.gates.declared import Gate
 
 REPORT = VerificationReport(
     (
@@ -67,7 +67,8 @@ def test_comparison(spec: str, value: float, passed: bool) -> None:
 )
 def test_undecidable_fails(spec: str, why: str) -> None:
     result = one(spec)
-    assert not result.passed
+    assert result.lost
+    assert result.outcome == ("undecided" if why.startswith("the measurement is invalid (spread") else "failed")
     assert result.undecidable
     assert result.value is None
     assert why in result.message
@@ -75,18 +76,18 @@ def test_undecidable_fails(spec: str, why: str) -> None:
 
 def test_message_is_one_line_with_value_and_bound() -> None:
     assert one("speedup(decode.tpot_ms)>=1.2").message == "decode.tpot_ms speedup 1.25 >= 1.2"
-    assert one("accuracy.kl<=0.19").message == "accuracy.kl 0.2 <= 0.19 does not hold"
+    assert one("accuracy.kl<=0.19").message == "accuracy.kl 0.2 <= 0.19 does not hold: 5.3 % too much"
 
 
 def test_a_near_miss_is_printed_with_enough_digits() -> None:
     report = VerificationReport((Figure("x", "", 1.20004),))
     (result,) = evaluate((Gate(figure="x", bound=1.2),), report)
-    assert result.message == "x 1.20004 <= 1.2 does not hold"
+    assert result.message == "x 1.20004 <= 1.2 does not hold: 0.0033 % too much"
 
 
-def test_failed_keeps_the_order() -> None:
+def test_lost_keeps_the_order() -> None:
     results = evaluate(tuple(map(parse, ("accuracy.kl<=0.1", "accuracy.kl<=9", "nope<=1"))), REPORT)
-    assert [r.gate.figure for r in failed(results)] == ["accuracy.kl", "nope"]
+    assert [r.gate.figure for r in lost(results)] == ["accuracy.kl", "nope"]
     assert evaluate((), REPORT) == ()
 
 

@@ -17,6 +17,8 @@ from slimexport.artifacts import BlockTrace, Figure, ModelSource, VerificationRe
 from slimexport.cli import main as cli
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
+from slimexport.gates.decide import evaluate
+from slimexport.gates.declared import Gate
 from slimexport.options import given
 from slimexport.reporting import (
     PruningSummary,
@@ -59,7 +61,7 @@ def test_verdicts() -> None:
     assert report_data.report(("accuracy.kl<=1",)).verdict == "PASSED: the gate held."
     assert report_data.report(()).verdict == "PASSED: no gate was set, so nothing was required."
     failing = report_data.report(("accuracy.kl<=1", "accuracy.kl<=0.1"))
-    assert failing.verdict == "FAILED: 1 of 2 gates: accuracy.kl 0.241 <= 0.1 does not hold."
+    assert failing.verdict == "FAILED: 1 of 2 gates: accuracy.kl 0.241 <= 0.1 does not hold: 141 % too much."
     assert not failing.passed
 
 
@@ -127,6 +129,24 @@ def test_command_gives_the_same_config() -> None:
         assert RunConfig(model="a model", **given(ctx)) == config
 
 
+def test_an_undecided_gate_that_only_warns() -> None:
+    """Passed, but neither silently nor as if it had held."""
+    gates = evaluate(
+        (Gate.parse("prefill.ttft_ms.128<=400"),), report_data.report().verification, undecided_fails=False
+    )
+    made = report_data.report((), gates=gates)
+    assert made.passed
+    assert made.verdict.startswith(
+        "PASSED: no gate failed, but 1 of 1 could not be decided: prefill.ttft_ms.128 <= 400"
+    )
+    row = next(row for row in view.tables(made)[0] if row.gate)
+    assert (row.state, row.gate) == ("undecided", "<= 400 UNDECIDED, undecidable")
+    suite = ET.fromstring(junit.render(made)).find("testsuite")
+    assert suite is not None
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
+    assert suite.find("testcase/skipped") is not None
+
+
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
@@ -151,7 +171,14 @@ def test_json_is_strict_and_whole() -> None:
     assert data["schema_version"] == 1
     assert data["passed"] is False
     assert data["verdict"] == made.verdict
-    assert data["gates"][0]["gate"] == {"figure": "decode.tpot_ms", "of": "speedup", "op": ">=", "bound": 1.5}
+    assert data["gates"][0]["gate"] == {
+        "figure": "decode.tpot_ms",
+        "of": "speedup",
+        "op": ">=",
+        "bound": 1.5,
+        "unit": "",
+        "tolerance": 0.0,
+    }
     assert data["verification"]["latency"] == {"runs": [None, 1.5]}
     assert data["plan"]["blocks"][0]["channels"] == 1472
     assert len(data["pruning"]["blocks"]) == report_data.BLOCKS
@@ -305,7 +332,7 @@ def test_share_of_the_ideal_and_multiple_of_the_floor() -> None:
 
 def test_summary_fits_a_terminal(tmp_path: Path) -> None:
     text = summary(report_data.report(FAILING), tmp_path / "report")
-    assert text.startswith("FAILED: 4 of 4 gates: decode.tpot_ms speedup 1.316 >= 1.5 does not hold; ")
+    assert text.startswith("FAILED: 4 of 4 gates: decode.tpot_ms speedup 1.316 >= 1.5 does not hold: 12 % too little; ")
     assert str(tmp_path / "report" / "report.md") in text
     table = text[text.index("figure  ") : text.index("report:")]
     assert "prefill.ttft_ms.128: invalid: spread 38 %" in table

@@ -297,3 +297,35 @@ def test_floors_follow_from_what_the_machine_can_do(monkeypatch):
     context = 128 + 15 / 2
     assert figures["decode.tpot_ms"].floor == pytest.approx(1e3 * (300 + 4 * context) / 1e3)
     assert figures["decode.tokens_per_s"].floor is None
+
+
+def test_more_rounds_until_they_are_enough():
+    seen = []
+
+    def enough(found):
+        seen.append(found.details["runs"])
+        return len(found.details["tpot_ms"]["shrunk"]) >= 12
+
+    made, _ = measured(runs=3, enough=enough, at_most=80)
+    assert seen == [3, 6, 12]
+    assert made.details["runs"] == 12
+    assert [len(times) for times in made.details["ttft_ms"]["baseline"].values()] == [12, 12]
+    assert made.details["order"][:4] == [["shrunk", "baseline"], ["baseline", "shrunk"]] * 2
+    assert measured(runs=3, enough=lambda _: False, at_most=10)[0].details["runs"] == 10
+    assert measured(runs=3, enough=lambda _: False, at_most=0)[0].details["runs"] == 3
+
+
+def test_of_quiet_and_busy_rounds_the_quiet_ones_count(monkeypatch):
+    """The first four beside other work, the next four not, the last eight again."""
+    said = iter(["busy", None, "busy"])
+
+    class Watched(latency_module.interleaved.Watch):
+        @property
+        def busy(self):
+            return next(said)
+
+    monkeypatch.setattr(interleaved, "Watch", Watched)
+    monkeypatch.setattr(FakeDecoder, "provider", "cpu")
+    made, _ = measured(runs=4, enough=lambda _: False, at_most=16)
+    assert made.details["runs"] == 4
+    assert all(figure.valid for figure in made.figures)

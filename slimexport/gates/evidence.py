@@ -1,0 +1,182 @@
+"""How well a figure is known: confidence intervals from the raw record of a report.
+
+Times: one value a round, shrunk and baseline back to back. The interval is that of the median by order statistics,
+which takes no distribution for granted; where there are too few rounds for the confidence asked, it is Student's, of
+the mean logarithm. Accuracy: sums over windows of text, both models on the same tokens; the standard error is that of
+a ratio of sums over windows, and what makes a window hard for both cancels. Figures that are the same at every run
+(bytes, nodes, differences of logits) have no interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimexport.artifacts import VerificationReport
+from slimexport.gates.declared import GateOf
+from slimexport.gates.figures import TTFT
+from slimexport.verification.intervals import median
+
+_GRID = 200_001
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The true value lies outside of [low, high] with the probability asked for; `of` says what was counted."""
+
+    low: float
+    high: float
+    count: int
+    of: str  # "runs" or "windows of text"
+
+    def inverse(self) -> Evidence:
+        low = 1 / self.high if self.high > 0 else -math.inf
+        return Evidence(low, 1 / self.low if self.low > 0 else math.inf, self.count, self.of)
+
+
+def is_time(name: str) -> bool:
+    """Whether another run would measure it a little differently."""
+    return name.startswith(("prefill.", "decode.", "load."))
+
+
+def evidence(
+    report: VerificationReport,
+    name: str,
+    of: GateOf,
+    error: float,
+    *,
+    higher_is_better: bool = False,
+    earlier: VerificationReport | None = None,
+) -> Evidence | None:
+    """Interval that misses the figure's true value with probability `error`; None where nothing is left to chance, or
+    no record was kept.
+
+    `earlier` is what `of` "earlier" compares with.
+    """
+    if of == "speedup":
+        found = evidence(report, name, "ratio", error)
+        return found if found is None or higher_is_better else found.inverse()
+    return _of_times(report, name, of, error, earlier) if is_time(name) else _of_text(report, name, of, error, earlier)
+
+
+# --------------------------------------------------------------------------------------------------------------- times
+
+
+def _of_times(
+    report: VerificationReport, name: str, of: GateOf, error: float, earlier: VerificationReport | None
+) -> Evidence | None:
+    own, dense = runs(report, name, "shrunk"), runs(report, name, "baseline")
+    if of == "earlier":
+        before = runs(earlier, name, "shrunk") if earlier else []
+        now, then = _interval(own, error / 2), _interval(before, error / 2)
+        if now is None or then is None:
+            return None
+        return Evidence(now.low / then.high, now.high / then.low, min(now.count, then.count), now.of)
+    if of == "ratio":
+        return _interval([a / b for a, b in zip(own, dense, strict=True)], error) if dense else None
+    return _interval(dense if of == "baseline" else own, error)
+
+
+def runs(report: VerificationReport, name: str, model: str) -> list[float]:
+    """One value a round of `model` ("shrunk" or "baseline"), in the figure's unit; none where it was not measured."""
+    record = report.latency
+    if name.startswith(TTFT):
+        return list(record.get("ttft_ms", {}).get(model, {}).get(name.removeprefix(TTFT), []))
+    if name.startswith("decode.itl_ms.p"):
+        q = float(name.removeprefix("decode.itl_ms.p"))
+        return [float(np.percentile(run, q)) for run in record.get("itl_ms", {}).get(model, [])]
+    if name in ("decode.tpot_ms", "decode.tokens_per_s"):
+        found = record.get("tpot_ms", {}).get(model, [])
+        return list(found) if name == "decode.tpot_ms" else [1e3 / value for value in found]
+    if name == "decode.joules_per_token":
+        return [value for values in record.get("joules_per_token", {}).get(model, {}).values() for value in values]
+    if name == "load.seconds":
+        said = record.get("processes", {}).get(model, [])
+        return [float(each["load_seconds"]) for each in said if "load_seconds" in each]
+    return []
+
+
+def _interval(values: Sequence[float], error: float) -> Evidence | None:
+    """Of the median; of a single value nothing is known."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return Evidence(-math.inf, math.inf, 1, "runs")
+    if 2.0 ** (1 - len(values)) <= error:
+        found = median(values, 1 - error)
+        return Evidence(found.low, found.high, len(values), "runs")
+    logs = np.log(np.asarray(values, np.float64))
+    half = student(error, len(values) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(values))
+    return Evidence(math.exp(logs.mean() - half), math.exp(logs.mean() + half), len(values), "runs")
+
+
+def student(error: float, degrees: int) -> float:
+    """t that Student's distribution exceeds in absolute value with probability `error`.
+
+    With t = sqrt(degrees) / tan(a), that probability is the share of the integral of sin^(degrees - 1) from 0 to a in
+    the one from 0 to pi / 2.
+    """
+    angles = np.linspace(0, math.pi / 2, _GRID)
+    density = np.sin(angles) ** (degrees - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = float(np.interp(error * below[-1], below, angles))
+    return math.sqrt(degrees) / math.tan(angle)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+_SUMS = {
+    "accuracy.perplexity": "window_nll",
+    "accuracy.nll": "window_nll",
+    "accuracy.kl": "window_kl",
+    "accuracy.top1_agreement": "window_agreements",
+}
+
+
+def _of_text(
+    report: VerificationReport, name: str, of: GateOf, error: float, earlier: VerificationReport | None
+) -> Evidence | None:
+    key, record = _SUMS.get(name), report.accuracy
+    own, tokens = _windows(record, key), _windows(record, "window_tokens")
+    if key is None or own is None or tokens is None:
+        return None
+    dense = _windows(record, "window_baseline_nll") if key == "window_nll" else None
+    if of == "baseline":
+        own = dense
+    other = dense if of == "ratio" else _windows(earlier.accuracy, key) if of == "earlier" and earlier else None
+    if own is None or (other is None and of in ("ratio", "earlier")):
+        return None
+    perplexity = name == "accuracy.perplexity"
+    if other is None:
+        low, high = _ratio_of_sums(own, tokens, error)
+    elif perplexity:
+        low, high = _ratio_of_sums(own - other, tokens, error)
+    else:
+        low, high = _ratio_of_sums(own, other, error)
+    if perplexity:
+        low, high = _exp(low), _exp(high)
+    return Evidence(low, high, len(own), "windows of text")
+
+
+def _windows(record: dict[str, Any], key: str | None) -> NDArray[np.float64] | None:
+    values = record.get(key) if key else None
+    return None if values is None else np.asarray(values, np.float64)
+
+
+def _ratio_of_sums(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
+    """Of sum(a) / sum(b) over windows, by the deviations a - r b (linearised)."""
+    n, total = len(a), float(b.sum())
+    if n < 2 or total <= 0:
+        return -math.inf, math.inf
+    ratio = float(a.sum()) / total
+    half = student(error, n - 1) * math.sqrt(float(((a - ratio * b) ** 2).sum()) * n / (n - 1)) / total
+    return ratio - half, ratio + half
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
