@@ -301,6 +301,17 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Greedy text of both models after the same prompt, `tokens` of it, of which the first `same` are equal."""
+
+    prompt: str
+    shrunk: str
+    dense: str | None
+    tokens: int
+    same: int
+
+
+@dataclass(frozen=True)
 class VerificationReport:
     """Everything measured on the exported graphs. `figures` is the flat view that gates and tables read."""
 
@@ -309,6 +320,7 @@ class VerificationReport:
     accuracy: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
 
     def figure(self, name: str) -> Figure | None:
         return next((f for f in self.figures if f.name == name), None)

@@ -138,6 +138,9 @@ class RunConfig(BaseModel):
     )
     eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
     eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
+    continuations: int = Field(
+        default=3, ge=0, description="Places of the evaluation text after which the report shows how both models go on."
+    )
     prompt_lengths: tuple[int, ...] = Field(default=(32, 128, 512), description="Prompt lengths for TTFT.")
     decode_tokens: int = Field(default=64, ge=2, description="Tokens decoded per latency run.")
     latency_runs: int = Field(default=10, ge=0, description="Interleaved latency runs per model; 0 leaves latency out.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from slimexport.artifacts import PruningPlan
-from slimexport.reporting import view
+from slimexport.artifacts import Continuation, PruningPlan
+from slimexport.reporting import plots, view
 from slimexport.reporting.schema import Report
 
 _STYLE = """
@@ -31,7 +31,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; font-size: .85rem; 
 th, td { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 td, th { overflow-wrap: break-word; } td.n, th.n { text-align: right; white-space: nowrap; }
-td.why { white-space: normal; } .texts td + td { overflow-wrap: anywhere; }
+.texts td + td { overflow-wrap: anywhere; }
 tr.passed td:last-child { color: var(--good); } tr.failed td:last-child { color: var(--bad); font-weight: 600; }
 tr.undecided td:last-child { font-weight: 600; font-style: italic; }
 .wide { overflow-x: auto; }
@@ -40,7 +40,14 @@ p, ul { margin: .6rem 0 0; } ul { padding-left: 1.2rem; } .soft { color: var(--s
 summary { cursor: pointer; margin-top: .8rem; color: var(--soft); } details > * + * { margin-top: .6rem; }
 pre { background: var(--page); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { display: block; width: 100%; height: 5.5rem; margin: .2rem 0 .9rem; }
+svg.blocks { display: block; width: 100%; height: 5.5rem; margin: .2rem 0 .9rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem; }
+figure { margin: 0; break-inside: avoid; } figure svg { display: block; width: 100%; height: auto; font: inherit; }
+figcaption { font-weight: 500; margin-bottom: .3rem; } figure p { margin-top: .2rem; }
+blockquote { margin: .6rem 0 0; padding-left: .8rem; border-left: .2rem solid var(--line); overflow-wrap: anywhere; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 0 1.2rem; }
+:focus-visible { outline: .15rem solid var(--kept); outline-offset: .1rem; }
+@media print { :root { --page: #ffffff; } section { break-inside: avoid; border: 0; padding: 0; } main { padding: 0; } }
 .gone { fill: var(--gone); } .heads { fill: var(--kept); } .channels { fill: var(--kept-2); }
 @media (max-width: 38rem) {
   .figures thead { display: none; } .figures, .figures tbody, .figures tr, .figures td { display: block; }
@@ -62,6 +69,7 @@ def render(report: Report) -> str:
         f'<header class="verdict {state}"><h1>{escape(report.headline)}</h1>'
         f"{_list(r.message for r in view.reasons(report))}<p>{escape(view.sentence(report))}</p></header>",
         _section("Figures", _figures(first), _soft(view.LEGEND), _list(view.notes(report)), _more(rest)),
+        *([_section("Pictures", _plots(drawn))] if (drawn := plots.all_of(report)) else []),
         *(
             [
                 _section(
@@ -86,6 +94,8 @@ def render(report: Report) -> str:
             _folded("Numbers", _scroll(_table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)))),
         ),
     ]
+    if made := report.verification.continuations:
+        body.append(_section("How both go on", _soft(view.CONTINUATIONS), *map(_continuation, made)))
     if texts := view.texts(report):
         columns = ("use", "name", "tokens", "sha256", "licence, notes")
         body.append(_section("Texts", _table(columns, texts, "figures texts", right=(2,))))
@@ -107,6 +117,22 @@ def render(report: Report) -> str:
     )
 
 
+def _plots(drawn: Sequence[plots.Plot]) -> str:
+    each = []
+    for caption, svg in drawn:
+        title, _, numbers = caption.partition(": ")
+        each.append(f"<figure><figcaption>{escape(title)}</figcaption>{svg}{_soft(numbers)}</figure>")
+    return f'<div class="plots">{"".join(each)}</div>'
+
+
+def _continuation(made: Continuation) -> str:
+    texts = [("dense", made.dense), ("shrunk", made.shrunk)]
+    beside = "".join(
+        f"<div>{_soft(name)}<blockquote>{escape(text)}</blockquote></div>" for name, text in texts if text is not None
+    )
+    return f'<p>… {escape(made.prompt)} …</p><div class="beside">{beside}</div>{_soft(view.same_tokens(made))}'
+
+
 def _bars(plan: PruningPlan, what: str) -> str:
     """One bar a block, full height = dense, filled = kept."""
     pairs = [
@@ -126,7 +152,7 @@ def _bars(plan: PruningPlan, what: str) -> str:
         )
     return (
         f'{_soft(caption)}<svg role="img" aria-label="{escape(caption)}" viewBox="0 0 {10 * len(pairs) - 2} 100" '
-        f'preserveAspectRatio="none">{"".join(bars)}</svg>'
+        f'preserveAspectRatio="none" class="blocks">{"".join(bars)}</svg>'
     )
 
 
@@ -149,7 +175,6 @@ def _table(
 
     def css_class(i: int, text: str = "x") -> str:
         names = ["n"] * (i in numbers) + ["none"] * (text in ("", view.DASH))
-        names += ["why"] * text.startswith("invalid")
         return f' class="{" ".join(names)}"' if names else ""
 
     head = "".join(f"<th{css_class(i)}>{escape(name)}</th>" for i, name in enumerate(columns))

@@ -35,6 +35,10 @@ def render(report: Report) -> str:
             _table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)),
         )
     )
+    if made := report.verification.continuations:
+        rows = [(c.prompt, c.dense or view.DASH, c.shrunk, view.same_tokens(c)) for c in made]
+        table = _table(("text", "dense goes on", "shrunk goes on", ""), rows)
+        parts.append(_folded("How both go on", f"{view.CONTINUATIONS}\n\n{table}"))
     texts = view.texts(report)
     if texts:
         parts += ["## Texts", _table(("use", "name", "tokens", "sha256", "licence, notes"), texts, right=(2,))]

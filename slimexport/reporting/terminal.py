@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
@@ -14,7 +15,7 @@ from slimexport.reporting.schema import Report
 def summary(report: Report, directory: Path | None = None) -> str:
     """The lines at the end of `slimexport run`: verdict, figures, and where the report lies."""
     first, _ = view.tables(report)
-    lines = [report.verdict, view.sentence(report), "", _figures(first)]
+    lines = [report.verdict, view.sentence(report), "", _figures(first), *_invalid(report.verification)]
     if several := view.exports(report):
         lines += ["", _table(view.EXPORT_COLUMNS, several), view.EXPORT_LEGEND]
     if directory is not None:
@@ -64,21 +65,19 @@ def verified_text(reports: Mapping[str, VerificationReport]) -> str:
 
 
 def figures_text(report: VerificationReport) -> str:
-    return "\n".join([_figures(view.figure_rows(report)), *report.notes])
+    return "\n".join([_figures(view.figure_rows(report)), *view.invalid(report), *report.notes])
+
+
+def _invalid(report: VerificationReport) -> list[str]:
+    """Why figures are, also where a note that the terminal does not show says it."""
+    return view.invalid(replace(report, notes=()))
 
 
 def _figures(rows: Sequence[view.Row]) -> str:
-    """The table; why a figure is invalid stands below it, where it has room."""
     unwanted = {"floor"} if any(row.gate for row in rows) else {"floor", "gate"}  # the report has room for all
     kept = [place for place, name in enumerate(view.COLUMNS) if name not in unwanted]
     columns = [view.COLUMNS[place] for place in kept]
-    cells = [[_brief(row.cells[place]) for place in kept] for row in rows]
-    why = [f"{row.name}: {row.shrunk}" for row in rows if row.shrunk.startswith("invalid:")]
-    return "\n".join([_table(columns, cells), *why])
-
-
-def _brief(cell: str) -> str:
-    return cell.partition(":")[0] if cell.startswith("invalid:") else cell
+    return _table(columns, [[row.cells[place] for place in kept] for row in rows])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

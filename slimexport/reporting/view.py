@@ -6,9 +6,9 @@ import json
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from slimexport.artifacts import BlockSizes, Estimates, Figure, PruningPlan, VerificationReport
+from slimexport.artifacts import BlockSizes, Continuation, Estimates, Figure, PruningPlan, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.gates.decide import GateResult
 from slimexport.gates.declared import Gate
@@ -48,6 +48,9 @@ EXPORT_LEGEND = (
     "In brackets the ratio to the dense model: in the same precision where time and size are concerned, in full "
     "precision, where that was exported, where accuracy is."
 )
+CONTINUATIONS = (
+    "Greedy tokens after stretches of the evaluation text. Other words are not worse ones; nonsense is seen at once."
+)
 COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "floor", "gate")
 NUMBERS = (1, 2, 3, 4, 5)  # those of COLUMNS
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
@@ -80,9 +83,8 @@ def figure_row(figure: Figure, results: tuple[GateResult, ...] = ()) -> Row:
     name = _with_unit(figure)
     gate = "; ".join(_gate(r) for r in on_it)
     state = "" if not on_it else min((r.outcome for r in on_it), key=_WORST_FIRST.index)
-    if not figure.valid:
-        why = f"invalid: {figure.note or 'measured too badly'}"
-        return Row(name, DASH, why, DASH, _ratio(figure.ideal), DASH, gate, state)
+    if not figure.valid:  # why stands below the table, once for all of one reason
+        return Row(name, DASH, "invalid", DASH, _ratio(figure.ideal), DASH, gate, state)
     ratio = _ratio(figure.ratio)
     if figure.ratio is not None and figure.ratio_low is not None and figure.ratio_high is not None:
         ratio += f" ({figure.ratio_low:.3f} to {figure.ratio_high:.3f})"
@@ -156,20 +158,37 @@ def sentence(report: Report) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """How the figures were measured; why one is invalid stands in its row."""
-    names: dict[str, list[str]] = {}
-    for figure in report.verification.figures:
-        if figure.note and figure.valid:
-            names.setdefault(figure.note, []).append(figure.name)
-    others = dict.fromkeys(
-        f"{name}: {note}" for name, made in report.others.items()
-        for note in (*made.notes, *(f.note for f in made.figures if f.note and not f.valid))
-    )  # fmt: skip
+    """How the figures were measured, and why some are invalid."""
     return [
         *report.verification.notes,
-        *(f"{', '.join(of)}: {note}" for note, of in names.items()),
-        *others,
+        *invalid(report.verification),
+        *_by_note([figure for figure in report.verification.figures if figure.note and figure.valid]),
+        *(f"{name}: {note}" for name, made in report.others.items() for note in (*made.notes, *invalid(made))),
     ]
+
+
+def invalid(report: VerificationReport) -> list[str]:
+    """Why figures are, one line for all of one reason, but for what the notes say anyhow."""
+    bad = [replace(figure, note=figure.note or "measured too badly") for figure in report.figures if not figure.valid]
+    unsaid = [figure for figure in bad if not any(str(figure.note) in note for note in report.notes)]
+    return _by_note([replace(figure, note=f"invalid: {figure.note}") for figure in unsaid])
+
+
+def _by_note(figures: list[Figure]) -> list[str]:
+    names: dict[str | None, list[str]] = {}
+    for figure in figures:
+        names.setdefault(figure.note, []).append(figure.name)
+    return [f"{', '.join(of)}: {note}" for note, of in names.items()]
+
+
+def same_tokens(made: Continuation) -> str:
+    if made.dense is None:
+        return f"{made.tokens} tokens"
+    return (
+        f"{made.same} of {made.tokens} tokens are the same before they part"
+        if made.same < made.tokens
+        else (f"all {made.tokens} tokens are the same")
+    )
 
 
 def removed(plan: PruningPlan) -> list[tuple[str, str, str, str]]:

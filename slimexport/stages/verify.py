@@ -89,6 +89,7 @@ def verify_stage(
                 numerics.get(f"{BASELINE}/{name}"),
                 progress.update,
                 dense=made_of.get(f"{BASELINE}/{full or name}"),
+                decode=partial(tokenizer.decode, skip_special_tokens=False),
                 enough=partial(_decided, config, name, compared, not found),
             )
     made, *_ = found.values()

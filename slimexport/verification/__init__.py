@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,11 +40,13 @@ def verify(
     progress: Progress | None = None,
     dense: ExportArtifact | None = None,
     enough: Callable[[VerificationReport], bool] | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> VerificationReport:
     """Measures both graphs: footprint, accuracy on `eval_text`, latency. No torch model is needed.
 
     Accuracy is held to `dense`, or the baseline: of a quantised graph to the dense model in full precision. Latency is
-    measured on, up to `config.max_latency_runs`, until the report is `enough`.
+    measured on, up to `config.max_latency_runs`, until the report is `enough`. With `decode`, which makes text of token
+    ids, the report shows how both models go on after `config.continuations` places of the text.
 
     The numerics were found at the export, where the torch models were in memory (`numerics.check_export`); they become
     figures here. Without a baseline all ratios and the KL divergence are missing. Raises BadInputError if a graph
@@ -55,6 +57,7 @@ def verify(
     from slimexport.errors import BadInputError
     from slimexport.machine.cores import checked_threads
     from slimexport.runtime import open_decoder
+    from slimexport.verification.continuations import continuations
     from slimexport.verification.footprint import process_figures, size_figure
     from slimexport.verification.latency import Latency, measure_latency
     from slimexport.verification.perplexity import accuracy
@@ -85,6 +88,7 @@ def verify(
     same = dense is None or (baseline is not None and dense.path == baseline.path)
     reference = other if same or dense is None else opened(dense.path)
     scored = accuracy(own, reference, ids, config.eval_window, telling("tokens of evaluation text"))
+    said = continuations(own, reference, ids, config.continuations, decode) if decode else ()
     del reference
 
     def report(latency: Latency) -> VerificationReport:
@@ -103,6 +107,7 @@ def verify(
             accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
             latency={**latency.details, "processes": footprint} if config.latency_runs else {},
             notes=latency.notes,
+            continuations=said,
         )
 
     latency = measure_latency(

@@ -7,13 +7,15 @@ import json
 import math
 import shlex
 import xml.etree.ElementTree as ET
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report_data
 
-from slimexport.artifacts import BlockTrace, Figure, ModelSource, VerificationReport
+from slimexport.artifacts import BlockTrace, Continuation, Figure, ModelSource, VerificationReport
 from slimexport.cli import main as cli
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
@@ -28,6 +30,7 @@ from slimexport.reporting import (
     load_report,
     markdown,
     plan_text,
+    plots,
     summary,
     to_json,
     view,
@@ -43,7 +46,11 @@ def evil_report() -> Report:
     made = report_data.report(
         (),
         source=ModelSource(EVIL, "hub", EVIL, EVIL, EVIL, "float32"),
-        verification=VerificationReport((figure,), notes=(EVIL,)),
+        verification=VerificationReport(
+            (figure, Figure("decode." + EVIL, EVIL, 1.0, 2.0, 0.5, 0.4, 0.6, 0.5)),
+            notes=(EVIL,),
+            continuations=(Continuation(EVIL, EVIL, EVIL, 40, 3),),
+        ),
         environment={"cpu": EVIL, "packages": {EVIL: EVIL}},
         seconds={EVIL: 1.0},
         command=EVIL,
@@ -70,7 +77,9 @@ def test_rows_show_dashes_intervals_and_invalid_figures() -> None:
     assert rows["memory.peak_rss_mb"].cells[1:4] == (view.DASH, "812", view.DASH)
     assert rows["decode.tpot_ms"].ratio == "0.760 (0.744 to 0.777)"
     invalid = rows["prefill.ttft_ms.128"]
-    assert invalid.shrunk == "invalid: spread 38 % of the median over 10 runs"
+    assert invalid.shrunk == "invalid"
+    said = "prefill.ttft_ms.128: invalid: spread 38 % of the median over 10 runs"
+    assert said in view.notes(report_data.report(FAILING))
     assert (invalid.dense, invalid.ratio) == (view.DASH, view.DASH)
     assert rows["decode.tpot_ms"].gate == "speedup >= 1.5 FAILED"
     assert rows["typo"].gate == "<= 1 FAILED, undecidable"
@@ -262,10 +271,14 @@ class Checker(HTMLParser):
         self.open: list[str] = []
         self.seen: set[str] = set()
         self.attributes: set[str] = set()
+        self.ids: list[str] = []
+        self.targets: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
         self.attributes |= {name for name, _ in attrs}
+        self.ids += [str(value) for name, value in attrs if name == "id"]
+        self.targets |= {str(value) for name, value in attrs if name == "href"}
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -281,7 +294,10 @@ def test_html_is_well_formed_and_loads_nothing(made: Report) -> None:
     checker.feed(text)
     assert not checker.open
     assert checker.seen.isdisjoint({"script", "link", "img", "iframe", "a", "heading"})
-    assert not [name for name in checker.attributes if name.startswith("on") or name in ("src", "href")]
+    assert not [name for name in checker.attributes if name.startswith("on") or name == "src"]
+    assert checker.targets <= {f"#{name}" for name in checker.ids}, "only what is in the file"
+    assert len(checker.ids) == len(set(checker.ids))
+    assert len(text) < 1.5e6
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert "http://" not in text
@@ -292,6 +308,58 @@ def test_html_escapes_everything() -> None:
     text = html.render(evil_report())
     assert "<script>" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def measured_report() -> Report:
+    """With the record that a run keeps of its times."""
+    rng = np.random.default_rng(0)
+
+    def runs(scale: float) -> list[list[float]]:
+        return (scale * rng.normal(1, 0.02, (10, 64))).tolist()
+
+    latency = {
+        "ttft_ms": {m: {"128": [s] * 10, "512": [4 * s] * 10} for m, s in (("shrunk", 90.0), ("baseline", 120.0))},
+        "itl_ms": {"shrunk": runs(12.0), "baseline": runs(16.0)},
+    }
+    figures = tuple(dataclasses.replace(figure, valid=True) for figure in report_data.FIGURES)
+    said = Continuation("In 1887 the", " bridge was <b>rebuilt</b>", " bridge was sold", 40, 2)
+    made = report_data.report((), verification=VerificationReport(figures, latency=latency, continuations=(said,)))
+    return dataclasses.replace(made, exports={"onnx": made.exports["onnx"]} if "onnx" in made.exports else made.exports)
+
+
+def test_pictures_say_in_words_what_they_show() -> None:
+    drawn = dict(plots.all_of(measured_report()))
+    titles = [caption.partition(":")[0] for caption in drawn]
+    assert titles == [
+        "Speed-up beside its ideal",
+        "Time to the first token by prompt length",
+        "Time between output tokens",
+        "Relative error of each block's output, without and with compensation",
+        "Size and token perplexity over dense",
+    ]
+    for caption, svg in drawn.items():
+        assert f'<svg role="img" aria-label="{escape(caption)}"' in svg
+        assert "#0102" not in svg, "a stand-in for a colour was left"
+        assert "font-family" not in svg
+        assert "xmlns" not in svg
+    assert "128 tokens 120 → 90 ms" in list(drawn)[1]
+    assert plots.all_of(measured_report()) == plots.all_of(measured_report()), "the same bytes again"
+
+
+def test_what_is_invalid_or_missing_is_not_drawn() -> None:
+    made = measured_report()
+    bad = tuple(dataclasses.replace(figure, valid=False) for figure in made.verification.figures)
+    left = plots.all_of(dataclasses.replace(made, verification=dataclasses.replace(made.verification, figures=bad)))
+    assert [caption.partition(":")[0][:14] for caption, _ in left] == ["Relative error", "Size and token"]
+    assert plots.all_of(report_data.report((), verification=VerificationReport(()), pruning=None)) == []
+
+
+def test_continuations_stand_beside_each_other() -> None:
+    made = measured_report()
+    page = html.render(made)
+    assert "<blockquote> bridge was &lt;b&gt;rebuilt&lt;/b&gt;</blockquote>" in page
+    assert "2 of 40 tokens are the same before they part" in page
+    assert "bridge was sold" in markdown.render(made)
 
 
 def test_html_has_a_bar_for_every_block() -> None:
