@@ -178,8 +178,11 @@ def _print(as_json: bool, data: Callable[[], Any], text: Callable[[], str]) -> N
     click.echo(json.dumps(data(), indent=2, default=str, ensure_ascii=False) if as_json else text())
 
 
-def _say_gates(report: Report) -> None:
-    """The last line of a log says which gate did not pass, and by how much."""
+def _publish(report: Report, directory: Path) -> None:
+    """report.md where GitHub shows it; the last line of a log says which gate did not pass, and by how much."""
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with contextlib.suppress(OSError), open(summary, "a", encoding="utf-8") as stream:
+            stream.write((directory / "report" / "report.md").read_text(encoding="utf-8") + "\n")
     if not all(result.passed for result in report.gates):
         click.echo(report.verdict, err=True)
 
@@ -220,7 +223,7 @@ def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None
 
         report = pipeline.run(config, output, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(report), lambda: reporting.summary(report, output / "report"))
-    _say_gates(report)
+    _publish(report, output)
     return ExitCode.PASSED if report.passed else ExitCode.GATE_FAILED
 
 
@@ -329,7 +332,7 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
         made = pipeline.report(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
-    _say_gates(made)
+    _publish(made, directory)
     return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
 
 

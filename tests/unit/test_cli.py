@@ -101,11 +101,24 @@ def test_verify_prints_every_export(cli, pipeline, tmp_path) -> None:
 
 def test_failed_gate_exits_3_and_names_it(cli, pipeline, tmp_path) -> None:
     pipeline.results["run"] = report_data.report(("accuracy.kl<=0.1",))
-    code, out, _ = cli("run", "m", "-o", tmp_path)
+    code, out, err = cli("run", "m", "-o", tmp_path)
     assert code == 3
     assert "accuracy.kl 0.241 <= 0.1 does not hold" in out
+    assert err.splitlines()[-1] == "FAILED: the gate: accuracy.kl 0.241 <= 0.1 does not hold: 141 % too much."
     pipeline.results["report"] = pipeline.results["run"]
     assert cli("report", tmp_path)[0] == 3
+
+
+def test_the_report_goes_where_github_shows_it(cli, pipeline, tmp_path, monkeypatch) -> None:
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    (tmp_path / "out" / "report").mkdir(parents=True)
+    (tmp_path / "out" / "report" / "report.md").write_text("# PASSED\n")
+    assert cli("run", "m", "-o", tmp_path / "out")[0] == 0
+    assert summary.read_text() == "before\n# PASSED\n\n"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "such.md"))
+    assert cli("run", "m", "-o", tmp_path / "out")[0] == 0
 
 
 FLAGS: dict[str, tuple[list[str], Any]] = {

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 import xml.etree.ElementTree as ET
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import junitparser
 import numpy as np
 import pytest
 import report_data
+from jsonschema import Draft202012Validator
+from markdown_it import MarkdownIt
 
 from slimexport.artifacts import BlockTrace, Continuation, Figure, ModelSource, VerificationReport
 from slimexport.cli import main as cli
@@ -31,6 +35,7 @@ from slimexport.reporting import (
     markdown,
     plan_text,
     plots,
+    published,
     summary,
     to_json,
     view,
@@ -201,6 +206,18 @@ def test_report_without_pruning_and_texts(tmp_path: Path) -> None:
     write_report(made, tmp_path / "r")
     assert load_report(tmp_path / "r") == made
     assert "## Texts" not in markdown.render(made)
+
+
+@pytest.mark.parametrize("made", [report_data.report(), report_data.report(FAILING), evil_report()])
+def test_json_is_what_the_published_schema_says(made: Report) -> None:
+    assert published.published() == published.generated(), "python -m slimexport.reporting.published writes it again"
+    Draft202012Validator.check_schema(published.published())
+    validator = Draft202012Validator(published.published())
+    data = json.loads(json.dumps(to_json(made)))
+    validator.validate(data)
+    assert not validator.is_valid({**data, "more": 1})
+    assert not validator.is_valid({**data, "passed": "yes"})
+    assert not validator.is_valid({**data, "gates": [{}]})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"gates": [{}]}', '{"plan": 1}'])
@@ -380,6 +397,29 @@ def test_junit_has_a_case_for_every_gate() -> None:
     assert [case.get("name") for case in cases] == [*FAILING, "accuracy.kl<=1"]
     kinds = [f.get("type") if (f := case.find("failure")) is not None else None for case in cases]
     assert kinds == ["failed", "undecidable", "undecidable", "undecidable", None]
+
+
+@pytest.mark.parametrize("made", [report_data.report(), report_data.report(FAILING), evil_report()])
+def test_junit_is_read_by_others(made: Report) -> None:
+    (suite,) = junitparser.JUnitXml.fromstring(junit.render(made).encode())
+    assert (suite.tests, suite.failures) == (len(made.gates), sum(result.lost for result in made.gates))
+    for case, result in zip(suite, made.gates, strict=True):
+        assert [type(item) for item in case.result] == ([junitparser.Failure] if result.lost else [])
+
+
+@pytest.mark.parametrize("made", [report_data.report(), report_data.report(FAILING), evil_report()])
+def test_markdown_is_read_by_others(made: Report) -> None:
+    """By a CommonMark parser with GitHub's tables: every table is one, and the only HTML is what folds."""
+    text = markdown.render(made)
+    assert len(text) < 65536, "a comment on GitHub"
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    ours = re.compile(r"</?(details|summary)>")
+    for token in [token for top in tokens for token in (top, *(top.children or ()))]:
+        if token.type in ("html_block", "html_inline"):
+            assert "<" not in ours.sub("", token.content)
+    assert sum(token.type == "table_open" for token in tokens) == sum(
+        line.startswith("| ---") for line in text.splitlines()
+    )
 
 
 def test_junit_survives_any_name_and_no_gates() -> None:
