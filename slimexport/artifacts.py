@@ -321,6 +321,7 @@ class VerificationReport:
     latency: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     continuations: tuple[Continuation, ...] = ()
+    tasks: dict[str, Any] = field(default_factory=dict)  # scores of every question, by task
 
     def figure(self, name: str) -> Figure | None:
         return next((f for f in self.figures if f.name == name), None)

@@ -16,6 +16,7 @@ from slimexport.errors import BadInputError, SlimExportError, UsageError, neares
 from slimexport.gates import figures
 from slimexport.gates.declared import Gate, gates_of
 from slimexport.providers import parsed
+from slimexport.tasks.named import parse as parse_task
 
 CURVATURE_TOKENS = 4096
 REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
@@ -138,6 +139,10 @@ class RunConfig(BaseModel):
     )
     eval_tokens: int = Field(default=16384, ge=2, description="Tokens of evaluation text.")
     eval_window: int = Field(default=512, ge=2, description="Window of the perplexity, without overlap.")
+    tasks: tuple[str, ...] = Field(
+        default=(), description="Tasks of lm-eval: NAME, or NAME=FILE with its questions in a local file."
+    )
+    task_limit: int | None = Field(default=None, ge=1, description="The first questions of each task; default: all.")
     continuations: int = Field(
         default=3, ge=0, description="Places of the evaluation text after which the report shows how both models go on."
     )
@@ -172,7 +177,7 @@ class RunConfig(BaseModel):
         default="fail", description="What a gate does whose figure is not known well enough to tell."
     )
 
-    @field_validator("target", "precision", "provider_option", "without_pass", "prompt_lengths", mode="before")
+    @field_validator("target", "precision", "provider_option", "without_pass", "prompt_lengths", "tasks", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | Mapping) else value
@@ -195,6 +200,9 @@ class RunConfig(BaseModel):
         if any(length < 1 for length in self.prompt_lengths):
             raise ValueError(f"prompt_lengths must be at least 1, not {min(self.prompt_lengths)}")
         parsed(self.provider_option)
+        named = [parse_task(spec).name for spec in self.tasks]
+        if len(set(named)) < len(named):
+            raise ValueError(f"a task is named twice: {', '.join(named)}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.sizes is not None and self.allocation not in ("auto", "explicit"):
@@ -276,7 +284,7 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
             kind, where, key = UsageError, f"--{key.replace('_', '-')}", ""
         raise kind(": ".join(part for part in (where, key, f"{message}{shown}.") if part)) from error
     try:
-        figures.check(config.gates, config.prompt_lengths)
+        figures.check(config.gates, config.prompt_lengths, [spec.partition("=")[0] for spec in config.tasks])
     except ValueError as error:
         if "gates" in flags:
             raise UsageError(f"--gate: {error}.") from error

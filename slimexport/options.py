@@ -32,7 +32,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "baseline_cache",
     ),
     "verify": (
-        "eval_text", "eval_tokens", "eval_window", "continuations", "prompt_lengths", "decode_tokens", "latency_runs",
+        "eval_text", "eval_tokens", "eval_window", "tasks", "task_limit", "continuations", "prompt_lengths",
+        "decode_tokens", "latency_runs",
         "max_latency_runs", "threads",
     ),
     "gate": (

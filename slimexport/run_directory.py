@@ -9,6 +9,7 @@ onnx/               the exported graph (one directory per target and precision: 
 baseline/onnx/      the dense model, same export
 numerics.json       logits of the graphs against torch
 verification.json   VerificationReport
+tasks.json          what models answered in tasks of lm-eval, by the sums of their files
 report/             report.json, report.md, report.html, junit.xml
 .work/              of an unfinished prune stage: its blocks; supernet/ and search.json of allocation search
 """
@@ -37,7 +38,7 @@ from slimexport.artifacts import (
 from slimexport.errors import BadInputError
 
 RUN, PLAN, COSTS, PRUNE = "run.json", "plan.json", "costs.json", "prune.json"
-NUMERICS, VERIFICATION = "numerics.json", "verification.json"
+NUMERICS, VERIFICATION, TASKS = "numerics.json", "verification.json", "tasks.json"
 CHECKPOINT, BASELINE, REPORT, WORK, LOCK = "checkpoint", "baseline", "report", ".work", ".lock"
 STAGE_ORDER = ("prune", "export", "verify")
 

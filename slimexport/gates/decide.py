@@ -151,7 +151,8 @@ def _by_how_much(gate: Gate, value: float) -> str:
 def _advice(known: Evidence) -> str:
     if known.of == "runs":
         return f"{known.count} runs tell no more; max_latency_runs allows more, a quiet machine needs fewer"
-    return f"{known.count} windows of text tell no more; eval_tokens allows more"
+    more = "task_limit allows more" if known.of == "questions" else "eval_tokens allows more"
+    return f"{known.count} {known.of} tell no more; {more}"
 
 
 def _value(gate: Gate, report: VerificationReport, earlier: Earlier | None) -> float | _Missing:

@@ -32,7 +32,7 @@ class Evidence:
     low: float
     high: float
     count: int
-    of: str  # "runs" or "windows of text"
+    of: str  # "runs", "windows of text" or "questions"
 
     def inverse(self) -> Evidence:
         low = 1 / self.high if self.high > 0 else -math.inf
@@ -61,6 +61,8 @@ def evidence(
     if of == "speedup":
         found = evidence(report, name, "ratio", error)
         return found if found is None or higher_is_better else found.inverse()
+    if name.startswith("task."):
+        return _of_task(report, name, of, error, earlier)
     return _of_times(report, name, of, error, earlier) if is_time(name) else _of_text(report, name, of, error, earlier)
 
 
@@ -153,14 +155,36 @@ def _of_text(
         return None
     perplexity = name == "accuracy.perplexity"
     if other is None:
-        low, high = _ratio_of_sums(own, tokens, error)
+        low, high = ratio_of_sums(own, tokens, error)
     elif perplexity:
-        low, high = _ratio_of_sums(own - other, tokens, error)
+        low, high = ratio_of_sums(own - other, tokens, error)
     else:
-        low, high = _ratio_of_sums(own, other, error)
+        low, high = ratio_of_sums(own, other, error)
     if perplexity:
         low, high = _exp(low), _exp(high)
     return Evidence(low, high, len(own), "windows of text")
+
+
+def _of_task(
+    report: VerificationReport, name: str, of: GateOf, error: float, earlier: VerificationReport | None
+) -> Evidence | None:
+    """Both models were asked the same questions, and so was the earlier one, if there were as many."""
+    own = _questions(report, name, "baseline" if of == "baseline" else "shrunk")
+    if own is None:
+        return None
+    other = np.ones_like(own)
+    if of in ("ratio", "earlier"):
+        found = _questions(report, name, "baseline") if of == "ratio" else _questions(earlier, name, "shrunk")
+        if found is None or len(found) != len(own):
+            return None
+        other = found
+    return Evidence(*ratio_of_sums(own, other, error), len(own), "questions")
+
+
+def _questions(report: VerificationReport | None, name: str, model: str) -> NDArray[np.float64] | None:
+    task, _, metric = name.removeprefix("task.").rpartition(".")
+    scores = report.tasks.get(task, {}).get("questions", {}).get(model, {}).get(metric) if report else None
+    return None if scores is None else np.asarray(scores, np.float64)
 
 
 def _windows(record: dict[str, Any], key: str | None) -> NDArray[np.float64] | None:
@@ -168,8 +192,8 @@ def _windows(record: dict[str, Any], key: str | None) -> NDArray[np.float64] | N
     return None if values is None else np.asarray(values, np.float64)
 
 
-def _ratio_of_sums(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
-    """Of sum(a) / sum(b) over windows, by the deviations a - r b (linearised)."""
+def ratio_of_sums(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
+    """Of sum(a) / sum(b) over windows or questions, by the deviations a - r b (linearised)."""
     n, total = len(a), float(b.sum())
     if n < 2 or total <= 0:
         return -math.inf, math.inf

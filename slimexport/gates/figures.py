@@ -8,6 +8,7 @@ from slimexport.errors import nearest
 from slimexport.gates.declared import RELATIVE, Gate
 
 TTFT = "prefill.ttft_ms."
+TASK = "task."
 _FIGURES = {
     "accuracy.perplexity": "perplexity",
     "accuracy.nll": "nats/token",
@@ -32,17 +33,23 @@ _FIGURES = {
 
 
 def known(prompt_lengths: Sequence[int]) -> Mapping[str, str]:
-    """Name -> unit of every figure that a run with these prompts can report."""
+    """Name -> unit of every figure that a run with these prompts can report, but for those of tasks."""
     return {**{f"{TTFT}{length}": "ms" for length in prompt_lengths}, **_FIGURES}
 
 
-def check(gates: Iterable[Gate], prompt_lengths: Sequence[int]) -> None:
-    """Raises ValueError, one line, for the first gate on a figure that there is not, or in another unit."""
-    units = known(prompt_lengths)
+def check(gates: Iterable[Gate], prompt_lengths: Sequence[int], tasks: Sequence[str] = ()) -> None:
+    """Raises ValueError, one line, for the first gate on a figure that there is not, or in another unit. Which metrics
+    a task has, lm-eval says only when it is asked."""
+    units = dict(known(prompt_lengths))
     for gate in gates:
+        if gate.figure.startswith(TASK):
+            name = gate.figure.removeprefix(TASK).rpartition(".")[0]
+            if name not in tasks:
+                raise ValueError(f"no figure {gate.figure!r}: tasks are {', '.join(tasks) or 'none'} (--tasks)")
+            units[gate.figure] = "share" if gate.figure.endswith(".torch_agreement") else "score"
         if gate.figure not in units:
             raise ValueError(_unknown(gate.figure, units))
-        unit = "share" if gate.of in RELATIVE else units[gate.figure]
+        unit = "share" if gate.of in RELATIVE or units[gate.figure] == "score" else units[gate.figure]
         if gate.unit and gate.unit.lower() != unit.lower() and not (gate.unit == "%" and unit == "share"):
             wanted = "a plain number or %" if unit == "share" else unit
             raise ValueError(f"{str(gate)!r}: {gate.figure} is in {wanted}, not in {gate.unit}")

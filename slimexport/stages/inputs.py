@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from slimexport.errors import BadInputError
 from slimexport.loading import BUILTIN
 from slimexport.options import STAGES
 from slimexport.run_directory import BASELINE, RunDirectory
+from slimexport.tasks import named as task_names
 from slimexport.texts import mix, sources
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ def absolute(config: RunConfig) -> RunConfig:
             found[name] = value.expanduser().resolve()
     if config.baseline_cache:
         found["baseline_cache"] = config.baseline_cache.expanduser().resolve()  # type: ignore[assignment]
+    tasks = [task_names.parse(spec) for spec in config.tasks]
+    found["tasks"] = tuple(str(replace(t, file=t.file.resolve()) if t.file else t) for t in tasks)  # type: ignore[assignment]
     return config.model_copy(update=found)
 
 
@@ -93,6 +97,7 @@ def check_targets(config: RunConfig) -> None:
     from slimexport.targets import registry as targets
 
     require_provider(config.provider)
+    task_names.check(config.tasks)
     checked_threads(config.threads)
     for name in config.target:
         for precision in config.precision:

@@ -23,6 +23,7 @@ from slimexport.run_directory import (
     VerifyRecord,
 )
 from slimexport.stages.inputs import check_files, decided, earlier_exports, export_names, exports, fields_of
+from slimexport.stages.tasks import with_tasks
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -92,6 +93,9 @@ def verify_stage(
                 decode=partial(tokenizer.decode, skip_special_tokens=False),
                 enough=partial(_decided, config, name, compared, not found),
             )
+        checkpoint = record.checkpoint.files
+        dense = f"{BASELINE}/{full or next(iter(found))}"
+        found = with_tasks(found, directory, config, made_of, dense, checkpoint, tokenizer, progress)
     made, *_ = found.values()
     if far:
         progress.note(far)

@@ -163,6 +163,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "eval_text": (["--eval-text", "e.txt"], "e.txt"),
     "eval_tokens": (["--eval-tokens", "100"], 100),
     "eval_window": (["--eval-window", "32"], 32),
+    "tasks": (["--tasks", "arc_easy=q.jsonl,hellaswag"], ("arc_easy=q.jsonl", "hellaswag")),
+    "task_limit": (["--task-limit", "20"], 20),
     "continuations": (["--continuations", "0"], 0),
     "prompt_lengths": (["--prompt-lengths", "16, 32"], (16, 32)),
     "decode_tokens": (["--decode-tokens", "8"], 8),
