@@ -124,12 +124,12 @@ model_argument = click.argument("model", required=False)
 directory_argument = click.argument("directory", type=click.Path(path_type=Path))
 
 
-def _config(ctx: click.Context, model: str | None, recipe: Path | None) -> RunConfig:
-    """Recipe, then flags over it, validated."""
+def _config(ctx: click.Context, model: str | None, recipe: Path | None, **more: Any) -> RunConfig:
+    """Recipe, then flags and `more` over it, validated."""
     from slimexport.config import make_config
     from slimexport.recipe import load_recipe
 
-    flags = given(ctx) | ({"model": model} if model is not None else {})
+    flags = given(ctx) | ({"model": model} if model is not None else {}) | more
     values = (load_recipe(recipe) if recipe else {}) | flags
     if "model" not in values:
         raise click.UsageError("Missing argument 'MODEL' (or the key `model` in a recipe).", ctx)
@@ -334,6 +334,46 @@ def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
     _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
     _publish(made, directory)
     return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
+
+
+@main.command(
+    cls=ConfigCommand, stages=("load", "calibrate", "prune", "export", "verify"), without=("ratio", "precision")
+)
+@model_argument
+@output_option
+@recipe_option
+@click.option("--ratios", required=True, metavar="R,...", help="Shares of the block linear parameters to remove.")
+@click.option("--precisions", default="fp32", show_default=True, metavar="P,...", help="Of every ratio.")
+@click.option("--max-latency-ms", type=click.FloatRange(min=0, min_open=True), help="Recommend under this TPOT.")
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Recommend under this KL divergence to the dense model.")
+@click.option("--max-size-mb", type=click.FloatRange(min=0, min_open=True), help="Recommend under this size.")
+@resumable
+@common
+@click.pass_context
+def sweep(ctx: click.Context, model: str | None, output: Path, recipe: Path | None, ratios: str, precisions: str,
+          max_latency_ms: float | None, max_kl: float | None, max_size_mb: float | None, force: bool, resume: bool,
+          as_json: bool, quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
+    """Run several ratios and precisions; show the Pareto front.
+
+    Costs and dense graphs are shared, and every point has the bytes of its own single run. Ends with a recommendation
+    under the limits given. MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
+    """
+    try:
+        wanted = [float(part) for part in ratios.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"--ratios: {ratios!r} is no list of numbers, such as 0.1,0.2,0.3.") from None
+    config = _config(ctx, model, recipe, precision=tuple(part.strip() for part in precisions.split(",")))
+    limits = {"max_latency_ms": max_latency_ms, "max_kl": max_kl, "max_size_mb": max_size_mb}
+    with _working(quiet, debug) as progress:
+        from slimexport.sweep import front
+        from slimexport.sweep import report as reports
+        from slimexport.sweep import run as sweeps
+
+        made = sweeps.sweep(config, wanted, output, **_flags(force, resume), progress=progress)
+        advice = front.recommend(made.points, {name: bound for name, bound in limits.items() if bound is not None})
+        reports.write(made, advice, output)
+    _print(as_json, lambda: reports.to_json(made, advice), lambda: reports.summary(made, advice, output))
+    return made.exit_code
 
 
 @main.command()

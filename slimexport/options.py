@@ -48,13 +48,13 @@ _SINGULAR = {"gates": "gate"}  # --gate is given once per gate
 class ConfigCommand(click.Command):
     """A command that also takes the fields of RunConfig which belong to `stages`."""
 
-    def __init__(self, *args: Any, stages: tuple[str, ...] = (), **kwargs: Any):
+    def __init__(self, *args: Any, stages: tuple[str, ...] = (), without: tuple[str, ...] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.stages = stages
+        self.stages, self.without = stages, without
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return tuple(name for stage in self.stages for name in STAGES[stage])
+        return tuple(name for stage in self.stages for name in STAGES[stage] if name not in self.without)
 
     @cached_property
     def _options(self) -> dict[str, click.Option]:
@@ -73,7 +73,7 @@ class ConfigCommand(click.Command):
         with formatter.section("Options"):
             formatter.write_dl([row for row in rows if row])
         for stage in self.stages:
-            rows = [self._options[name].get_help_record(ctx) for name in STAGES[stage]]
+            rows = [self._options[name].get_help_record(ctx) for name in STAGES[stage] if name in self.fields]
             with formatter.section(stage.capitalize()):
                 formatter.write_dl([row for row in rows if row])
 

@@ -155,7 +155,7 @@ class RunDirectory:
         """
         self.state = _empty_state()
         self.save()
-        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, CHECKPOINT, REPORT, WORK, *self.exported()):
+        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, TASKS, CHECKPOINT, REPORT, WORK, *self.exported()):
             remove(self / name)
         for partial in self.path.glob(".*.partial"):
             remove(partial)

@@ -12,55 +12,55 @@ from slimexport.reporting.schema import Report
 def render(report: Report) -> str:
     first, rest = view.tables(report)
     parts = [
-        f"# {_text(report.headline)}",
-        *(f"- {_text(result.message)}" for result in view.reasons(report)),
-        _text(view.sentence(report)),
-        _table(view.COLUMNS, [row.cells for row in first], right=view.NUMBERS),
+        f"# {text(report.headline)}",
+        *(f"- {text(result.message)}" for result in view.reasons(report)),
+        text(view.sentence(report)),
+        table(view.COLUMNS, [row.cells for row in first], right=view.NUMBERS),
         view.LEGEND,
     ]
-    parts += [f"- {_text(note)}" for note in view.notes(report)]
+    parts += [f"- {text(note)}" for note in view.notes(report)]
     if several := view.exports(report):
-        parts += ["## Every export", _table(view.EXPORT_COLUMNS, several, right=range(1, 6)), view.EXPORT_LEGEND]
+        parts += ["## Every export", table(view.EXPORT_COLUMNS, several, right=range(1, 6)), view.EXPORT_LEGEND]
     if rest:
-        parts.append(_folded("All other figures", _table(view.COLUMNS, [r.cells for r in rest], right=view.NUMBERS)))
+        parts.append(_folded("All other figures", table(view.COLUMNS, [r.cells for r in rest], right=view.NUMBERS)))
     parts += [
         "## What was removed",
-        _table(view.REMOVED_COLUMNS, view.removed(report.plan), right=(1, 2, 3)),
+        table(view.REMOVED_COLUMNS, view.removed(report.plan), right=(1, 2, 3)),
         f"Ratio asked {report.plan.ratio_asked:.4f}, reached {report.plan.ratio:.4f}.",
     ]
-    parts += [f"- {_text(note)}" for note in report.plan.notes]
+    parts += [f"- {text(note)}" for note in report.plan.notes]
     parts.append(
         _folded(
             f"What {len(report.plan.blocks)} blocks kept, and their relative output errors",
-            _table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)),
+            table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)),
         )
     )
     if made := report.verification.continuations:
         rows = [(c.prompt, c.dense or view.DASH, c.shrunk, view.same_tokens(c)) for c in made]
-        table = _table(("text", "dense goes on", "shrunk goes on", ""), rows)
-        parts.append(_folded("How both go on", f"{view.CONTINUATIONS}\n\n{table}"))
+        beside = table(("text", "dense goes on", "shrunk goes on", ""), rows)
+        parts.append(_folded("How both go on", f"{view.CONTINUATIONS}\n\n{beside}"))
     texts = view.texts(report)
     if texts:
-        parts += ["## Texts", _table(("use", "name", "tokens", "sha256", "licence, notes"), texts, right=(2,))]
+        parts += ["## Texts", table(("use", "name", "tokens", "sha256", "licence, notes"), texts, right=(2,))]
     parts += ["## Do it again", f"```sh\n{view.command(report)}\n```"]
-    parts += [f"Typed: {_text(report.command)}"] if report.command else []
-    parts += [_text(line) for line in (view.versions(report), view.timings(report)) if line]
-    parts.append(f"Model fingerprint {_text(report.source.fingerprint)}; seed {report.config.get('seed', view.DASH)}.")
+    parts += [f"Typed: {text(report.command)}"] if report.command else []
+    parts += [text(line) for line in (view.versions(report), view.timings(report)) if line]
+    parts.append(f"Model fingerprint {text(report.source.fingerprint)}; seed {report.config.get('seed', view.DASH)}.")
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
     numbers = set(right)
     rule = ["---:" if i in numbers else "---" for i in range(len(columns))]
-    lines = [columns, rule, *([_text(cell) for cell in row] for row in rows)]
+    lines = [columns, rule, *([text(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>\n\n{body}\n\n</details>"
+    return f"<details><summary>{text(title)}</summary>\n\n{body}\n\n</details>"
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
     """Names come from files and hubs: neither markup nor a table's bars may come along."""
     escaped = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(value.split()))
     escaped = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", escaped)  # a tag may follow; `<= 1.5` stays as it reads best

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Stand-ins that no plot would choose, and what of the page's style takes their place.
-_INK, _SOFT, _LINE, _DENSE, _SHRUNK, _OTHER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_INK, _SOFT, _LINE, DENSE, SHRUNK, OTHER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _COLOURS = {
     _INK: "var(--ink)",
     _SOFT: "var(--soft)",
     _LINE: "var(--line)",
-    _DENSE: "var(--soft)",
-    _SHRUNK: "var(--kept)",
-    _OTHER: "var(--kept-2)",
+    DENSE: "var(--soft)",
+    SHRUNK: "var(--kept)",
+    OTHER: "var(--kept-2)",
 }
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
@@ -78,13 +78,13 @@ def speedups(report: VerificationReport) -> Plot | None:
     caption = "Speed-up beside its ideal: " + "; ".join(
         f"{f.name} {1 / (f.ratio or 1):.2f} of {1 / (f.ideal or 1):.2f}" for f in figures
     )
-    with _axes(caption, height=1.2 + 0.28 * len(figures)) as (axes, done):
+    with drawing(caption, height=1.2 + 0.28 * len(figures)) as (axes, done):
         rows = np.arange(len(figures))[::-1]
         for row, figure in zip(rows, figures, strict=True):
             ratio = figure.ratio or 1.0
             low, high = 1 / (figure.ratio_high or ratio), 1 / (figure.ratio_low or ratio)
-            axes.plot([low, high], [row, row], color=_SHRUNK, linewidth=2.5, solid_capstyle="butt")
-        axes.plot([1 / (f.ratio or 1) for f in figures], rows, "o", color=_SHRUNK, label="measured", markersize=5)
+            axes.plot([low, high], [row, row], color=SHRUNK, linewidth=2.5, solid_capstyle="butt")
+        axes.plot([1 / (f.ratio or 1) for f in figures], rows, "o", color=SHRUNK, label="measured", markersize=5)
         axes.plot([1 / (f.ideal or 1) for f in figures], rows, "|", color=_INK, label="ideal", markersize=12)
         axes.axvline(1, color=_SOFT, linewidth=0.8)
         axes.set_yticks(rows, [_CONTROL.sub(" ", f.name) for f in figures])
@@ -105,7 +105,7 @@ def prompt_lengths(report: VerificationReport) -> Plot | None:
         f"{n} tokens {' → '.join(f'{medians[m][i]:.4g}' for m in ('baseline', 'shrunk') if m in medians)} ms"
         for i, n in enumerate(lengths)
     )
-    with _axes(caption) as (axes, done):
+    with drawing(caption) as (axes, done):
         for model, values in medians.items():
             axes.plot(lengths, values, "o-", color=_colour(model), label=_name(model), markersize=4)
         axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="TTFT (ms)")
@@ -126,7 +126,7 @@ def token_times(report: VerificationReport) -> Plot | None:
         f"{_name(model)} median {np.median(of):.4g} ms, 99 % within {np.percentile(of, 99):.4g} ms"
         for model, of in times.items()
     )
-    with _axes(caption) as (axes, done):
+    with drawing(caption) as (axes, done):
         for model, of in times.items():
             axes.plot(of, np.arange(1, len(of) + 1) / len(of), color=_colour(model), label=_name(model))
         ends = [(float(of[0]), float(np.percentile(of, _TAIL))) for of in times.values()]
@@ -151,9 +151,9 @@ def errors(report: Report) -> Plot | None:
         f"{kind} {np.median([row[1] for row in rows]):.3g} → {np.median([row[2] for row in rows]):.3g} in the median"
         for kind, rows in shown.items()
     )
-    with _axes(caption) as (axes, done):
+    with drawing(caption) as (axes, done):
         for kind, rows in shown.items():
-            colour = _SHRUNK if kind == "FFN" else _OTHER
+            colour = SHRUNK if kind == "FFN" else OTHER
             numbers, before, after = zip(*rows, strict=True)
             axes.vlines(numbers, after, before, color=colour, linewidth=1, alpha=0.5)
             style: dict[str, Any] = {"color": colour, "markersize": 3.5}
@@ -181,11 +181,11 @@ def size_against_quality(report: Report) -> Plot | None:
     caption = f"Size and token perplexity over dense: dense {dense.baseline:.4g} MB; " + "; ".join(
         f"{name} {size:.4g} MB, {ratio:.3f}" for name, size, ratio in points
     )
-    with _axes(caption) as (axes, done):
-        axes.plot([dense.baseline], [1.0], "s", color=_DENSE, label=f"dense ({first})", markersize=5)
+    with drawing(caption) as (axes, done):
+        axes.plot([dense.baseline], [1.0], "s", color=DENSE, label=f"dense ({first})", markersize=5)
         for number, (name, megabytes, ratio) in enumerate(points):
             marker = "o^vDP*X"[number % 7]
-            axes.plot([megabytes], [ratio], marker, color=_SHRUNK, label=name, markersize=6)
+            axes.plot([megabytes], [ratio], marker, color=SHRUNK, label=name, markersize=6)
         axes.set(xlabel="MB", ylabel="perplexity / dense")
         axes.set_xlim(0, 1.08 * max(dense.baseline, *(size for _, size, _ in points)))
         axes.margins(y=0.15)
@@ -207,7 +207,7 @@ def _name(model: str) -> str:
 
 
 def _colour(model: str) -> str:
-    return _DENSE if model == "baseline" else _SHRUNK
+    return DENSE if model == "baseline" else SHRUNK
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -219,7 +219,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _axes(caption: str, height: float = _HEIGHT) -> Iterator[tuple[Axes, list[str]]]:
+def drawing(caption: str, height: float = _HEIGHT) -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on, and a list that holds the SVG afterwards."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG

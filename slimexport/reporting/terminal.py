@@ -17,7 +17,7 @@ def summary(report: Report, directory: Path | None = None) -> str:
     first, _ = view.tables(report)
     lines = [report.verdict, view.sentence(report), "", _figures(first), *_invalid(report.verification)]
     if several := view.exports(report):
-        lines += ["", _table(view.EXPORT_COLUMNS, several), view.EXPORT_LEGEND]
+        lines += ["", table(view.EXPORT_COLUMNS, several), view.EXPORT_LEGEND]
     if directory is not None:
         lines += ["", f"report: {directory / 'report.md'} (also .html, .json, junit.xml)"]
     return "\n".join(lines)
@@ -30,8 +30,8 @@ def plan_text(plan: PruningPlan) -> str:
         f"({view.percent(plan.ratio_asked)} asked), criterion {plan.criterion}, allocation {plan.allocation}, "
         f"layout {plan.layout}"
     )
-    lines = [head, "", _table(view.BLOCK_COLUMNS[:4], view.sizes(plan)), ""]
-    lines += [_table(view.REMOVED_COLUMNS, view.removed(plan)), ""]
+    lines = [head, "", table(view.BLOCK_COLUMNS[:4], view.sizes(plan)), ""]
+    lines += [table(view.REMOVED_COLUMNS, view.removed(plan)), ""]
     lines.append(view.ideal_speedups(plan.dense_estimates, plan.estimates))
     if plan.cost:
         lines.append(
@@ -77,10 +77,10 @@ def _figures(rows: Sequence[view.Row]) -> str:
     unwanted = {"floor"} if any(row.gate for row in rows) else {"floor", "gate"}  # the report has room for all
     kept = [place for place, name in enumerate(view.COLUMNS) if name not in unwanted]
     columns = [view.COLUMNS[place] for place in kept]
-    return _table(columns, [[row.cells[place] for place in kept] for row in rows])
+    return table(columns, [[row.cells[place] for place in kept] for row in rows])
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain columns: the first and the gate to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
     left = {0, *(i for i, name in enumerate(columns) if name == "gate")}

@@ -6,7 +6,9 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slimexport.artifacts import BlockSizes, Continuation, Estimates, Figure, PruningPlan, VerificationReport
 from slimexport.config import RunConfig
@@ -274,9 +276,14 @@ def versions(report: Report) -> str:
 
 def command(report: Report) -> str:
     """The command that does it again, from the resolved config: it needs no recipe and no earlier stage."""
-    words = ["slimexport", "run", str(report.config.get("model", report.source.name))]
+    return command_of(report.config, report.source.name)
+
+
+def command_of(config: Mapping[str, Any], model: str = "-") -> str:
+    """What a config, as plain data, is on the command line."""
+    words = ["slimexport", "run", str(config.get("model", model))]
     defaults = json.loads(RunConfig(model="-").model_dump_json())
-    for name, value in report.config.items():
+    for name, value in config.items():
         if name == "model" or name not in defaults or value == defaults[name]:
             continue
         flag = "--" + ("gate" if name == "gates" else name).replace("_", "-")
