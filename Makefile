@@ -15,7 +15,7 @@ OUT ?= out/demo
 # A quarter of the default's text: minutes on two cores. Empty for the run as it is without options.
 DEMO_TEXT ?= --calibration-tokens 16384 --probe-tokens 1024
 # One process for every core, of one thread each. Empty for all tests in one process.
-PARALLEL ?= -n logical --maxprocesses 8 --dist loadgroup
+PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
