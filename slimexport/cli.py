@@ -115,7 +115,9 @@ def resumable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 recipe_option = click.option(
-    "--recipe", type=click.Path(path_type=Path), help="YAML file with any of the settings below; flags win."
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="YAML file with any of the settings below, or the name of a built-in one; flags win.",
 )
 output_option = click.option(
     "--output", "-o", required=True, type=click.Path(path_type=Path, file_okay=False), help="Run directory."
@@ -413,6 +415,25 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise click.UsageError(f"{text!r} is not a list of numbers, such as 32,128.") from None
+
+
+@main.command()
+@click.argument("name", required=False)
+@common
+def recipes(name: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """List the built-in recipes, or print the one called NAME.
+
+    `--recipe NAME` takes it; flags win over what stands in it.
+    """
+    from slimexport import recipe
+
+    if name is not None:
+        text = recipe.text_of(name)
+        _print(as_json, lambda: recipe.load_recipe(recipe.BUILTIN / f"{name}.yaml"), lambda: text.rstrip())
+        return
+    known = recipe.builtin()
+    width = max(map(len, known))
+    _print(as_json, lambda: known, lambda: "\n".join(f"{key.ljust(width)}  {about}" for key, about in known.items()))
 
 
 @main.command()

@@ -1,4 +1,5 @@
-"""Recipes: a YAML file whose keys are the fields of RunConfig. Relative paths in it are relative to the shell's."""
+"""Recipes: a YAML file whose keys are the fields of RunConfig, or the name of one of ours (`recipes/`). Relative paths
+in it are relative to the shell's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from slimexport.config import check_keys
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,11 +38,37 @@ def read_yaml(path: Path, what: str) -> Any:
         raise BadInputError(f"{what} {path}{line} is not valid YAML: {problem}.") from error
 
 
+BUILTIN = Path(__file__).with_name("recipes")
+
+
+def builtin() -> dict[str, str]:
+    """Name of each recipe of ours -> what it is for, from the comment at its head."""
+    return {path.stem: _head(path) for path in sorted(BUILTIN.glob("*.yaml"))}
+
+
+def _head(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+
+
+def text_of(name: str) -> str:
+    """The YAML of one of ours; BadInputError for another name, with the nearest one."""
+    if name not in builtin():
+        raise BadInputError(f"There is no recipe {name!r}.{nearest(name, builtin())}")
+    return (BUILTIN / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Reads a recipe into a dict of known keys; values are checked later, together with the flags.
+    """Reads a recipe into a dict of known keys; values are checked later, together with the flags. A file goes before
+    one of ours of the same name.
 
     Raises BadInputError, one line, for a missing file, bad YAML (with its line number), or an unknown key.
     """
+    if not path.exists() and path.parent == Path() and not path.suffix:
+        if path.name not in builtin():
+            names = ", ".join(builtin())
+            raise BadInputError(f"Recipe {path} is no file, and none of ours ({names}).{nearest(path.name, builtin())}")
+        path = BUILTIN / f"{path.name}.yaml"
     data = read_yaml(path, "Recipe")
     if data is None:
         return {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ def _interval(values: Sequence[float], error: float) -> Evidence | None:
     return Evidence(math.exp(logs.mean() - half), math.exp(logs.mean() + half), len(values), "runs")
 
 
+@cache
 def student(error: float, degrees: int) -> float:
     """t that Student's distribution exceeds in absolute value with probability `error`.
 

@@ -12,7 +12,7 @@ from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError, UsageError
 from slimexport.gates.declared import Gate
 from slimexport.options import STAGES
-from slimexport.recipe import load_recipe
+from slimexport.recipe import builtin, load_recipe, text_of
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -154,6 +154,8 @@ def test_bad_recipe_is_one_line(tmp_path: Path, text: str, message: str) -> None
 def test_unreadable_recipes(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(BadInputError, match=r"is no file, and none of ours .* Did you mean 'quality'\?"):
+        load_recipe(Path("qualitty"))
     with pytest.raises(BadInputError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -163,3 +165,14 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
 
 def test_empty_recipe_is_no_setting(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "# nothing\n")) == {}
+
+
+@pytest.mark.parametrize("name", builtin())
+def test_builtin_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a config, says what it is for, and can be replaced by a file of one's own."""
+    assert make_config({"model": "m", **load_recipe(Path(name))})
+    assert len(builtin()[name]) > 60
+    assert "ratio:" in text_of(name)
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("ratio: 0.01\n")
+    assert load_recipe(Path(name)) == {"ratio": 0.01}
