@@ -317,25 +317,46 @@ def verify(ctx: click.Context, directory: Path, recipe: Path | None, force: bool
 
 
 @main.command(cls=ConfigCommand, stages=("gate",))
-@directory_argument
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIRECTORY...")
 @recipe_option
+@click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write the comparison of several runs to this .html or .md file.")  # fmt: skip
+@click.option("--open", "opened", is_flag=True, help="Show report.html (or the comparison) in a browser.")
 @resumable
 @common
 @click.pass_context
-def report(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
-           quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
-    """Write the report and apply the gates.
+def report(ctx: click.Context, directories: tuple[Path, ...], recipe: Path | None, output: Path | None, opened: bool,
+           force: bool, resume: bool, as_json: bool, quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
+    """Write the report and apply the gates; compare runs.
 
-    Measures nothing: reads what `slimexport verify` or `run` left in run directory DIRECTORY.
+    Measures nothing: reads what `slimexport verify` or `run` left in run directory DIRECTORY. Of several, each is
+    written again, and they are shown side by side.
     """
-    overrides, flags = _overrides(ctx, directory, recipe), _flags(force, resume)
+    if output is not None and (len(directories) < 2 or output.suffix not in (".html", ".md")):
+        raise UsageError("--output takes the comparison of several runs, as a .html or .md file.")
+    flags = _flags(force, resume)
     with _working(quiet, debug) as progress:
         from slimexport import pipeline, reporting
+        from slimexport.artifacts import write_text
+        from slimexport.reporting import compare
 
-        made = pipeline.report(directory, overrides, **flags, progress=progress)
-    _print(as_json, lambda: reporting.to_json(made), lambda: reporting.summary(made, directory / "report"))
-    _publish(made, directory)
-    return ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED
+        made = {}
+        for directory in directories:
+            made[str(directory)] = pipeline.report(
+                directory, _overrides(ctx, directory, recipe), **flags, progress=progress
+            )
+        if output is not None:
+            write_text(output, (compare.to_html if output.suffix == ".html" else compare.to_markdown)(made))
+    if len(made) > 1:
+        _print(as_json, lambda: compare.to_json(made), lambda: compare.to_text(made))
+    else:
+        (one,) = made.values()
+        _print(as_json, lambda: reporting.to_json(one), lambda: reporting.summary(one, directories[0] / "report"))
+    for directory, of in zip(directories, made.values(), strict=True):
+        _publish(of, directory)
+    if opened:
+        click.launch(str((output or directories[0] / "report" / "report.html").resolve()))
+    return ExitCode.PASSED if all(of.passed for of in made.values()) else ExitCode.GATE_FAILED
 
 
 @main.command(

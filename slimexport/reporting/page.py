@@ -22,6 +22,7 @@ h1 { font-size: 1.25rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .75re
 .verdict.passed { color: var(--good); background: var(--good-page); }
 .verdict.failed { color: var(--bad); background: var(--bad-page); }
 .verdict p { color: var(--ink); margin: .4rem 0 0; }
+section { overflow-x: clip; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem 1.2rem;
   margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }

@@ -376,3 +376,22 @@ def test_architectures_lists_every_family(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[0] == "family"
     assert any(line.split()[:2] == ["olmo2", "no"] for line in lines)
+
+
+def test_several_reports_are_compared(cli, pipeline, tmp_path, monkeypatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    code, out, _ = cli("report", first, second, "-o", tmp_path / "both.html")
+    assert code == 0
+    assert out.split("\n")[0].split() == [str(first), str(second)]
+    assert "<table" in (tmp_path / "both.html").read_text()
+    assert list(json.loads(cli("report", first, second, "--json")[1])["reports"]) == [str(first), str(second)]
+    assert cli("report", first, "-o", tmp_path / "one.html")[0] == 2
+    assert cli("report", first, second, "-o", tmp_path / "both.pdf")[0] == 2
+    shown = []
+    monkeypatch.setattr("click.launch", shown.append)
+    assert cli("report", first, "--open")[0] == 0
+    assert shown == [str(first / "report" / "report.html")]
+    pipeline.results["report"] = report_data.report(("accuracy.kl<=0.1",))
+    assert cli("report", first, second)[0] == 3

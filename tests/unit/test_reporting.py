@@ -29,6 +29,7 @@ from slimexport.options import given
 from slimexport.reporting import (
     PruningSummary,
     Report,
+    compare,
     html,
     junit,
     load_report,
@@ -445,3 +446,24 @@ def test_summary_fits_a_terminal(tmp_path: Path) -> None:
     table = text[text.index("figure  ") : text.index("report:")]
     assert "prefill.ttft_ms.128: invalid: spread 38 %" in table
     assert max(len(line) for line in table.splitlines()) <= 120
+
+
+def test_runs_beside_each_other() -> None:
+    one = report_data.report()
+    machine = dataclasses.replace(one, environment={**one.environment, "cpu": "Z80 <b>"})
+    reports = {"out/a": one, "out/<b>": machine}
+    text = compare.to_text(reports)
+    assert text.splitlines()[0].split() == ["out/a", "out/<b>"]
+    assert "decode.tpot_ms" in text
+    assert "12.31 (0.760)" in text
+    assert "prefill.ttft_ms.128" in text
+    assert "invalid" in text
+    assert "These are different machines: out/a Some CPU @ 2.4 GHz, out/<b> Z80 <b>." in text
+    assert "different models" not in text
+    page = compare.to_html(reports)
+    assert "<b>" not in page
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open
+    assert "| decode.tpot_ms | 12.31 (0.760) | 12.31 (0.760) |" in compare.to_markdown(reports)
+    assert list(compare.to_json(reports)["reports"]) == ["out/a", "out/<b>"]
