@@ -44,6 +44,7 @@ class ModelSource:
     revision: str | None
     fingerprint: str
     stored_dtype: str  # what the checkpoint will be saved in unless --save-dtype says otherwise
+    license: str | None = None  # as its card or file names it
 
 
 @dataclass(frozen=True)

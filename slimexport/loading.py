@@ -92,7 +92,9 @@ def _download(name: str, revision: str | None) -> Located:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"])
+        directory = snapshot_download(
+            name, revision=revision, allow_patterns=[*DOWNLOADED, "README.md"], ignore_patterns=["*/*"]
+        )
     except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
         raise BadInputError(
             f"Model {name!r} is no local directory, and the Hub did not give it ({reason(error)})."
@@ -288,6 +290,8 @@ def load_model(config: RunConfig) -> LoadedModel:
         if not bool(torch.isfinite(parameter).all()):
             raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
     model = model.eval().requires_grad_(False)
+    from slimexport.checkpoint.card import license_of
+
     source = ModelSource(
         name=located.name,
         kind=located.kind,
@@ -295,6 +299,7 @@ def load_model(config: RunConfig) -> LoadedModel:
         revision=config.revision,
         fingerprint=fingerprint(located),
         stored_dtype=stored,
+        license=license_of(located.directory / located.gguf if located.gguf else located.directory),
     )
     notes = [f"the text part ({model_config.model_type}) of a {whole} model, without images or sound"] if whole else []
     notes += [f"unpacked from {packed['quant_method']}"] if packed else []

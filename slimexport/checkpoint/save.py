@@ -22,6 +22,7 @@ from slimexport.artifacts import (
     write_text,
 )
 from slimexport.checkpoint import modeling_slimexport
+from slimexport.checkpoint.card import CARD
 from slimexport.checkpoint.load import per_block_table
 from slimexport.errors import NotReproducedError
 
@@ -42,13 +43,13 @@ def save_checkpoint(
 ) -> dict[str, str]:
     """Writes weights (safetensors), config, generation config, tokenizer, chat template and model card.
 
-    `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256.
+    `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256, but for the card,
+    which is written again once the model was measured.
     """
     made = {"ratio": plan.ratio, "criterion": plan.criterion, "allocation": plan.allocation, "layout": plan.layout}
     write_model(model, tokenizer, architecture, directory, made)
-    write_text(directory / "README.md", card)
-    (directory / "README.md").chmod(0o644)
-    return sha256_tree(directory)
+    write_text(directory / CARD, card)
+    return {name: digest for name, digest in sha256_tree(directory).items() if name != CARD}
 
 
 def write_model(

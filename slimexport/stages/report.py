@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ModelSource, PruningPlan, from_dict
-from slimexport.run_directory import PLAN, PRUNE, REPORT, PruneRecord, RunDirectory
+from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, REPORT, PruneRecord, RunDirectory
 from slimexport.stages.inputs import decided, earlier_exports, export_names
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress) -> Report:
     from slimexport import reporting
+    from slimexport.artifacts import write_text
+    from slimexport.checkpoint.card import CARD, model_card
     from slimexport.targets.base import load_artifact
 
     verified = directory.verified()
@@ -45,6 +47,9 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
     )
     with progress.stage("report"):
         reporting.write_report(made, directory / REPORT)
+        if record.calibration and (directory / CHECKPOINT).is_dir():
+            card = model_card(made.source, made.plan, record.calibration, verified.report, verified.evaluation)
+            write_text(directory / CHECKPOINT / CARD, card)
     return made
 
 
