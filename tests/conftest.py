@@ -30,6 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = nodeid.partition("::")[0]
             return nodeid if path.endswith(APART) else path
 
+    config.option.loadscopereorder = False  # in the order of the folders: what takes longest goes first
     return ByFile(config, log)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,16 +65,51 @@ def test_python_api(material: dict[str, str], tmp_path: Path) -> None:
     assert load_report(tmp_path / "out" / "report").verdict in done.stdout
 
 
-def test_pipeline_steps(material: dict[str, str], tmp_path: Path) -> None:
+def steps(name: str) -> list[str]:
+    """The commands of a pipeline, in order."""
+    data = yaml.safe_load((ROOT / "examples" / name).read_text())
+    if name == "gitlab-ci.yml":
+        return [*data["shrink"]["before_script"], *data["shrink"]["script"]]
+    return [step.get("run", "") for step in data["jobs"]["shrink"]["steps"]]
+
+
+@pytest.mark.parametrize("name", ["github-actions.yml", "gitlab-ci.yml"])
+def test_pipeline_steps(name: str, material: dict[str, str], tmp_path: Path) -> None:
     """The steps that are commands of ours, in order, as a runner would run them."""
-    steps = yaml.safe_load((ROOT / "examples" / "github-actions.yml").read_text())["jobs"]["shrink"]["steps"]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     summary = tmp_path / "summary.md"
-    for step in steps:
-        command = step.get("run", "")
+    for command in steps(name):
         if "pip install" in command or not command:
             continue
         command = re.sub(r"run smollm2-135m(.*)", rf"run {material['model']}\1 {' '.join(quick(material))}", command)
         run(["bash", "-e", "-c", command], tmp_path, GITHUB_STEP_SUMMARY=str(summary))
     assert summary.read_text().startswith(("# PASSED", "# FAILED"))
     assert (tmp_path / "out" / "report" / "junit.xml").is_file()
+
+
+def test_serving(material: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    words = ["slimexport", "run", material["model"], "--target", "genai", "-o", "out", *quick(material)]
+    run(words, tmp_path)
+    script = str(ROOT / "examples" / "serve.py")
+    said = run([sys.executable, script, str(tmp_path / "out" / "genai"), "Which word is next?"], tmp_path).stdout
+    assert said.strip()
+    assert (
+        run([sys.executable, script, str(tmp_path / "out" / "genai"), "Which word is next?"], tmp_path).stdout == said
+    )
+
+
+def test_a_criterion_in_a_package_of_its_own(material: dict[str, str], tmp_path: Path) -> None:
+    """Built, installed beside slimexport, found by its entry point, and used."""
+    package = tmp_path / "package"
+    shutil.copytree(ROOT / "examples" / "criterion_package", package)
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "--target",
+               str(tmp_path / "site"), str(package)]  # fmt: skip
+    subprocess.run(install, check=True, capture_output=True)
+    words = ["slimexport", "run", material["model"], "--criterion", "activation_norm", "-o", "out", *quick(material)]
+    run(words, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert load_report(tmp_path / "out" / "report").plan.criterion == "activation_norm"
+    alone = ["other" if word == "out" else word for word in words]  # without the package
+    done = subprocess.run(alone, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": f"{BIN}"})
+    assert done.returncode == 4
+    assert "Unknown criterion 'activation_norm'" in done.stderr
