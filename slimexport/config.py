@@ -286,9 +286,10 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
     try:
         figures.check(config.gates, config.prompt_lengths, [spec.partition("=")[0] for spec in config.tasks])
     except ValueError as error:
+        message = str(error) if str(error).endswith("?") else f"{error}."
         if "gates" in flags:
-            raise UsageError(f"--gate: {error}.") from error
-        raise BadInputError(f"{where}: gates: {error}.") from error
+            raise UsageError(f"--gate: {message}") from error
+        raise BadInputError(f"{where}: gates: {message}") from error
     return config
 
 
