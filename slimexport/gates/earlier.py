@@ -44,7 +44,7 @@ def comparisons(
     other = [f"{key} {then.get(key)!r}, now {environment.get(key)!r}" for key in _MACHINE
              if then.get(key) != environment.get(key)]  # fmt: skip
     no_times = f"the earlier run was on another machine ({other[0]})" if other else ""
-    of = {_first(earlier): earlier.verification, **earlier.others}
+    of = earlier.each
     made = {}
     for name in names:
         if name not in of:
@@ -54,11 +54,6 @@ def comparisons(
         no_text = "" if same else "the earlier run was evaluated on another text, or with another window"
         made[name] = Earlier(of[name], no_times, no_text)
     return made
-
-
-def _first(report: Report) -> str:
-    found = [name for name in report.exports if "/" not in name and name not in report.others]
-    return found[0] if found else ""
 
 
 def of_export(name: str, found: Mapping[str, Earlier]) -> Earlier:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from slimexport.artifacts import VerificationReport
 from slimexport.gates.declared import GateOf
 from slimexport.gates.figures import TTFT
-from slimexport.verification.intervals import median
+from slimexport.verification.intervals import median, ratio_of_sums
 
 _GRID = 200_001
 
@@ -157,11 +157,11 @@ def _of_text(
         return None
     perplexity = name == "accuracy.perplexity"
     if other is None:
-        low, high = ratio_of_sums(own, tokens, error)
+        low, high = sums_interval(own, tokens, error)
     elif perplexity:
-        low, high = ratio_of_sums(own - other, tokens, error)
+        low, high = sums_interval(own - other, tokens, error)
     else:
-        low, high = ratio_of_sums(own, other, error)
+        low, high = sums_interval(own, other, error)
     if perplexity:
         low, high = _exp(low), _exp(high)
     return Evidence(low, high, len(own), "windows of text")
@@ -180,7 +180,7 @@ def _of_task(
         if found is None or len(found) != len(own):
             return None
         other = found
-    return Evidence(*ratio_of_sums(own, other, error), len(own), "questions")
+    return Evidence(*sums_interval(own, other, error), len(own), "questions")
 
 
 def _questions(report: VerificationReport | None, name: str, model: str) -> NDArray[np.float64] | None:
@@ -194,13 +194,12 @@ def _windows(record: dict[str, Any], key: str | None) -> NDArray[np.float64] | N
     return None if values is None else np.asarray(values, np.float64)
 
 
-def ratio_of_sums(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
-    """Of sum(a) / sum(b) over windows or questions, by the deviations a - r b (linearised)."""
-    n, total = len(a), float(b.sum())
-    if n < 2 or total <= 0:
+def sums_interval(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
+    """Of sum(a) / sum(b) over windows or questions, by Student's distribution."""
+    if len(a) < 2 or b.sum() <= 0:
         return -math.inf, math.inf
-    ratio = float(a.sum()) / total
-    half = student(error, n - 1) * math.sqrt(float(((a - ratio * b) ** 2).sum()) * n / (n - 1)) / total
+    ratio, spread = ratio_of_sums(a, b)
+    half = student(error, len(a) - 1) * spread
     return ratio - half, ratio + half
 
 

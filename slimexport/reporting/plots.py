@@ -168,8 +168,7 @@ def errors(report: Report) -> Plot | None:
 
 def size_against_quality(report: Report) -> Plot | None:
     """Every export of this run and the dense one."""
-    first = next((name for name in report.exports if "/" not in name and name not in report.others), "")
-    each = {first: report.verification, **report.others}
+    each = report.each
     points = []
     for name, made in each.items():
         size, quality = made.figure("size.export_mb"), made.figure("accuracy.perplexity")
@@ -182,7 +181,7 @@ def size_against_quality(report: Report) -> Plot | None:
         f"{name} {size:.4g} MB, {ratio:.3f}" for name, size, ratio in points
     )
     with drawing(caption) as (axes, done):
-        axes.plot([dense.baseline], [1.0], "s", color=DENSE, label=f"dense ({first})", markersize=5)
+        axes.plot([dense.baseline], [1.0], "s", color=DENSE, label=f"dense ({next(iter(each))})", markersize=5)
         for number, (name, megabytes, ratio) in enumerate(points):
             marker = "o^vDP*X"[number % 7]
             axes.plot([megabytes], [ratio], marker, color=SHRUNK, label=name, markersize=6)

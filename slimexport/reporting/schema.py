@@ -104,6 +104,12 @@ class Report:
     command: str | None = None
 
     @property
+    def each(self) -> dict[str, VerificationReport]:
+        """What was measured of every export, by its name in the run directory, the first one first."""
+        first = next((name for name in self.exports if "/" not in name and name not in self.others), "")
+        return {first: self.verification, **self.others}
+
+    @property
     def passed(self) -> bool:
         """Whether no gate is lost; true without gates."""
         return not lost(self.gates)

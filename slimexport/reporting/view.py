@@ -128,12 +128,10 @@ def exports(report: Report) -> list[tuple[str, ...]]:
     dense model (latency: in the same precision; accuracy: in full precision, where that was exported)."""
     if not report.others:
         return []
-    first = next(iter(report.exports), "")
-    each = {first: report.verification, **report.others}
     lengths = [int(f.name.rpartition(".")[2]) for f in report.verification.figures if f.name.startswith(_TTFT)]
     usual = min(lengths, key=lambda length: abs(length - 128)) if lengths else 0
     names = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", f"{_TTFT}{usual}", "decode.tpot_ms")
-    return [(name, *(_brief(made.figure(figure)) for figure in names)) for name, made in each.items()]
+    return [(name, *(_brief(made.figure(figure)) for figure in names)) for name, made in report.each.items()]
 
 
 def _brief(figure: Figure | None) -> str:

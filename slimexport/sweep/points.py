@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,8 @@ def measured(point: Point, report: VerificationReport) -> Point:
     valid = [figure for figure in found if figure.valid and figure.shrunk is not None]
     lost = [figure.name for figure in found if not figure.valid]
     ratios = {f.name: r for f in valid if (r := _ratio(f)) is not None}
-    return Point(
-        point.ratio,
-        point.export,
-        point.target,
-        point.precision,
-        point.directory,
+    return replace(
+        point,
         values={f.name: float(f.shrunk or 0.0) for f in valid},
         ratios=ratios,
         dense={f.name: f.baseline for f in valid if f.baseline is not None},

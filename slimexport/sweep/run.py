@@ -131,8 +131,7 @@ def _one(config: RunConfig, output: Path, progress: Progress, report: Report | N
         code = error.exit_code if isinstance(error, SlimExportError) else ExitCode.BAD_INPUT
         progress.note(f"ratio {config.ratio:g} failed: {error}")
         return [replace(point, failed=str(error)) for point in _empty(config, place)], int(code)
-    found = {next(iter(exports(config))): made.verification, **made.others}
-    points = [measured(point, found[point.export]) for point in _empty(config, place)]
+    points = [measured(point, made.each[point.export]) for point in _empty(config, place)]
     for point in points:
         progress.note("  ".join([point.name, *(f"{name} {value:.4g}" for name, value in point.values.items())]))
     return points, int(ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimexport.artifacts import Figure
 
@@ -43,6 +46,14 @@ def median(values: Sequence[float], confidence: float = CONFIDENCE) -> Median:
             break
         k, outside = k + 1, wider
     return Median(float(np.median(ordered)), float(ordered[k - 1]), float(ordered[n - k]), 1 - outside)
+
+
+def ratio_of_sums(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float]:
+    """sum(a) / sum(b) over two windows (or questions) or more, and its standard error, by the deviations a - r b
+    (linearised): where both were measured on the same windows, what makes one hard cancels."""
+    n, total = len(a), float(b.sum())
+    ratio = float(a.sum()) / total
+    return ratio, math.sqrt(float(((a - ratio * b) ** 2).sum()) * n / (n - 1)) / total
 
 
 def relative_iqr(values: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from slimexport.artifacts import Figure
 from slimexport.errors import BadInputError
 from slimexport.runtime import Decoder
+from slimexport.verification.intervals import ratio_of_sums
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +68,9 @@ class Accuracy:
         The log of the ratio is the mean difference of NLL per token; its standard error is that of a ratio of sums
         over windows (both graphs saw the same ones, so what makes a window hard cancels). None for a single window.
         """
-        n = len(self.tokens)
-        if self.baseline_nll is None or n < 2:
+        if self.baseline_nll is None or len(self.tokens) < 2:
             return None
-        difference = self.nll - self.baseline_nll
-        mean = difference.sum() / self.scored
-        error = math.sqrt(float(((difference - mean * self.tokens) ** 2).sum()) * n / (n - 1)) / self.scored
+        mean, error = ratio_of_sums(self.nll - self.baseline_nll, self.tokens)
         return math.exp(mean - _Z95 * error), math.exp(mean + _Z95 * error)
 
     def figures(self) -> tuple[Figure, ...]:
