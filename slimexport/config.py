@@ -124,7 +124,9 @@ class RunConfig(BaseModel):
         description="Of the graph; int8, int4: of its weights alone (mixed: 8 bits for embedding and lm_head).",
     )
     rounding_tokens: int = Field(
-        default=8192, ge=0, description="int4: tokens of the calibration text to round weights by; 0: to the nearest."
+        default=8192,
+        ge=0,
+        description="int8, int4: tokens of the calibration text to round weights by; 0: to the nearest.",
     )
     without_pass: tuple[Literal["gate_up", "last_logits"], ...] = Field(
         default=(), description="A pass over the graph to leave out."

@@ -80,7 +80,7 @@ Windows = NDArray[np.int64] | None
 
 def _rounding_text(checkpoint: Path, config: RunConfig) -> Windows:
     """None where no precision needs one."""
-    if not any(precision.startswith("int4") for precision in config.precision):
+    if not any(precision.startswith("int") for precision in config.precision):
         return None
     from transformers import AutoTokenizer
 
@@ -195,7 +195,7 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
 def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig, text: Windows) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
-    rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and kind[1].startswith("int4") else None
+    rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and kind[1].startswith("int") else None
     how = [*kind, config.exporter, config.provider, config.without_pass, rounded]
     data = [source.fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

@@ -150,7 +150,7 @@ def _quantised(
     that the weights stand for; and with that rounding, whose noise says little about single faults."""
     first, second = directory / ".first", directory / ".second"
     scheme, moments = quantise.SCHEMES[options.precision], None
-    measured = {} if options.text is None else quantise.inputs_to_measure(graph.model, scheme)
+    measured = {} if options.text is None else quantise.inputs_to_measure(graph.model)
     try:
         if check or measured:
             made = written(graph, first, options.float_precision)

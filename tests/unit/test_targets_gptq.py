@@ -96,7 +96,7 @@ def test_moments_are_those_that_torch_sees(
     model = tiny_llama()
     export_tiny(model, tmp_path / "onnx")
     graph = onnx_ir.load(tmp_path / "onnx" / "model.onnx")
-    widths = inputs_to_measure(graph, SCHEMES["int4"])
+    widths = inputs_to_measure(graph)
     seen: dict[str, torch.Tensor] = {}
 
     def hook(name: str):
@@ -131,7 +131,7 @@ def test_a_graph_rounded_by_its_inputs(tmp_path: Path, windows: np.ndarray) -> N
     model = tiny_llama(channels=128)
     export_tiny(model, tmp_path / "onnx")
     float_graph = onnx_ir.load(tmp_path / "onnx" / "model.onnx")
-    moments = second_moments(tmp_path / "onnx", inputs_to_measure(float_graph, SCHEMES["int4"]), windows, threads=1)
+    moments = second_moments(tmp_path / "onnx", inputs_to_measure(float_graph), windows, threads=1)
     other = np.random.default_rng(1).integers(0, VOCAB, (4, 40))
     expected = OnnxDecoder(tmp_path / "onnx", threads=1).forward(other)[0]
     errors = []

@@ -67,7 +67,7 @@ def quantise(model: ir.Model, scheme: Scheme, moments: Moments | None = None) ->
         if key not in made:
             of = Source(array(weight) if transposed else array(weight).T)  # a view: no memory
             H = (moments or {}).get(read_with)
-            if H is None or bits == 8:
+            if H is None:
                 levels = nearest(of.weight, bits)
             else:
                 levels, target = repaired(of.weight, H, bits)
@@ -91,16 +91,13 @@ def quantise(model: ir.Model, scheme: Scheme, moments: Moments | None = None) ->
     return sources
 
 
-def inputs_to_measure(model: ir.Model, scheme: Scheme) -> dict[str, int]:
-    """What the products of `model` that `scheme` rounds to few bits multiply with their weights, and its width K: what
-    `Moments` are of."""
-    head = head_product(model.graph)
+def inputs_to_measure(model: ir.Model) -> dict[str, int]:
+    """What the products of `model` multiply with their weights, and its width K: what `Moments` are of."""
     found = {}
     for node in [node for node in model.graph if is_product(node)]:
         weight = weight_of(node)
         assert weight is not None
-        if (scheme.head_bits if node is head else scheme.bits) < 8:
-            found[str(_multiplied(node).name)] = array(weight).shape[1 if is_transposed(node) else 0]
+        found[str(_multiplied(node).name)] = array(weight).shape[1 if is_transposed(node) else 0]
     return found
 
 
