@@ -40,6 +40,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 MODELS = ("dense", "shrunk")
 OURS = "slimexport"
 BEST = {"fuse_mlp_gate_up": "true", "prune_lm_head": "true"}
+ONNX = ("genai builder", "genai builder, best", "transformers.exporters")
 QUANTITIES = ("prefill.ttft_ms.128", "prefill.ttft_ms.512", "decode.tpot_ms.128", "decode.tpot_ms.1024")
 
 
@@ -259,6 +260,30 @@ def render(rows: list[dict[str, Any]]) -> str:
         figures = {figure["name"]: figure for figure in row["figures"]}
         body.append([row["group"].replace("/", ", "), row["candidate"], *(_cell(figures.get(q)) for q in QUANTITIES)])
     return table(head, body)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """One line a group: our times, how many times as fast as the best ONNX rival, and every rival that is faster."""
+    head = ["model, precision, threads", *(_short(q) for q in QUANTITIES), "faster than ours"]
+    body = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        found = {row["candidate"]: {f["name"]: f for f in row["figures"]} for row in rows if row["group"] == group}
+        cells, faster = [], []
+        for quantity in QUANTITIES:
+            rivals = {name: of[quantity] for name, of in found.items() if name != OURS and of[quantity]["valid"]}
+            onnx = [figure["ratio"] for name, figure in rivals.items() if name in ONNX]
+            own = found[OURS][quantity]
+            cells.append(_cell(own) + (f" ({min(onnx):.2f})" if onnx and own["valid"] else ""))
+            ahead = {name: 1 / figure["ratio"] for name, figure in rivals.items() if figure["ratio_high"] < 1}
+            faster += [f"{name} {times:.2f} x ({_short(quantity)})" for name, times in ahead.items()]
+        body.append([group.replace("/", ", "), *cells, "; ".join(faster) or "none"])
+    return table(head, body)
+
+
+def _short(quantity: str) -> str:
+    """`decode.tpot_ms.128` -> `TPOT 128`."""
+    _, name, length = quantity.split(".")
+    return f"{name.removesuffix('_ms').upper()} {length}"
 
 
 def _cell(figure: dict[str, Any] | None) -> str:

@@ -141,6 +141,7 @@ def _config(ctx: click.Context, model: str | None, recipe: Path | None, **more: 
 def _overrides(ctx: click.Context, directory: Path, recipe: Path | None) -> dict[str, Any]:
     """What a command that goes on in a run directory changes: only fields of its own stages."""
     from slimexport.recipe import load_recipe
+    from slimexport.stages.inputs import Overrides
 
     if not directory.is_dir():
         raise BadInputError(f"{directory} is not a directory; `slimexport prune MODEL -o {directory}` makes one.")
@@ -148,7 +149,8 @@ def _overrides(ctx: click.Context, directory: Path, recipe: Path | None) -> dict
     command = ctx.command
     assert isinstance(command, ConfigCommand)
     from_recipe = load_recipe(recipe) if recipe else {}
-    return {k: v for k, v in from_recipe.items() if k in command.fields} | given(ctx)
+    own = {key: value for key, value in from_recipe.items() if key in command.fields}
+    return Overrides(own, given(ctx), str(recipe) if recipe else "options")
 
 
 def _flags(force: bool, resume: bool) -> dict[str, bool]:

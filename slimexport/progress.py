@@ -1,14 +1,17 @@
-"""Progress on stderr: one line that is rewritten on a terminal, rare plain lines in a log, nothing when quiet."""
+"""Progress on stderr: a bar with its ETA on a terminal, rare plain lines in a log, nothing when quiet."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 _LOG_EVERY = 5.0  # seconds between plain lines: a CI log that is seen to move, and can be read
-_DRAW_EVERY = 0.1  # seconds between redrawings of the line on a terminal
+_DRAW_EVERY = 0.1  # seconds between redrawings of the bar on a terminal
 
 
 class Progress:
@@ -24,11 +27,10 @@ class Progress:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None):
         self._stream = stream if stream is not None else sys.stderr
         self._quiet = quiet
-        self._terminal = not quiet and self._stream.isatty()
+        self._terminal = _Terminal(self._stream) if not quiet and self._stream.isatty() else None
         self._stage = ""
         self._stage_started = self._loop_started = self._shown = time.monotonic()
         self._last_done = 0.0
-        self._drawn = 0  # characters of the line that stands on the terminal
 
     def stage(self, name: str) -> Progress:
         """Starts a stage of the road, and ends the one before it. `with progress.stage(...)` ends it on leaving."""
@@ -36,13 +38,15 @@ class Progress:
         self._stage, self._stage_started = name, time.monotonic()
         self._restart()
         if self._terminal:
-            self._draw(name)
+            self._terminal.start(name)
         else:
             self._line(f"{name} ...")
         return self
 
     def finish(self, how: str = "done in") -> None:
         """Ends the current stage, if there is one, with its seconds."""
+        if self._terminal:
+            self._terminal.stop()
         if self._stage:
             self._line(f"{self._stage}: {how} {seconds(time.monotonic() - self._stage_started)}")
             self._stage = ""
@@ -63,16 +67,15 @@ class Progress:
         self._last_done = done
         if now - self._shown < (_DRAW_EVERY if self._terminal else _LOG_EVERY) and done < total:
             return
-        if not self._terminal and done >= total and now - self._loop_started < _LOG_EVERY:
-            return  # a short loop: the stage's own end line says enough
-        self._shown = now
         elapsed = now - self._loop_started
-        eta = f", ETA {seconds(elapsed / done * (total - done))}" if 0 < done < total and elapsed > 1 else ""
-        line = f"{self._stage}: {_count(done)}/{_count(total)}{eta}{f'  {text}' if text else ''}"
+        left = elapsed / done * (total - done) if 0 < done < total and elapsed > 1 else None
         if self._terminal:
-            self._draw(line)
-        else:
-            self._line(line)
+            self._shown = now
+            self._terminal.draw(done, total, left, text)
+        elif done < total or elapsed >= _LOG_EVERY:  # of a short loop the stage's own end line says enough
+            self._shown = now
+            eta = f", ETA {seconds(left)}" if left is not None else ""
+            self._line(f"{self._stage}: {_count(done)}/{_count(total)}{eta}{f'  {text}' if text else ''}")
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -83,24 +86,50 @@ class Progress:
         self._last_done = 0.0
 
     def _line(self, text: str) -> None:
-        if self._quiet:
+        if self._terminal:
+            self._terminal.line(text)
+        elif not self._quiet:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+
+class _Terminal:
+    """A bar by rich, drawn when it is told to: a thread that draws would run beside what is timed."""
+
+    def __init__(self, stream: TextIO):
+        from rich.console import Console
+
+        self._console = Console(file=stream, highlight=False, soft_wrap=False)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def start(self, name: str) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[counted]}", markup=False),
+            TextColumn("{task.fields[text]}", style="dim", markup=False),
+            console=self._console, auto_refresh=False, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(name, total=None, counted="", text="")
+        self._bar.start()
+        self._bar.refresh()
+
+    def draw(self, done: float, total: float, left: float | None, text: str) -> None:
+        if self._bar is None or self._task is None:
             return
-        self._wipe()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        counted = f"{_count(done)}/{_count(total)}" + (f", ETA {seconds(left)}" if left is not None else "")
+        self._bar.update(self._task, completed=done, total=total, counted=counted, text=text, refresh=True)
 
-    def _draw(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        text = text if len(text) <= width else text[: width - 1] + "…"
-        # Padded with blanks instead of an escape sequence: right on every terminal.
-        self._stream.write("\r" + text.ljust(self._drawn))
-        self._stream.flush()
-        self._drawn = len(text)
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
 
-    def _wipe(self) -> None:
-        if self._drawn:
-            self._stream.write("\r" + " " * self._drawn + "\r")
-            self._drawn = 0
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
 
 
 def seconds(value: float) -> str:

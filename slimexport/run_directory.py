@@ -77,6 +77,21 @@ def exports_in(path: Path, file: str) -> list[Path]:
     return [made.parent for where in (path, path / BASELINE) for made in sorted(where.glob(f"[!.]*/{file}"))]
 
 
+def holds(place: Path, record: str, what: str, *, force: bool, resume: bool) -> bool:
+    """Whether the directory `place` has something of ours, by the file `record` of a `what`.
+
+    Raises BadInputError where it has anything else, or what neither may be replaced nor gone on with.
+    """
+    content = [path.name for path in place.iterdir() if path.name != LOCK]
+    if not content:
+        return False
+    if record not in content:
+        raise BadInputError(f"{place} is not empty and holds no {what} of slimexport; it is left alone.")
+    if not force and not resume:
+        raise BadInputError(f"{place} holds a {what} already: --force replaces it, --resume goes on with it.")
+    return True
+
+
 class RunDirectory:
     """Paths and stage states of one run. A stage is done when run.json says so, which is written last.
 
@@ -134,13 +149,7 @@ class RunDirectory:
 
     def check_free(self, *, force: bool, resume: bool) -> None:
         """Raises BadInputError unless the directory is empty, or holds a run and may be replaced or gone on with."""
-        content = [p.name for p in self.path.iterdir() if p.name != LOCK]
-        if not content:
-            return
-        if RUN not in content:
-            raise BadInputError(f"{self.path} is not empty and holds no run of slimexport; it is left alone.")
-        if not force and not resume:
-            raise BadInputError(f"{self.path} holds a run already: --force replaces it, --resume goes on with it.")
+        holds(self.path, RUN, "run", force=force, resume=resume)
 
     def check_holds_none(self, inputs: list[Path]) -> None:
         """Raises BadInputError where an input lies in this directory: replacing the run would destroy it."""

@@ -5,8 +5,13 @@ Drawn by matplotlib, without pyplot and its windows. Every function gives None w
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -220,6 +225,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 @contextmanager
 def drawing(caption: str, height: float = _HEIGHT) -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on, and a list that holds the SVG afterwards."""
+    _keep_out_of_home()
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
@@ -233,6 +239,14 @@ def drawing(caption: str, height: float = _HEIGHT) -> Iterator[tuple[Axes, list[
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         canvas.savefig(written, format="svg", transparent=True, metadata=empty)
     done.append(_inline(written.getvalue(), caption))
+
+
+def _keep_out_of_home() -> None:
+    """matplotlib would leave its list of fonts in the user's cache; nothing is written outside the output directory."""
+    if "matplotlib" not in sys.modules and "MPLCONFIGDIR" not in os.environ:
+        place = tempfile.mkdtemp(prefix="slimexport-")
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        os.environ["MPLCONFIGDIR"] = place
 
 
 def _inline(svg: str, caption: str) -> str:

@@ -25,10 +25,21 @@ if TYPE_CHECKING:
     from slimexport.targets.base import ExportOptions
 
 
+class Overrides(dict[str, Any]):
+    """What a command changes of a run's settings: `recipe`'s, which stand in the file `where`, and the `flags` over it.
+
+    Of a plain dict all count as flags.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any], flags: Mapping[str, Any], where: str):
+        super().__init__({**recipe, **flags})
+        self.flags, self.where = frozenset(flags), where
+
+
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
     """What the run was made with, and what this command changes."""
-    values = {**directory.state.get("config", {}), **(overrides or {})}
-    return absolute(make_config(values, "options", overrides or {}))
+    changes = overrides if isinstance(overrides, Overrides) else Overrides({}, overrides or {}, "options")
+    return absolute(make_config({**directory.state.get("config", {}), **changes}, changes.where, changes.flags))
 
 
 def absolute(config: RunConfig) -> RunConfig:

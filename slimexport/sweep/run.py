@@ -17,7 +17,7 @@ from slimexport.artifacts import SCHEMA_VERSION, check_identity, read_json, remo
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, ExitCode, SlimExportError
 from slimexport.progress import Progress
-from slimexport.run_directory import LOCK, REPORT, lock_file
+from slimexport.run_directory import LOCK, REPORT, holds, lock_file
 from slimexport.stages.inputs import absolute, check_targets, exports
 from slimexport.sweep.points import Point, checked_ratios, config_of, measured, run_name
 
@@ -94,14 +94,7 @@ def _check_free(output: Path, identity: Mapping[str, Any], *, force: bool, resum
         return
     if not output.is_dir():
         raise BadInputError(f"{output} is a file; the output must be a directory.")
-    content = [path.name for path in output.iterdir() if path.name != LOCK]
-    if not content:
-        return
-    if STATE not in content:
-        raise BadInputError(f"{output} is not empty and holds no sweep of slimexport; it is left alone.")
-    if not force and not resume:
-        raise BadInputError(f"{output} holds a sweep already: --force replaces it, --resume goes on with it.")
-    if resume:
+    if holds(output, STATE, "sweep", force=force, resume=resume) and resume:
         state = read_json(output / STATE)
         check_identity(state.get("identity", {}) if isinstance(state, dict) else {}, identity, output)
 
@@ -158,17 +151,8 @@ def _in_parallel(
         try:
             recipe = output / f".{place.name}.json"
             write_json(recipe, json.loads(config.model_copy(update={"device": "cuda"}).model_dump_json()))
-            command = [
-                sys.executable,
-                "-m",
-                "slimexport.cli",
-                "run",
-                "--recipe",
-                str(recipe),
-                "-o",
-                str(place),
-                "--quiet",
-            ]
+            command = [sys.executable, "-m", "slimexport.cli", "run", "--recipe", str(recipe), "-o", str(place)]
+            command += ["--quiet"]
             command += ["--resume"] if place.exists() else []
             visible = {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}
             done = subprocess.run(command, env={**os.environ, **visible}, capture_output=True, text=True, check=False)

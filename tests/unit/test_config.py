@@ -13,6 +13,8 @@ from slimexport.errors import BadInputError, UsageError
 from slimexport.gates.declared import Gate
 from slimexport.options import STAGES
 from slimexport.recipe import builtin, load_recipe, text_of
+from slimexport.run_directory import RunDirectory
+from slimexport.stages.inputs import Overrides, config_of
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -176,3 +178,17 @@ def test_builtin_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     Path(name).write_text("ratio: 0.01\n")
     assert load_recipe(Path(name)) == {"ratio": 0.01}
+
+
+def test_an_error_is_the_recipes_or_the_flags(tmp_path: Path) -> None:
+    """Of a command that goes on in a run directory: exit code 4 or 2."""
+    directory = RunDirectory(tmp_path)
+    directory.state["config"] = {"model": "m"}
+    wrong = {"gates": ["accuracy.kk<=1"]}
+    with pytest.raises(BadInputError, match=r"r\.yaml: gates: .*accuracy\.kl"):
+        config_of(directory, Overrides(wrong, {"max_kl": 0.1}, "r.yaml"))
+    with pytest.raises(UsageError, match=r"--gate: .*accuracy\.kl"):
+        config_of(directory, Overrides({"max_kl": 0.1}, wrong, "r.yaml"))
+    with pytest.raises(UsageError, match="--gate"):
+        config_of(directory, wrong)
+    assert config_of(directory, Overrides({"seed": 1}, {"max_kl": 0.1}, "r.yaml")).seed == 1

@@ -1,8 +1,10 @@
-"""Progress: a rewritten line on a terminal, rare plain lines in a log, nothing when quiet."""
+"""Progress: a bar on a terminal, rare plain lines in a log, nothing when quiet."""
 
 from __future__ import annotations
 
 import io
+import re
+import threading
 
 import pytest
 
@@ -46,26 +48,44 @@ def test_short_loops_leave_no_lines_in_a_log(clock: list[float]) -> None:
     assert stream.getvalue() == "load ...\nload: done in 0.0 s\n"
 
 
-def test_terminal_rewrites_one_line_and_wipes_it(clock: list[float]) -> None:
+def shown(stream: io.StringIO) -> str:
+    """What was written, without the terminal's sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+def test_terminal_has_a_bar_with_eta_and_text_and_leaves_the_last_line_alone(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     with Progress(stream=stream).stage("prune") as progress:
         for block in range(3):
             clock[0] += 2
-            progress.update(block + 1, 3, "a long remark" if block == 0 else "")
-    drawn = stream.getvalue().split("\r")
-    assert drawn[2] == "prune: 1/3, ETA 4.0 s  a long remark"
-    assert drawn[3].startswith("prune: 2/3, ETA 2.0 s   ")  # padded over the longer line
-    assert stream.getvalue().endswith("\rprune: done in 6.0 s\n")
-    assert stream.getvalue().count("\n") == 1
+            progress.update(block + 1, 3, f"block {block}: [error] 0.01")
+        progress.note("channels [bold]re-balanced")
+    text = shown(stream)
+    assert "1/3, ETA 4.0 s block 0: [error] 0.01" in text
+    assert "2/3, ETA 2.0 s block 1" in text
+    assert "prune: channels [bold]re-balanced\n" in text, "what is in brackets is no markup"
+    assert text.rstrip().endswith("prune: done in 6.0 s")
+    assert stream.getvalue().rindex("\x1b[2K") < stream.getvalue().rindex("prune: done"), "the bar is wiped"
 
 
-def test_terminal_line_never_wraps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+def test_terminal_bar_never_wraps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
     with Progress(stream=stream).stage("prune") as progress:
         clock[0] += 2
         progress.update(1, 3, "x" * 200)
-    assert max(map(len, stream.getvalue().split("\r"))) <= 40
+    assert max(map(len, re.split(r"[\r\n]", shown(stream)))) <= 60
+
+
+def test_no_thread_draws_beside_what_is_timed(clock: list[float]) -> None:
+    before = threading.active_count()
+    with Progress(stream=Terminal()).stage("verify"):
+        assert threading.active_count() == before
 
 
 def test_quiet_says_nothing(clock: list[float]) -> None:
