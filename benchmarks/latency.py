@@ -41,7 +41,7 @@ MODELS = ("dense", "shrunk")
 OURS = "slimexport"
 BEST = {"fuse_mlp_gate_up": "true", "prune_lm_head": "true"}
 ONNX = ("genai builder", "genai builder, best", "transformers.exporters")
-QUANTITIES = ("prefill.ttft_ms.128", "prefill.ttft_ms.512", "decode.tpot_ms.128", "decode.tpot_ms.1024")
+QUANTITIES = ("prefill.ttft_ms.128", "prefill.ttft_ms.512", "decode.tpot_ms.128", "decode.tpot_ms.512")
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
     from slimexport.machine import huge_pages, rates
     from slimexport.verification import interleaved
 
-    settings = Settings(prompts=(128, 512), pasts=(128, 1024), rounds=options.rounds, threads=threads)
+    settings = Settings(prompts=(128, 512), pasts=(128, 512), rounds=options.rounds, threads=threads)
     wanted = options.candidates.split(",") if options.candidates else None
     subjects: dict[str, Any] = {}
     made_of = options.work / model / precision

@@ -143,20 +143,19 @@ def _round(
 ) -> None:
     order = list(models)[:: 1 if number % 2 == 0 else -1]
     samples.orders.append(order)
-    for length in quantities.prompts:
-        given = prompt(length)
+    for length in sorted({*quantities.prompts, *quantities.pasts}):
+        given, decoded = prompt(length), quantities.tokens if length in quantities.pasts else 0
         for name in order:
             # One untimed token first: threads sleep and the caches hold the other model.
             models[name].timed_greedy(given[:1], 0)
-            samples.ttft[name][length].append(models[name].timed_greedy(given, 0).ttft_seconds)
-    for past in quantities.pasts:
-        given = prompt(past)
-        for name in order:
             before = meter.joules()
-            seconds = models[name].timed_greedy(given, quantities.tokens).token_seconds
-            samples.itl[name][past].append(list(seconds))
-            if meter.there:
-                samples.joules[name][past].append((meter.joules() - before) / quantities.tokens)
+            run = models[name].timed_greedy(given, decoded)
+            if length in quantities.prompts:
+                samples.ttft[name][length].append(run.ttft_seconds)
+            if decoded:
+                samples.itl[name][length].append(list(run.token_seconds))
+            if decoded and meter.there:
+                samples.joules[name][length].append((meter.joules() - before) / decoded)
     for size in quantities.batches:
         several = np.stack([prompt(quantities.pasts[0]) for _ in range(size)])
         for name in order:
