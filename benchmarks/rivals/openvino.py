@@ -9,7 +9,7 @@ pip install openvino nncf
 from __future__ import annotations
 
 import time
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rivals import Unsupported
-from slimexport.runtime import TimedGreedy
 
 GRAPH = "openvino_model.xml"
 
@@ -110,12 +109,11 @@ class OpenVinoSubject:
         self.max_positions: int | None = None
         self.streamed_bytes: int | None = None
 
-    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
+    def stepped(self, prompt_ids: NDArray[np.int64], steps: int) -> Iterator[tuple[float, int]]:
         self.request.reset_state()
-        tokens: list[int] = []
         ids, length = np.asarray(prompt_ids, np.int64)[None], 0
-        clock = [time.perf_counter()]
         for _ in range(steps + 1):
+            started = time.perf_counter()
             given = {
                 "input_ids": ids,
                 "attention_mask": np.ones((1, length + ids.shape[1]), np.int64),
@@ -126,11 +124,9 @@ class OpenVinoSubject:
             feed = {key: value for key, value in given.items() if key in self.names}
             logits = self.request.infer(feed, share_inputs=True, share_outputs=True)["logits"]
             length += ids.shape[1]
-            tokens.append(int(logits[0, -1].argmax()))
-            ids = np.array([tokens[-1:]], np.int64)
-            clock.append(time.perf_counter())
-        seconds = [after - before for before, after in pairwise(clock)]
-        return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
+            token = int(logits[0, -1].argmax())
+            ids = np.array([[token]], np.int64)
+            yield time.perf_counter() - started, token
 
     def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
         return None

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimexport.errors import BadInputError
-from slimexport.runtime.base import Decoder, Greedy, TimedGreedy, is_checkpoint
+from slimexport.runtime.base import Decoder, Greedy, Step, TimedGreedy, is_checkpoint
 from slimexport.runtime.checkpoint import CheckpointDecoder
 from slimexport.runtime.llama_cpp import MODEL, LlamaCppDecoder
 from slimexport.runtime.onnx import GRAPH, KVState, OnnxDecoder, require_provider
 
 __all__ = [
     "GRAPH", "MODEL", "CheckpointDecoder", "Decoder", "Greedy", "KVState", "LlamaCppDecoder", "OnnxDecoder",
-    "TimedGreedy", "is_checkpoint", "open_decoder", "require_provider",
+    "Step", "TimedGreedy", "is_checkpoint", "open_decoder", "require_provider",
 ]  # fmt: skip
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,18 @@ class Greedy:
     margins: NDArray[np.float32]
 
 
+Step = tuple[float, int]
+"""Seconds of a call, and the token that it gave."""
+
+
 @dataclass(frozen=True)
 class TimedGreedy:
     """Seconds to the first token, seconds of each further token, and the tokens (one more than `token_seconds`)."""
+
+    @classmethod
+    def of(cls, steps: Iterable[Step]) -> TimedGreedy:
+        (first, *rest), tokens = zip(*steps, strict=True)
+        return cls(first, tuple(rest), tokens)
 
     ttft_seconds: float
     token_seconds: tuple[float, ...]
@@ -125,23 +134,24 @@ class Decoder(ABC):
             ids = np.array([[token]], np.int64)
         return Greedy(tokens, margins)
 
-    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
-        """Like `greedy`, with the wall clock read after each token is known on the host.
+    def stepped(self, prompt_ids: NDArray[np.int64], steps: int) -> Iterator[Step]:
+        """Like `greedy`, one call at a time: the prefill (TTFT) and `steps` further tokens.
 
-        The first token belongs to the prefill (TTFT); `steps` further tokens are decoded, one call each. Memory for
-        the cache is there before the clock starts, as it is in a server.
+        The clock runs from token ids on the host to the next token there, and stands still between calls, so that
+        several models can take turns. Memory for the cache is there before it starts, as it is in a server.
         """
         ids = np.asarray(prompt_ids, np.int64)[None]
         past = self.room(1, ids.shape[1] + steps)
-        tokens: list[int] = []
-        clock = [time.perf_counter()]
         for _ in range(steps + 1):
+            started = time.perf_counter()
             logits, past = self.last_logits(ids, past)
-            tokens.append(int(logits[0].argmax()))
-            ids = np.array([[tokens[-1]]], np.int64)
-            clock.append(time.perf_counter())
-        seconds = [after - before for before, after in pairwise(clock)]
-        return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
+            token = int(logits[0].argmax())
+            ids = np.array([[token]], np.int64)
+            yield time.perf_counter() - started, token
+
+    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
+        """All of `stepped`."""
+        return TimedGreedy.of(self.stepped(prompt_ids, steps))
 
     def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
         """Seconds of `steps` further greedy tokens for each of several prompts int64 [b, t], their prefill not

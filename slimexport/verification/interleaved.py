@@ -1,13 +1,17 @@
 """Who is measured when: all models take turns within a round, and every round turns their order round.
 
+They take turns every TURN tokens as well: a machine that others use too is slow now and then for a tenth of a second,
+and what was measured within that of each other has the same luck.
+
 TTFT: from the prompt's token ids to the first token on the host, with an empty cache. ITL: time between two output
 tokens after that. Greedy, no queue, no network, tokenisation not included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +19,12 @@ from numpy.typing import NDArray
 
 from slimexport.machine.energy import Meter
 from slimexport.machine.watch import Watch
-from slimexport.runtime import TimedGreedy
+from slimexport.runtime import Step
 
 # Rounds of warm-up, at least and at most: until no model is more than STEADY faster than in the round before.
 WARM_UP = (2, 5)
 STEADY = 0.03
+TURN = 4  # tokens
 
 Progress = Callable[[int, int], None]
 """Called with rounds done and rounds in all."""
@@ -28,7 +33,9 @@ Progress = Callable[[int, int], None]
 class Timed(Protocol):
     """A model that can be asked for tokens, one sequence at a time."""
 
-    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy: ...
+    def stepped(self, prompt_ids: NDArray[np.int64], steps: int) -> Iterator[Step]:
+        """Seconds and token of a prefill and of each of `steps` further tokens."""
+        ...
 
     def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
         """Seconds of `steps` further tokens for each of several prompts [b, t]; None where it cannot."""
@@ -145,17 +152,26 @@ def _round(
     samples.orders.append(order)
     for length in sorted({*quantities.prompts, *quantities.pasts}):
         given, decoded = prompt(length), quantities.tokens if length in quantities.pasts else 0
+        runs, joules = {}, dict.fromkeys(order, 0.0)
+        seconds: dict[str, list[float]] = {name: [] for name in order}
         for name in order:
             # One untimed token first: threads sleep and the caches hold the other model.
-            models[name].timed_greedy(given[:1], 0)
+            list(models[name].stepped(given[:1], 0))
             before = meter.joules()
-            run = models[name].timed_greedy(given, decoded)
+            runs[name] = models[name].stepped(given, decoded)
+            took, _ = next(runs[name])
+            joules[name] += meter.joules() - before
             if length in quantities.prompts:
-                samples.ttft[name][length].append(run.ttft_seconds)
-            if decoded:
-                samples.itl[name][length].append(list(run.token_seconds))
-            if decoded and meter.there:
-                samples.joules[name][length].append((meter.joules() - before) / decoded)
+                samples.ttft[name][length].append(took)
+        for turn in range(-(-decoded // TURN)):
+            for name in order[:: 1 if turn % 2 == 0 else -1]:
+                before = meter.joules()
+                seconds[name] += [took for took, _ in islice(runs[name], TURN)]
+                joules[name] += meter.joules() - before
+        for name in order if decoded else ():
+            samples.itl[name][length].append(seconds[name])
+            if meter.there:
+                samples.joules[name][length].append(joules[name] / decoded)
     for size in quantities.batches:
         several = np.stack([prompt(quantities.pasts[0]) for _ in range(size)])
         for name in order:

@@ -21,7 +21,6 @@ from slimexport.bench.subjects import onnx as onnx_kind
 from slimexport.errors import BadInputError
 from slimexport.machine import rates, watch
 from slimexport.machine.cores import default_threads
-from slimexport.runtime import TimedGreedy
 from slimexport.verification import interleaved
 
 SMALL = Settings(prompts=(4,), pasts=(8,), batches=(2,), tokens=4, rounds=6, threads=1)
@@ -142,13 +141,13 @@ def test_a_real_bench_measures_everything(place: Path, monkeypatch: pytest.Monke
 
 
 def fake(seconds: float, calls: list[str], name: str) -> Any:
-    def timed_greedy(prompt: Any, steps: int) -> TimedGreedy:
+    def stepped(prompt: Any, steps: int) -> Any:
         calls.append(name)
-        return TimedGreedy(seconds * len(prompt), (seconds,) * steps, (0,) * (steps + 1))
+        return iter([(seconds * len(prompt), 0), *[(seconds, 0)] * steps])
 
     return SimpleNamespace(
         name=name, kind="fake", precision="fp32", vocabulary=99, max_positions=None, streamed_bytes=10**9,
-        timed_greedy=timed_greedy, timed_batch=lambda prompts, steps: None,
+        stepped=stepped, timed_batch=lambda prompts, steps: None,
     )  # fmt: skip
 
 
@@ -177,12 +176,12 @@ def test_ratios_floors_and_what_cannot_be_measured(monkeypatch: pytest.MonkeyPat
 def test_the_first_model_is_judged_by_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
     scattered = iter(np.random.default_rng(0).choice([0.01, 0.09, 0.02, 0.08, 0.03], 500))
 
-    def timed_greedy(prompt: Any, steps: int) -> TimedGreedy:
+    def stepped(prompt: Any, steps: int) -> Any:
         seconds = float(next(scattered))
-        return TimedGreedy(seconds, (seconds,) * steps, (0,) * (steps + 1))
+        return iter([(seconds, 0)] * (steps + 1))
 
     model = fake(0.01, [], "a")
-    model.timed_greedy, model.timed_batch = timed_greedy, lambda prompts, steps: float(next(scattered))
+    model.stepped, model.timed_batch = stepped, lambda prompts, steps: float(next(scattered))
     monkeypatch.setattr(subjects_module, "open_all", lambda paths, settings: {"a": model})
     monkeypatch.setattr(rates, "measured", lambda threads: rates.Rates(threads, 1e11, 1e11))
     monkeypatch.setattr(watch.Watch, "busy", None)
@@ -260,7 +259,7 @@ def test_gguf_through_llama_cpp_python(monkeypatch: pytest.MonkeyPatch, tmp_path
     (subject,) = open_all([path], SMALL).values()
     assert seen[0]["n_ctx"] == 13
     assert seen[0]["n_threads"] == 1
-    assert subject.timed_greedy(np.array([0, 1, 2]), 2).tokens == (2, 1, 1)
+    assert [token for _, token in subject.stepped(np.array([0, 1, 2]), 2)] == [2, 1, 1]
     assert (subject.vocabulary, subject.streamed_bytes) == (3, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import comb
 
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 
 from slimexport.artifacts import Estimates
 from slimexport.machine import rates, watch
-from slimexport.runtime import TimedGreedy
 from slimexport.verification import interleaved
 from slimexport.verification import latency as latency_module
 from slimexport.verification.intervals import defect, median, paired_figure, relative_iqr
@@ -33,12 +32,16 @@ class FakeDecoder:
     def __init__(self, name, calls, seconds, max_positions=None):
         self.name, self.calls, self.seconds, self.max_positions = name, calls, seconds, max_positions
 
-    def timed_greedy(self, prompt, steps):
+    def stepped(self, prompt, steps):
         if (len(prompt), steps) == (1, 0):
             self.calls.append((self.name, "untimed", 1))
-            return TimedGreedy(0.0, (), (0,))
+            yield 0.0, 0
+            return
         self.calls.append((self.name, len(prompt), steps, tuple(prompt[:3])))
-        return TimedGreedy(self.seconds * len(prompt), tuple([self.seconds] * steps), tuple(range(steps + 1)))
+        yield self.seconds * len(prompt), 0
+        for token in range(steps):
+            self.calls.append((self.name, "token", token))
+            yield self.seconds, token
 
 
 def test_bytes_of_a_token_by_precision():
@@ -96,7 +99,7 @@ def test_figures_ratios_and_ideals():
 
 def test_models_take_turns_on_the_same_prompt():
     made, calls = measured(runs=4, lengths=(8,))
-    timed = [call for call in calls if call[1] != "untimed"]
+    timed = [call for call in calls if call[1] not in ("untimed", "token")]
     pairs = list(zip(timed[::2], timed[1::2], strict=True))
     assert len(pairs) == (2 + 4) * 2  # two rounds of warm-up and four; one prompt length and decoding
     for first, second in pairs:
@@ -110,6 +113,12 @@ def test_models_take_turns_on_the_same_prompt():
         if call[1] == 8:
             assert before == (call[0], "untimed", 1)
     assert calls == measured(runs=4, lengths=(8,))[1]
+    # And they take turns every few tokens, in turned order, so that both have the same luck.
+    tokens = [name for name, what, *_ in calls[-32:] if what == "token"]
+    assert len(tokens) == 32
+    turns = [name for name, of in groupby(tokens) for _ in range(len(list(of)) // interleaved.TURN)]
+    assert sorted(turns) == ["baseline"] * 4 + ["shrunk"] * 4
+    assert turns[:4] == [turns[0], turns[1], turns[1], turns[0]]
 
 
 def test_warm_up_is_not_recorded():
@@ -197,7 +206,8 @@ def test_energy_is_a_figure_where_the_machine_tells(monkeypatch):
     monkeypatch.setattr(interleaved, "Meter", Meter)
     made, _ = measured()
     figure = next(figure for figure in made.figures if figure.name == "decode.joules_per_token")
-    assert figure.shrunk == figure.baseline == 8.0 / made.details["decode_tokens"]
+    tokens = made.details["decode_tokens"]
+    assert figure.shrunk == figure.baseline == 8.0 * (1 + tokens / interleaved.TURN) / tokens  # read once a turn
     assert figure.ratio == 1
     assert "whole processor package" in figure.note
     monkeypatch.undo()
@@ -215,9 +225,9 @@ def test_real_work_of_others_is_seen():
 
 def test_warm_up_goes_on_while_a_model_gets_faster(monkeypatch):
     class Warming(FakeDecoder):
-        def timed_greedy(self, prompt, steps):
+        def stepped(self, prompt, steps):
             self.seconds = max(0.01, self.seconds * 0.9)
-            return super().timed_greedy(prompt, steps)
+            return super().stepped(prompt, steps)
 
     def rounds(decoder):
         return measure_latency(decoder, None, TEXT, prompt_lengths=(8,), decode_tokens=4, runs=2, seed=0).details[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slimexport.errors import BadInputError
 from slimexport.run_directory import exports_in
-from slimexport.runtime import MODEL, LlamaCppDecoder, TimedGreedy
+from slimexport.runtime import MODEL, LlamaCppDecoder, Step
 from slimexport.runtime.llama_api import INSTALL
 
 if TYPE_CHECKING:
@@ -78,18 +78,14 @@ class LlamaCppPythonSubject:
         self.max_positions: int | None = int(self.model.n_ctx_train()) if hasattr(self.model, "n_ctx_train") else None
         self.streamed_bytes: int | None = None
 
-    def timed_greedy(self, prompt_ids: NDArray[np.int64], steps: int) -> TimedGreedy:
+    def stepped(self, prompt_ids: NDArray[np.int64], steps: int) -> Iterator[Step]:
         self.model.reset()
-        tokens: list[int] = []
         given = prompt_ids.tolist()
-        clock = [time.perf_counter()]
         for _ in range(steps + 1):
+            started = time.perf_counter()
             self.model.eval(given)
-            tokens.append(int(np.argmax(self.model.eval_logits[-1])))
-            given = tokens[-1:]
-            clock.append(time.perf_counter())
-        seconds = [after - before for before, after in pairwise(clock)]
-        return TimedGreedy(seconds[0], tuple(seconds[1:]), tuple(tokens))
+            given = [int(np.argmax(self.model.eval_logits[-1]))]
+            yield time.perf_counter() - started, given[0]
 
     def timed_batch(self, prompts: NDArray[np.int64], steps: int) -> float | None:
         return None
