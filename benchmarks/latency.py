@@ -1,12 +1,14 @@
 """Ours beside whatever else would run the same checkpoint: decoding and prefill, dense and shrunk, in every precision.
 
     python benchmarks/latency.py --work DIR --build        # makes every graph; may share the machine
-    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--rounds 12]     # may not
+    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--processes 6]   # may not
     python benchmarks/latency.py --render      # the table, from the JSON alone
 
-One group is one model in one precision at one number of threads; all its candidates take turns in one run
-(`slimexport.verification.interleaved`), and every ratio is to ours, above 1 where ours is faster. A machine that had
-other work to do gives no row: the group is measured again by the next call.
+One group is one model in one precision at one number of threads; all its candidates take turns in one process
+(`slimexport.verification.interleaved`), every process opens them in another order, and ratios are to ours, above 1
+where ours is faster. Several processes, because where the system puts a graph's weights makes it some percent faster or
+slower for as long as it is open: the interval of a ratio is a bootstrap over processes, and over rounds within them.
+What was measured while the machine had other work to do is measured again by the next call.
 
 The shrunk model is 30 % smaller, `--fast --layout uniform`, so that every tool can read it. What is quantised is the
 same model off the 4-bit grid that the demo model's weights lie on (offgrid.py). Candidates of one group:
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -41,7 +44,10 @@ MODELS = ("dense", "shrunk")
 OURS = "slimexport"
 BEST = {"fuse_mlp_gate_up": "true", "prune_lm_head": "true"}
 ONNX = ("genai builder", "genai builder, best", "transformers.exporters")
-QUANTITIES = ("prefill.ttft_ms.128", "prefill.ttft_ms.512", "decode.tpot_ms.128", "decode.tpot_ms.512")
+LENGTHS = (128, 512)  # of prompts, and of what is there when decoding begins
+QUANTITIES = tuple(f"{name}.{n}" for name in ("prefill.ttft_ms", "decode.tpot_ms") for n in LENGTHS)
+TORCH_PROCESSES = 2  # torch is far behind, and takes long: not in every process
+DRAWS = 2000
 
 
 def main() -> None:
@@ -49,71 +55,111 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--work", type=Path, help="keeps checkpoints and graphs")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="in each process, after a warm-up")
     parser.add_argument("--only", help="groups, such as dense/fp32, joined by commas")
     parser.add_argument("--candidates", help="parts of their names, joined by commas; ours is always there")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
     parser.add_argument("--build", action="store_true", help="only make what is missing, and measure nothing")
     parser.add_argument("--busy", action="store_true", help="keep rows of a busy machine, to try the script out")
+    parser.add_argument("--once", type=int, help="the number of this process, of the one group that is named")
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
+    if options.once is not None:
+        print(json.dumps(once(options, *options.only.split("/"), int(options.threads), options.once)))
+        return
     rows = load_rows(options.out)
     if not options.render:
-        for model in MODELS:
-            for precision in PRECISIONS:
-                for threads in map(int, options.threads.split(",")):
+        for threads in map(int, options.threads.split(",")):
+            for model in MODELS:
+                for precision in PRECISIONS:
                     if options.only is None or f"{model}/{precision}" in options.only.split(","):
                         group(options, rows, model, precision, threads)
     print(render(rows))
 
 
 def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, precision: str, threads: int) -> None:
-    """Measures what is missing of one group, and keeps it."""
-    key = f"{model}/{precision}/{threads}"
-    if any(row["group"] == key for row in rows):
+    """Measures what is missing of one group, each process as soon as it ends."""
+    if options.build:
+        for name in candidates(options):
+            place_of(options, model, precision, name)
         return
+    key = f"{model}/{precision}/{threads}"
+    for number in range(options.processes):
+        if any((row["group"], row["process"]) == (key, number) for row in rows):
+            continue
+        words = [sys.executable, __file__, "--work", str(options.work), "--only", f"{model}/{precision}"]
+        words += ["--threads", str(threads), "--rounds", str(options.rounds), "--once", str(number)]
+        words += ["--candidates", options.candidates] if options.candidates else []
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        made = json.loads(done.stdout.splitlines()[-1])
+        if made["busy"] and not options.busy:
+            print(f"{key}, process {number}: {made['busy']}; not kept", flush=True)
+            continue
+        rows.append({"group": key, "process": number, **made})
+        save_rows(options.out, rows)
+
+
+def candidates(options: argparse.Namespace) -> list[str]:
+    wanted = options.candidates.split(",") if options.candidates else None
+    return [name for name in CANDIDATES if name == OURS or wanted is None or any(part in name for part in wanted)]
+
+
+def place_of(options: argparse.Namespace, model: str, precision: str, name: str) -> Path | None:
+    """Where the candidate lies, made if it is not there; None where it cannot be had."""
+    place: Path = options.work / model / precision / name.replace(" ", "-").replace(",", "")
+    try:
+        if not place.is_dir():
+            CANDIDATES[name][0](options, model, precision, place)
+    except Unsupported as error:
+        print(f"{model}/{precision}: {name}: {error}", flush=True)
+        return None
+    return place
+
+
+def once(options: argparse.Namespace, model: str, precision: str, threads: int, number: int) -> dict[str, Any]:
+    """Seconds of every candidate, by round: TTFT, and the mean of the tokens after it."""
+    import numpy as np
+
     from slimexport.bench import Settings
-    from slimexport.bench.results import result
+    from slimexport.environment import environment
     from slimexport.machine import huge_pages, rates
     from slimexport.verification import interleaved
 
-    settings = Settings(prompts=(128, 512), pasts=(128, 512), rounds=options.rounds, threads=threads)
-    wanted = options.candidates.split(",") if options.candidates else None
+    settings = Settings(prompts=LENGTHS, pasts=LENGTHS, rounds=options.rounds, threads=threads)
+    rng = np.random.default_rng(number)
+    names = candidates(options)
+    if number >= TORCH_PROCESSES:
+        names = [name for name in names if not name.startswith("torch")]
     subjects: dict[str, Any] = {}
-    made_of = options.work / model / precision
-    for name, (build, opened) in CANDIDATES.items():
-        if name != OURS and wanted is not None and not any(part in name for part in wanted):
-            continue
-        place = made_of / name.replace(" ", "-").replace(",", "")
-        try:
-            if not place.is_dir():
-                build(options, model, precision, place)
-            if not options.build:
-                subjects[name] = opened(place, name, settings, precision)
-        except Unsupported as error:
-            print(f"{key}: {name}: {error}", flush=True)
-    if options.build:
-        return
-    import numpy as np
-
-    rng = np.random.default_rng(0)
+    for name in rng.permutation(names):
+        if (place := place_of(options, model, precision, str(name))) is not None:
+            subjects[str(name)] = CANDIDATES[name][1](place, str(name), settings, precision)
     vocabulary = min(subject.vocabulary for subject in subjects.values())
     huge_pages.ask()
     most = rates.measured(threads)
     samples = interleaved.measure(
         subjects, settings.quantities, lambda n: rng.integers(0, vocabulary, n), rounds=settings.rounds, threads=threads
     )
-    made = result(subjects, settings, most, samples)
-    if samples.busy and not options.busy:
-        print(f"{key}: {samples.busy}; not kept", flush=True)
-        return
-    for name in subjects:
-        rows.append({
-            "group": key, "candidate": name, "rounds": settings.rounds, "rates": dataclasses.asdict(most),
-            "figures": [dataclasses.asdict(figure) for figure in made.figures[name]],
-            "cpu": made.environment["cpu"], "packages": made.environment["packages"], **samples.watched,
-        })  # fmt: skip
-    save_rows(options.out, rows)
+    known = environment()
+    return {
+        "busy": samples.busy,
+        "opened": list(subjects),
+        "seconds": {
+            name: {
+                **{f"prefill.ttft_ms.{n}": times for n, times in samples.ttft[name].items()},
+                **{f"decode.tpot_ms.{n}": np.mean(runs, axis=1).tolist() for n, runs in samples.itl[name].items()},
+            }
+            for name in subjects
+        },
+        "streamed_bytes": {name: subject.streamed_bytes for name, subject in subjects.items()},
+        "rates": dataclasses.asdict(most),
+        "cpu": known["cpu"],
+        "packages": known["packages"],
+        **samples.watched,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -252,32 +298,64 @@ CANDIDATES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
 # ------------------------------------------------------------------------------------------------------------- table
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Median milliseconds, and how many times as fast ours is, with a 95 % interval."""
+
+    ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+def cells(rows: list[dict[str, Any]], group: str) -> dict[str, dict[str, Cell]]:
+    """By candidate and quantity. A ratio is the geometric mean over processes of the median over their rounds."""
+    import numpy as np
+
+    of = [row["seconds"] for row in rows if row["group"] == group]
+    found: dict[str, dict[str, Cell]] = {}
+    for name in (name for name in CANDIDATES if any(name in seconds for seconds in of)):
+        found[name] = {}
+        for quantity in QUANTITIES:
+            pairs = [(s[name][quantity], s[OURS][quantity]) for s in of if name in s]
+            logs = [np.log(np.divide(own, ours)) for own, ours in pairs]
+            rng = np.random.default_rng(0)
+            draws = [
+                np.mean([np.median(rng.choice(logs[which], len(logs[which])))
+                         for which in rng.integers(0, len(logs), len(logs))])
+                for _ in range(DRAWS)
+            ]  # fmt: skip
+            low, high = np.exp(np.percentile(draws, (2.5, 97.5)))
+            ms = 1e3 * float(np.median(np.concatenate([own for own, _ in pairs])))
+            ratio = float(np.exp(np.mean([np.median(each) for each in logs])))
+            found[name][quantity] = Cell(ms, ratio, float(low), float(high))
+    return found
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     """One line a candidate of a group: its times, and in brackets how many times ours is as fast."""
-    head = ["model, precision, threads", "candidate", *QUANTITIES]
     body = []
-    for row in rows:
-        figures = {figure["name"]: figure for figure in row["figures"]}
-        body.append([row["group"].replace("/", ", "), row["candidate"], *(_cell(figures.get(q)) for q in QUANTITIES)])
-    return table(head, body)
+    for group in dict.fromkeys(row["group"] for row in rows):
+        for name, of in cells(rows, group).items():
+            body.append([group.replace("/", ", "), name, *(_cell(of[q], name) for q in QUANTITIES)])
+    return table(["model, weights, threads", "candidate", *map(_short, QUANTITIES)], body)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """One line a group: our times, how many times as fast as the best ONNX rival, and every rival that is faster."""
-    head = ["model, precision, threads", *(_short(q) for q in QUANTITIES), "faster than ours"]
     body = []
     for group in dict.fromkeys(row["group"] for row in rows):
-        found = {row["candidate"]: {f["name"]: f for f in row["figures"]} for row in rows if row["group"] == group}
-        cells, faster = [], []
+        of = cells(rows, group)
+        line, faster = [], []
         for quantity in QUANTITIES:
-            rivals = {name: of[quantity] for name, of in found.items() if name != OURS and of[quantity]["valid"]}
-            onnx = [figure["ratio"] for name, figure in rivals.items() if name in ONNX]
-            own = found[OURS][quantity]
-            cells.append(_cell(own) + (f" ({min(onnx):.2f})" if onnx and own["valid"] else ""))
-            ahead = {name: 1 / figure["ratio"] for name, figure in rivals.items() if figure["ratio_high"] < 1}
-            faster += [f"{name} {times:.2f} x ({_short(quantity)})" for name, times in ahead.items()]
-        body.append([group.replace("/", ", "), *cells, "; ".join(faster) or "none"])
-    return table(head, body)
+            onnx = [of[name][quantity].ratio for name in ONNX if name in of]
+            line.append(f"{of[OURS][quantity].ms:.1f} ({min(onnx):.2f})")
+            faster += [
+                f"{name} {1 / its[quantity].ratio:.2f} x ({_short(quantity)})"
+                for name, its in of.items() if its[quantity].high < 1
+            ]  # fmt: skip
+        body.append([group.replace("/", ", "), *line, "; ".join(faster) or "none"])
+    return table(["model, weights, threads", *map(_short, QUANTITIES), "faster than ours"], body)
 
 
 def _short(quantity: str) -> str:
@@ -286,12 +364,8 @@ def _short(quantity: str) -> str:
     return f"{name.removesuffix('_ms').upper()} {length}"
 
 
-def _cell(figure: dict[str, Any] | None) -> str:
-    if figure is None or not figure["valid"]:
-        return "–"
-    if figure["ratio"] == 1.0:
-        return f"{figure['value']:.1f}"
-    return f"{figure['value']:.1f} ({figure['ratio']:.2f}, {figure['ratio_low']:.2f}-{figure['ratio_high']:.2f})"
+def _cell(cell: Cell, name: str) -> str:
+    return f"{cell.ms:.1f}" + ("" if name == OURS else f" ({cell.ratio:.2f}, {cell.low:.2f}-{cell.high:.2f})")
 
 
 if __name__ == "__main__":
