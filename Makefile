@@ -1,7 +1,7 @@
 # make demo       prunes, exports and verifies a real small model; prints the report's summary
 # make test       fast tests, ruff, mypy
 # make test-full  all tests, the slow ones too
-# make docs       the site of docs/, in out/docs
+# make docs       the site of docs/, in site/
 # make install    the environment alone
 #
 # VENV and PYTHON choose another environment; TORCH_INDEX another source of torch, such as
@@ -12,7 +12,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRA ?= cpu
-OUT ?= out/demo
+OUT ?= demo
 # A quarter of the default's text: minutes on two cores. Empty for the run as it is without options.
 DEMO_TEXT ?= --calibration-tokens 16384 --probe-tokens 1024
 # One process for every core, of one thread each. Empty for all tests in one process.
@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -W --keep-going -q docs out/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs site
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Ours beside whatever else would run the same checkpoint: decoding and prefill, dense and shrunk, in every precision.
 
     python benchmarks/latency.py --work DIR --build        # makes every graph; may share the machine
-    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--processes 6]   # may not
+    python benchmarks/latency.py --work DIR [--threads 1,2] [--only dense/fp32] [--processes 4]   # may not
     python benchmarks/latency.py --render      # the table, from the JSON alone
 
 One group is one model in one precision at one number of threads; all its candidates take turns in one process
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--work", type=Path, help="keeps checkpoints and graphs")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="in each process, after a warm-up")
     parser.add_argument("--only", help="groups, such as dense/fp32, joined by commas")
     parser.add_argument("--candidates", help="parts of their names, joined by commas; ours is always there")

@@ -1,4 +1,4 @@
-"""Sphinx's settings: `make docs` builds docs/ into out/docs; warnings are errors."""
+"""Sphinx's settings: `make docs` builds docs/ into site/; warnings are errors."""
 
 import click
 

@@ -258,7 +258,6 @@ def _demo(_: Path) -> Check:
 def _machine(directory: Path) -> Check:
     import psutil
 
-    from slimexport.machine import huge_pages
     from slimexport.machine.cores import default_threads
 
     free, memory = shutil.disk_usage(directory).free, psutil.virtual_memory().available
@@ -267,9 +266,6 @@ def _machine(directory: Path) -> Check:
         return Check("machine", False, message, f"the demo alone needs {_ENOUGH_DISK / 1e9:.0f} GB of disk")
     if memory < _ENOUGH_MEMORY:
         return Check("machine", False, message, f"the demo alone needs {_ENOUGH_MEMORY / 1e9:.0f} GB of memory")
-    if huge_pages.mode() == "madvise" and "hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
-        tip = "graphs decode faster with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (docs/graphs.md, Huge pages)"
-        return Check("machine", True, message, tip)
     return Check("machine", True, message)
 
 

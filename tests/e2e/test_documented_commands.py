@@ -65,7 +65,7 @@ def test_commands_are_understood(page: Path) -> None:
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif words[0] == "pip":
-            extras = re.findall(r"slimexport\[(\w+)\]", " ".join(words))
+            extras = re.findall(r"(?:slimexport|\.)\[(\w+)\]", " ".join(words))
             assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
         else:
             assert words[0] in ("python", "optimum-cli")

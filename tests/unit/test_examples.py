@@ -17,7 +17,7 @@ import yaml
 import slimexport
 from slimexport.cli import main
 from slimexport.config import make_config
-from slimexport.recipe import load_recipe
+from slimexport.recipe import builtin, load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -29,7 +29,7 @@ def parses(words: list[str]) -> None:
     command = main.commands[words[1]]
     with command.make_context(words[1], words[2:]) as ctx:
         recipe = ctx.params.get("recipe")
-        assert recipe is None or (ROOT / recipe).is_file()
+        assert recipe is None or (ROOT / recipe).is_file() or str(recipe) in builtin()
 
 
 def commands(text: str) -> list[list[str]]:
