@@ -46,7 +46,6 @@ BEST = {"fuse_mlp_gate_up": "true", "prune_lm_head": "true"}
 ONNX = ("genai builder", "genai builder, best", "transformers.exporters")
 LENGTHS = (128, 512)  # of prompts, and of what is there when decoding begins
 QUANTITIES = tuple(f"{name}.{n}" for name in ("prefill.ttft_ms", "decode.tpot_ms") for n in LENGTHS)
-TORCH_PROCESSES = 2  # torch is far behind, and takes long: not in every process
 DRAWS = 2000
 
 
@@ -85,11 +84,23 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
             place_of(options, model, precision, name)
         return
     key = f"{model}/{precision}/{threads}"
-    for number in range(options.processes):
+    torch = precision == "fp32" and any(name.startswith("torch") for name in candidates(options))
+    for number in range(
+        options.processes + torch
+    ):  # torch is far behind and takes long: one process, beside ours alone
         if any((row["group"], row["process"]) == (key, number) for row in rows):
             continue
         words = [sys.executable, __file__, "--work", str(options.work), "--only", f"{model}/{precision}"]
-        words += ["--threads", str(threads), "--rounds", str(options.rounds), "--once", str(number)]
+        words += [
+            "--threads",
+            str(threads),
+            "--rounds",
+            str(options.rounds),
+            "--once",
+            str(number),
+            "--processes",
+            str(options.processes),
+        ]
         words += ["--candidates", options.candidates] if options.candidates else []
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -131,8 +142,7 @@ def once(options: argparse.Namespace, model: str, precision: str, threads: int, 
     settings = Settings(prompts=LENGTHS, pasts=LENGTHS, rounds=options.rounds, threads=threads)
     rng = np.random.default_rng(number)
     names = candidates(options)
-    if number >= TORCH_PROCESSES:
-        names = [name for name in names if not name.startswith("torch")]
+    names = [name for name in names if name == OURS or name.startswith("torch") == (number >= options.processes)]
     subjects: dict[str, Any] = {}
     for name in rng.permutation(names):
         if (place := place_of(options, model, precision, str(name))) is not None:
@@ -141,7 +151,12 @@ def once(options: argparse.Namespace, model: str, precision: str, threads: int, 
     huge_pages.ask()
     most = rates.measured(threads)
     samples = interleaved.measure(
-        subjects, settings.quantities, lambda n: rng.integers(0, vocabulary, n), rounds=settings.rounds, threads=threads
+        subjects,
+        settings.quantities,
+        lambda n: rng.integers(0, vocabulary, n),
+        rounds=settings.rounds,
+        threads=threads,
+        warm_up=(1, 1),
     )
     known = environment()
     return {

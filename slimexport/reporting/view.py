@@ -48,7 +48,7 @@ LEGEND = (
 )
 EXPORT_LEGEND = (
     "In brackets the ratio to the dense model: in the same precision where time and size are concerned, in full "
-    "precision, where that was exported, where accuracy is."
+    "precision where accuracy is."
 )
 CONTINUATIONS = (
     "Greedy tokens after stretches of the evaluation text. Other words are not worse ones; nonsense is seen at once."
@@ -125,7 +125,7 @@ def tables(report: Report) -> tuple[list[Row], list[Row]]:
 
 def exports(report: Report) -> list[tuple[str, ...]]:
     """Rows of EXPORT_COLUMNS, one for each export, where there are several: shrunk, and in brackets the ratio to the
-    dense model (latency: in the same precision; accuracy: in full precision, where that was exported)."""
+    dense model (latency: in the same precision; accuracy: in full precision)."""
     if not report.others:
         return []
     lengths = [int(f.name.rpartition(".")[2]) for f in report.verification.figures if f.name.startswith(_TTFT)]

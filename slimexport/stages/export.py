@@ -27,7 +27,7 @@ from slimexport.artifacts import (
 from slimexport.environment import version
 from slimexport.errors import BadInputError
 from slimexport.run_directory import BASELINE, CHECKPOINT, NUMERICS, PRUNE, PruneRecord, RunDirectory, lock_file
-from slimexport.stages.inputs import check_files, export_names, export_options, exports, fields_of
+from slimexport.stages.inputs import baselines, check_files, export_names, export_options, exports, fields_of
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -64,9 +64,9 @@ def export_stage(
         text = _rounding_text(directory / CHECKPOINT, config)
         for name, kind in exports(config).items():
             numerics[name] = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress, text)
-            if config.baseline:
-                place = f"{BASELINE}/{name}"
-                numerics[place] = baseline_for(source, directory / place, kind, config, progress, text)
+        for name, kind in baselines(config).items():
+            place = f"{BASELINE}/{name}"
+            numerics[place] = baseline_for(source, directory / place, kind, config, progress, text)
     write_json(directory / NUMERICS, numerics)
     directory.save_config(fields_of(config, "export"))
     directory.finish("export", key, time.monotonic() - started)

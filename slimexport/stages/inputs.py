@@ -149,10 +149,25 @@ def exports(config: RunConfig) -> dict[str, tuple[str, str]]:
             for target, precision in each}  # fmt: skip
 
 
+def baselines(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """The dense model's exports. Where all others are quantised there is one in fp32 as well: accuracy is held to it,
+    or what rounding costs would be seen nowhere."""
+    if not config.baseline:
+        return {}
+    each = exports(config)
+    if reference(config) is None:
+        each[config.target[0]] = (config.target[0], "fp32")
+    return each
+
+
+def reference(config: RunConfig) -> str | None:
+    """The first export that is not quantised, if there is one."""
+    return next((name for name, (_, precision) in exports(config).items() if not precision.startswith("int")), None)
+
+
 def export_names(config: RunConfig) -> list[str]:
-    """`exports`, and the dense model's."""
-    names = list(exports(config))
-    return [*names, *(f"{BASELINE}/{name}" for name in names if config.baseline)]
+    """`exports`, and `baselines`."""
+    return [*exports(config), *(f"{BASELINE}/{name}" for name in baselines(config))]
 
 
 def export_options(config: RunConfig, precision: str) -> ExportOptions:

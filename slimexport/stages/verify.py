@@ -22,7 +22,7 @@ from slimexport.run_directory import (
     RunDirectory,
     VerifyRecord,
 )
-from slimexport.stages.inputs import check_files, decided, earlier_exports, export_names, exports, fields_of
+from slimexport.stages.inputs import check_files, decided, earlier_exports, export_names, exports, fields_of, reference
 from slimexport.stages.tasks import with_tasks
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def verify_stage(
     for artifact in made_of.values():
         check_files(Path(artifact.path), artifact.files)
     numerics = read_json(directory / NUMERICS)
-    # Accuracy is held to the dense model in full precision, where that was exported.
-    full = next((n for n, (_, precision) in exports(config).items() if not precision.startswith("int")), None)
+    dense = f"{BASELINE}/{reference(config) or config.target[0]}"  # which accuracy is held to: in full precision
     compared = earlier_exports(config, directory.state, text.source)
     found: dict[str, VerificationReport] = {}
     directory.begin("verify")
@@ -89,12 +88,11 @@ def verify_stage(
                 numerics[name],
                 numerics.get(f"{BASELINE}/{name}"),
                 progress.update,
-                dense=made_of.get(f"{BASELINE}/{full or name}"),
+                dense=made_of.get(dense),
                 decode=partial(tokenizer.decode, skip_special_tokens=False),
                 enough=partial(_decided, config, name, compared, not found),
             )
         checkpoint = record.checkpoint.files
-        dense = f"{BASELINE}/{full or next(iter(found))}"
         found = with_tasks(found, directory, config, made_of, dense, checkpoint, tokenizer, progress)
     made, *_ = found.values()
     if far:

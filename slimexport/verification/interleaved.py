@@ -106,18 +106,20 @@ def measure(
     progress: Progress | None = None,
     enough: Callable[[Samples], bool] | None = None,
     at_most: int = 0,
+    warm_up: tuple[int, int] = WARM_UP,
 ) -> Samples:
-    """`rounds` rounds after the warm-up. `prompt(n)` gives n tokens, others at every call; one call serves all.
+    """`rounds` rounds after the warm-up, of at least and at most `warm_up` rounds. `prompt(n)` gives n tokens, others at
+    every call; one call serves all.
 
     Until these are `enough`, as many again are measured as there are, `at_most` rounds in all. Of rounds beside other
     work and rounds without, the latter count alone.
     """
     warm, before, meter = Samples.empty(list(models), quantities), None, Meter()
-    while warm.warm_up < WARM_UP[1]:
+    while warm.warm_up < warm_up[1]:
         _round(models, quantities, prompt, warm, warm.warm_up, meter)
         warm.warm_up += 1
         now = {name: _last(warm, name) for name in models}
-        if before and warm.warm_up >= WARM_UP[0] and all(now[name] > before[name] * (1 - STEADY) for name in models):
+        if before and warm.warm_up >= warm_up[0] and all(now[name] > before[name] * (1 - STEADY) for name in models):
             break
         before = now
 
