@@ -108,8 +108,8 @@ def measure(
     at_most: int = 0,
     warm_up: tuple[int, int] = WARM_UP,
 ) -> Samples:
-    """`rounds` rounds after the warm-up, of at least and at most `warm_up` rounds. `prompt(n)` gives n tokens, others at
-    every call; one call serves all.
+    """`rounds` rounds after the warm-up, of at least and at most `warm_up` rounds. `prompt(n)` gives n tokens, others
+    at every call; one call serves all.
 
     Until these are `enough`, as many again are measured as there are, `at_most` rounds in all. Of rounds beside other
     work and rounds without, the latter count alone.
@@ -177,9 +177,9 @@ def _round(
     for size in quantities.batches:
         several = np.stack([prompt(quantities.pasts[0]) for _ in range(size)])
         for name in order:
-            took = models[name].timed_batch(several, quantities.tokens)
-            if took is not None:
-                samples.batch[name][size].append(took)
+            whole = models[name].timed_batch(several, quantities.tokens)
+            if whole is not None:
+                samples.batch[name][size].append(whole)
 
 
 def _last(samples: Samples, name: str) -> float:
