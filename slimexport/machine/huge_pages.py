@@ -2,7 +2,7 @@
 
 A model that is decoded reads all its weights for every token, and with pages of 4 kB the processor looks up a page for
 every 4 kB of them. How much that costs depends on where the pages happen to lie, so that of several models in one
-process the first one decoded up to an eighth slower, whichever it was (docs/graphs.md). Where
+process the first one decoded up to an eighth slower, whichever it was (docs/speed.md). Where
 `/sys/kernel/mm/transparent_hugepage/enabled` is `madvise`, as in many distributions, memory gets them only for the
 asking. A server asks for most of what it allocates by starting with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35);
 here all that is there already is asked for.

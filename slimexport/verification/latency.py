@@ -99,7 +99,7 @@ def measure_latency(
     if shrunk.provider == "cpu" and (huge := huge_pages.ask()):
         notes.append(
             f"Latency: {huge / 1e6:.0f} MB of this process are in memory pages of 2 MB, or the model that is "
-            "opened first would be slower; processes with other settings differ by some percent (docs/graphs.md)."
+            "opened first would be slower; processes with other settings differ by some percent (docs/speed.md)."
         )
     rng = np.random.default_rng(seed)
     pasts = (prompt_tokens,) if prompt_tokens >= 1 else ()

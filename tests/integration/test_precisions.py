@@ -131,5 +131,10 @@ def test_a_precision_added_later_prunes_nothing_again(finished: Any) -> None:
     before = (out / "prune.json").read_bytes()
     pipeline.export(out, {"precision": ("int4",)}, force=True)
     pipeline.verify(out)
-    assert tuple(pipeline.report(out).exports) == ("onnx-int4", "baseline/onnx-int4")
+    report = pipeline.report(out)
+    assert tuple(report.exports) == ("onnx-int4", "baseline/onnx-int4", "baseline/onnx")
+    full = finished[1].others["onnx"].figure("accuracy.perplexity").baseline
+    assert report.verification.figure("accuracy.perplexity").baseline == pytest.approx(full), (
+        "what rounding costs is seen"
+    )
     assert (out / "prune.json").read_bytes() == before
