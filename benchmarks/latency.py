@@ -18,7 +18,8 @@ same model off the 4-bit grid that the demo model's weights lie on (offgrid.py).
     genai builder, best        with fuse_mlp_gate_up, prune_lm_head, and shared_embeddings where it takes that
     transformers.exporters     the graph that transformers traces itself, none of our passes over it
     torch, torch.compile       transformers on the CPU, in float32
-    openvino                   OpenVINO's own runtime (rivals/openvino.py)
+    openvino                   OpenVINO's own runtime (rivals/openvino.py), fp32 in float32
+    openvino, bfloat16         the same as it comes: it computes in bfloat16 where the CPU can
     llama.cpp                  the same model as `--target gguf` writes it (int8: Q8_0, int4: Q4_1)
 
 Graphs of others run as ours do: the cache in one place where all of it is GroupQueryAttention's.
@@ -276,6 +277,14 @@ def in_openvino(options: argparse.Namespace, model: str, precision: str, place: 
     openvino.build(found, precision, place)
 
 
+def as_it_comes(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
+    if precision != "fp32":
+        raise Unsupported("as it comes is how it is measured")
+    other = place_of(options, model, precision, "openvino")
+    if other is not None:
+        place.symlink_to(other.resolve())
+
+
 def graph(place: Path, name: str, settings: Any, precision: str) -> Any:
     from slimexport.bench.subjects import onnx
 
@@ -306,6 +315,7 @@ CANDIDATES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "torch": (torch_only, in_torch(False)),
     "torch.compile": (torch_only, in_torch(True)),
     "openvino": (in_openvino, openvino.opened),
+    "openvino, bfloat16": (as_it_comes, openvino.opened_as_it_comes),
     "llama.cpp": (gguf, in_llama_cpp),
 }
 

@@ -16,12 +16,19 @@ from pathlib import Path
 
 import cost
 import families
+import gate_noise
+import latency
+import operators
 import quality
+import rounding
 import size
+import speed
+import sweep_cost
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("pruning", "graphs", "families")))
+PAGES = ("pruning", "graphs", "speed", "gates", "families")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
@@ -30,6 +37,13 @@ TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "size": ("size.json", size.render),
     "cost": ("cost.json", cost.render),
     "families": (families.CHECKED, families.render),
+    "latency-summary": ("latency.json", latency.summary),
+    "latency": ("latency.json", latency.render),
+    "speed": ("speed.json", speed.render),
+    "operators": ("operators.json", operators.render),
+    "rounding": ("rounding.json", rounding.render),
+    "gate-noise": ("gate_noise.json", gate_noise.render),
+    "sweep": ("sweep.json", sweep_cost.render),
 }
 PLACE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
 

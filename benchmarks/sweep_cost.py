@@ -11,7 +11,6 @@ sweep's models must be, byte for byte, those of the single run.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import resource
 import shutil
@@ -112,7 +111,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             values, ratios = point["values"], point["ratios"]
             body.append([
                 f"{point['ratio']:g}", point["export"],
-                *(f"{of.get(name, math.nan):.{digits}f}" for name, of, digits in (
+                *(f"{of[name]:.{digits}f}" if name in of else "–" for name, of, digits in (
                     ("size.export_mb", values, 0), ("size.export_mb", ratios, 2), ("accuracy.perplexity", values, 2),
                     ("accuracy.perplexity", ratios, 2), ("accuracy.kl", values, 3))),
                 "yes" if point["name"] in best else "",

@@ -89,7 +89,14 @@ def _keep_cache(graph: Any) -> None:
 
 
 def opened(place: Path, name: str, settings: Any, precision: str) -> OpenVinoSubject:
-    return OpenVinoSubject(place, name, settings, precision)
+    """In float32 where the model is: by itself OpenVINO computes in bfloat16 where the CPU can."""
+    return OpenVinoSubject(
+        place, name, settings, precision, {"INFERENCE_PRECISION_HINT": "f32"} if precision == "fp32" else {}
+    )
+
+
+def opened_as_it_comes(place: Path, name: str, settings: Any, precision: str) -> OpenVinoSubject:
+    return OpenVinoSubject(place, name, settings, precision, {})
 
 
 class OpenVinoSubject:
@@ -97,11 +104,11 @@ class OpenVinoSubject:
 
     kind = "openvino"
 
-    def __init__(self, place: Path, name: str, settings: Any, precision: str):
+    def __init__(self, place: Path, name: str, settings: Any, precision: str, hints: dict[str, str]):
         import openvino
 
         self.name, self.precision = name, precision
-        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": settings.resolved_threads}
+        properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": settings.resolved_threads, **hints}
         self.compiled = compiled = openvino.Core().compile_model(str(place / GRAPH), "CPU", properties)
         self.request = compiled.create_infer_request()
         self.names = {min(port.get_names()) for port in compiled.inputs}
