@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -81,6 +83,11 @@ class Progress:
         """A line that stays."""
         self._line(f"{self._stage}: {text}" if self._stage else text)
 
+    def pin(self, text: str) -> None:
+        """Lines that stand above the bar from now on, and go with it; a log has no such place, and gets none."""
+        if self._terminal:
+            self._terminal.pinned = text
+
     def _restart(self) -> None:
         self._loop_started = self._shown = time.monotonic()
         self._last_done = 0.0
@@ -102,11 +109,21 @@ class _Terminal:
         self._console = Console(file=stream, highlight=False, soft_wrap=False)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self.pinned = ""
 
     def start(self, name: str) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
 
-        self._bar = Progress(
+        pinned = self.pinned
+
+        class Pinned(Progress):
+            def get_renderables(self) -> Iterable[RenderableType]:
+                if pinned:
+                    yield Text(pinned, no_wrap=True, overflow="ellipsis")
+                yield from super().get_renderables()
+
+        self._bar = Pinned(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[counted]}", markup=False),

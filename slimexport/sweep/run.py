@@ -79,11 +79,13 @@ def sweep(
         # The first measures the costs and exports the dense model for all.
         first, *others = ratios[::-1]
         made = {first: _one(runs[first], output, progress, None)}
+        _pin(made, progress)
         if len(devices) > 1 and others:
             made |= _in_parallel({ratio: runs[ratio] for ratio in others}, output, progress, devices)
         else:
             for ratio in others:
                 made[ratio] = _one(runs[ratio], output, progress, None)
+                _pin(made, progress)
     points = tuple(point for ratio in ratios for point in made[ratio][0])
     configs = {ratio: config.model_copy(update={"ratio": ratio}) for ratio in ratios}
     return Sweep(points, configs, {ratio: made[ratio][1] for ratio in ratios}, config.model)
@@ -128,6 +130,15 @@ def _one(config: RunConfig, output: Path, progress: Progress, report: Report | N
     for point in points:
         progress.note("  ".join([point.name, *(f"{name} {value:.4g}" for name, value in point.values.items())]))
     return points, int(ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED)
+
+
+def _pin(made: Mapping[float, Outcome], progress: Progress) -> None:
+    """The table so far, above the bar of what runs."""
+    from slimexport.reporting import terminal
+    from slimexport.sweep import report
+
+    points = [point for _, (of, _) in sorted(made.items()) for point in of]
+    progress.pin(terminal.table(report.heads(points), report.rows(points)))
 
 
 def _empty(config: RunConfig, place: Path) -> list[Point]:

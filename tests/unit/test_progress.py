@@ -82,6 +82,22 @@ def test_terminal_bar_never_wraps(clock: list[float], monkeypatch: pytest.Monkey
     assert max(map(len, re.split(r"[\r\n]", shown(stream)))) <= 60
 
 
+def test_a_pinned_table_stands_above_the_bar_and_goes_with_it(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream, log = Terminal(), io.StringIO()
+    for place in (stream, log):
+        progress = Progress(stream=place)
+        progress.pin("ratio  MB\n0.1   [400]")
+        with progress.stage("prune"):
+            clock[0] += 2
+            progress.update(1, 3)
+    assert re.search(r"0\.1   \[400\]\s*prune", shown(stream))
+    assert shown(stream).rindex("[400]") < shown(stream).rindex("done in")
+    assert "400" not in log.getvalue()
+
+
 def test_no_thread_draws_beside_what_is_timed(clock: list[float]) -> None:
     before = threading.active_count()
     with Progress(stream=Terminal()).stage("verify"):
