@@ -47,7 +47,9 @@ def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:
         for model in (small, masked, dense) if architecture.family.experts else ():
             model.set_experts_implementation("eager")  # the default knows no float64
         ours, theirs = (logits(m.double(), ids) for m in (copy.deepcopy(small), masked))
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        # Some families leave float64 on the way to their logits (a softcap in float32): there a last bit may differ.
+        rtol, atol = (1e-8, 1e-8) if ours.dtype == torch.float64 else (1e-5, 2e-6)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
         assert not torch.allclose(ours, logits(dense.double(), ids), atol=1e-3), "pruning changed nothing"
         shapes = {name: tuple(p.shape) for name, p in small.state_dict().items()}
         architecture.with_blocks(plan.blocks).check_weights(shapes, "shrunk")
