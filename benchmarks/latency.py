@@ -85,23 +85,14 @@ def group(options: argparse.Namespace, rows: list[dict[str, Any]], model: str, p
             place_of(options, model, precision, name)
         return
     key = f"{model}/{precision}/{threads}"
+    # torch is far behind and takes long: one more process, beside ours alone.
     torch = precision == "fp32" and any(name.startswith("torch") for name in candidates(options))
-    for number in range(
-        options.processes + torch
-    ):  # torch is far behind and takes long: one process, beside ours alone
+    for number in range(options.processes + torch):
         if any((row["group"], row["process"]) == (key, number) for row in rows):
             continue
         words = [sys.executable, __file__, "--work", str(options.work), "--only", f"{model}/{precision}"]
-        words += [
-            "--threads",
-            str(threads),
-            "--rounds",
-            str(options.rounds),
-            "--once",
-            str(number),
-            "--processes",
-            str(options.processes),
-        ]
+        words += ["--threads", str(threads), "--rounds", str(options.rounds)]
+        words += ["--once", str(number), "--processes", str(options.processes)]
         words += ["--candidates", options.candidates] if options.candidates else []
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:

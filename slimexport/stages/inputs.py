@@ -155,14 +155,14 @@ def baselines(config: RunConfig) -> dict[str, tuple[str, str]]:
     if not config.baseline:
         return {}
     each = exports(config)
-    if reference(config) is None:
-        each[config.target[0]] = (config.target[0], "fp32")
+    each.setdefault(reference(config), (config.target[0], "fp32"))
     return each
 
 
-def reference(config: RunConfig) -> str | None:
-    """The first export that is not quantised, if there is one."""
-    return next((name for name, (_, precision) in exports(config).items() if not precision.startswith("int")), None)
+def reference(config: RunConfig) -> str:
+    """Of `baselines` the name of the one that accuracy is held to: the first that is not quantised."""
+    names = (name for name, (_, precision) in exports(config).items() if not precision.startswith("int"))
+    return next(names, config.target[0])
 
 
 def export_names(config: RunConfig) -> list[str]:

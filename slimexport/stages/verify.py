@@ -70,7 +70,7 @@ def verify_stage(
     for artifact in made_of.values():
         check_files(Path(artifact.path), artifact.files)
     numerics = read_json(directory / NUMERICS)
-    dense = f"{BASELINE}/{reference(config) or config.target[0]}"  # which accuracy is held to: in full precision
+    dense = f"{BASELINE}/{reference(config)}"  # which accuracy is held to: in full precision
     compared = earlier_exports(config, directory.state, text.source)
     found: dict[str, VerificationReport] = {}
     directory.begin("verify")

@@ -24,10 +24,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    directory = tmp_path_factory.mktemp("material")
-    calibration, evaluation = tiny_model.write_texts(directory)
-    model = tiny_model.write_model(directory, calibration)
-    return {"model": str(model), "calibration": str(calibration), "evaluation": str(evaluation)}
+    return tiny_model.material(tmp_path_factory.mktemp("material"))
 
 
 def run(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

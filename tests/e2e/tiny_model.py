@@ -25,6 +25,13 @@ def write_texts(directory: Path) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
+def material(directory: Path) -> dict[str, str]:
+    """Paths of a model and of its two texts, all written to `directory`."""
+    calibration, evaluation = write_texts(directory)
+    model = write_model(directory, calibration)
+    return {"model": str(model), "calibration": str(calibration), "evaluation": str(evaluation)}
+
+
 def write_model(directory: Path, text: Path) -> Path:
     """A Hugging Face directory in `directory`/tiny; the tokenizer is a BPE trained on `text`."""
     import torch
