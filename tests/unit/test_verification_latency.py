@@ -44,6 +44,16 @@ class FakeDecoder:
             yield self.seconds, token
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """What else this machine does is none of these tests' business: times are scripted. Those of `Watch` watch it."""
+
+    class Quiet(watch.Watch):
+        busy = None
+
+    monkeypatch.setattr(interleaved, "Watch", Quiet)
+
+
 def test_bytes_of_a_token_by_precision():
     half = Estimates(100, 80, 200, 160, 0, 4, head_flops=40)  # 2 bytes each; 20 of 80 weights are lm_head
     assert latency_module.decode_bytes(half, 10, "fp32") == 80 * 4 + 20 * 4
@@ -162,6 +172,7 @@ def test_on_a_busy_machine_nothing_counts(monkeypatch, cpu_seconds, all_seconds,
 
     monkeypatch.setattr(watch, "time", Clock)
     monkeypatch.setattr(watch, "_machine_seconds", iter([(0.0, 0.0), (all_seconds, 0.0)]).__next__)
+    monkeypatch.setattr(interleaved, "Watch", watch.Watch)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured()
     assert made.details["cpu_share"] == cpu_seconds / 2
@@ -299,7 +310,6 @@ def test_nothing_measured_is_invalid():
 
 def test_floors_follow_from_what_the_machine_can_do(monkeypatch):
     monkeypatch.setattr(rates, "measured", lambda threads: rates.Rates(threads, 1e3, 1e5))
-    monkeypatch.setattr(watch.Watch, "busy", None)
     monkeypatch.setattr(FakeDecoder, "provider", "cpu")
     made, _ = measured(shrunk_estimates=ESTIMATES, baseline_estimates=DENSE)
     figures = {f.name: f for f in made.figures}
@@ -329,7 +339,7 @@ def test_of_quiet_and_busy_rounds_the_quiet_ones_count(monkeypatch):
     """The first four beside other work, the next four not, the last eight again."""
     said = iter(["busy", None, "busy"])
 
-    class Watched(latency_module.interleaved.Watch):
+    class Watched(watch.Watch):
         @property
         def busy(self):
             return next(said)
