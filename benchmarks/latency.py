@@ -174,14 +174,14 @@ def once(options: argparse.Namespace, model: str, precision: str, threads: int, 
 
 def checkpoint(options: argparse.Namespace, model: str, precision: str) -> Path:
     """The Hugging Face directory that every candidate of a group is made from."""
-    place: Path = options.work / "checkpoints" / (f"{model}-off-grid" if precision.startswith("int") else model)
-    if place.is_dir():
-        return place
     import slimexport
-    from slimexport.artifacts import staged_directory
+    from slimexport.artifacts import is_quantised, staged_directory
     from slimexport.config import RunConfig
     from slimexport.loading import load_model
 
+    place: Path = options.work / "checkpoints" / (f"{model}-off-grid" if is_quantised(precision) else model)
+    if place.is_dir():
+        return place
     if model == "dense":
         loaded = load_model(RunConfig(model=options.model))
         found, tokenizer = loaded.model.float(), loaded.tokenizer
@@ -190,7 +190,7 @@ def checkpoint(options: argparse.Namespace, model: str, precision: str) -> Path:
         if not (pruned / "checkpoint").is_dir():
             slimexport.prune(RunConfig(model=options.model, ratio=RATIO, fast=True, layout="uniform"), pruned)
         found, tokenizer = slimexport.load(pruned)
-    if precision.startswith("int"):
+    if is_quantised(precision):
         from offgrid import off_grid
 
         found = off_grid(found)

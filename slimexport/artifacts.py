@@ -256,6 +256,11 @@ MANIFEST = "export.json"
 """What an exported directory says about itself."""
 
 
+def is_quantised(precision: str) -> bool:
+    """Whether the weights of an export in `precision` have few bits (int8, int4, int4-mixed)."""
+    return precision.startswith("int")
+
+
 @dataclass(frozen=True)
 class ExportArtifact:
     """One exported model: a directory that stands alone, and how to call the graph in it."""

@@ -11,18 +11,15 @@ import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimexport.artifacts import ExportArtifact, is_quantised
 from slimexport.errors import BadInputError
 from slimexport.machine.cores import default_threads
 from slimexport.runtime.base import Decoder, manifest_of
 from slimexport.runtime.llama_api import LlamaContext, LlamaModel
-
-if TYPE_CHECKING:
-    from slimexport.artifacts import ExportArtifact
 
 MODEL = "model.gguf"
 _BYTES = {True: 4, False: 2}  # of an entry of the cache that is full or not
@@ -80,7 +77,7 @@ class LlamaCppDecoder(Decoder):
         self.model = LlamaModel(self.path)
         self.precision = self.artifact.precision if self.artifact else _stored(self.model)
         self.bits = _BITS.get(self.precision)
-        self.strays = _STRAYS if self.precision.startswith("int") else 0.0
+        self.strays = _STRAYS if is_quantised(self.precision) else 0.0
         self._full = self.precision == "fp32"
         self._free: list[LlamaContext] = []
         self._free.append(self.model.context(1, 1, self.threads, full=self._full))

@@ -18,6 +18,7 @@ from slimexport.artifacts import (
     ExportArtifact,
     ModelSource,
     from_dict,
+    is_quantised,
     read_json,
     remove,
     sha256_tree,
@@ -80,7 +81,7 @@ Windows = NDArray[np.int64] | None
 
 def _rounding_text(checkpoint: Path, config: RunConfig) -> Windows:
     """None where no precision needs one."""
-    if not any(precision.startswith("int") for precision in config.precision):
+    if not any(map(is_quantised, config.precision)):
         return None
     from transformers import AutoTokenizer
 
@@ -195,7 +196,7 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
 def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig, text: Windows) -> str:
     """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
-    rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and kind[1].startswith("int") else None
+    rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and is_quantised(kind[1]) else None
     how = [*kind, config.exporter, config.provider, config.without_pass, rounded]
     data = [source.fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import sha256_file
+from slimexport.artifacts import is_quantised, sha256_file
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.loading import BUILTIN
@@ -161,7 +161,7 @@ def baselines(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 def reference(config: RunConfig) -> str:
     """Of `baselines` the name of the one that accuracy is held to: the first that is not quantised."""
-    names = (name for name, (_, precision) in exports(config).items() if not precision.startswith("int"))
+    names = (name for name, (_, precision) in exports(config).items() if not is_quantised(precision))
     return next(names, config.target[0])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, read_json, to_dict, write_json
+from slimexport.artifacts import MANIFEST, ExportArtifact, from_dict, is_quantised, read_json, to_dict, write_json
 from slimexport.errors import BadInputError
 from slimexport.providers import PROVIDERS
 
@@ -34,7 +34,7 @@ class ExportOptions:
     """How to export. `builder` auto tries the builders in order; `provider` is what the graph is optimised for;
     `without` names passes over the graph (`targets/passes/`) that are left out. The int precisions are those of the
     weights alone: `float_precision` is everything else's. `per_layer`: blocks may come to differ in size. By `text`,
-    token ids int64 [windows, tokens], a graph's weights of 4 bits are rounded; without it to the nearest."""
+    token ids int64 [windows, tokens], a graph's weights of few bits are rounded; without it to the nearest."""
 
     builder: str = "auto"
     precision: str = "fp32"
@@ -54,7 +54,7 @@ class ExportOptions:
 
     @property
     def quantised(self) -> bool:
-        return self.precision.startswith("int")
+        return is_quantised(self.precision)
 
     @property
     def float_precision(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimexport.artifacts import ExportArtifact, remove, sha256_tree, write_json
+from slimexport.artifacts import ExportArtifact, is_quantised, remove, sha256_tree, write_json
 from slimexport.errors import BadInputError, NotReproducedError
 from slimexport.runtime.activations import second_moments
 from slimexport.targets import passes, quantise, registry
@@ -108,7 +108,7 @@ def _export_with(
 
     def written(graph: BuiltGraph, place: Path, precision: str) -> ExportArtifact:
         place.mkdir(exist_ok=True)
-        whole = quantise.left_float(graph.model) if precision.startswith("int") else 0
+        whole = quantise.left_float(graph.model) if is_quantised(precision) else 0
         _write_files(graph, model, tokenizer, place, options)
         artifact = ExportArtifact(
             path=str(place),

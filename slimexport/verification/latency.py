@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimexport.artifacts import Estimates, Figure
+from slimexport.artifacts import Estimates, Figure, is_quantised
 from slimexport.machine import huge_pages, rates
 from slimexport.providers import PROVIDERS
 from slimexport.runtime import Decoder
@@ -231,7 +231,7 @@ def _floors(decoder: Decoder, estimates: Estimates, lengths: Sequence[int], cont
         {},
         None,
         {}  # 8-bit products are faster than the float ones that were measured
-        if precision.startswith("int")
+        if is_quantised(precision)
         else {n: 1e3 * _prefill_flops(decoder, estimates, n) / most.flops_per_second for n in lengths},
         1e3 * decode_bytes(estimates, context, precision, bits=decoder.bits) / most.read_bytes_per_second,
     )
@@ -254,7 +254,7 @@ def decode_bytes(
     if bits is not None:
         return ((weights - head) * bits[0] + head * bits[1] + cached * bits[2]) / 8
     own_bits, head_bits = BITS[precision]
-    if not precision.startswith("int"):
+    if not is_quantised(precision):
         return ((weights - head) * own_bits + head * head_bits + cached * own_bits) / 8
     plain = 16 if half else 32
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 
+from slimexport.artifacts import is_quantised
 from slimexport.bench.settings import Settings
 from slimexport.config import RunConfig
 from slimexport.providers import PROVIDERS
@@ -25,7 +26,7 @@ def choices(name: str) -> tuple[str, ...]:
 def test_precisions() -> None:
     assert choices("precision") == base.PRECISIONS
     assert set(TOLERANCES) == set(BITS) == set(base.PRECISIONS)
-    assert set(SCHEMES) == {name for name in base.PRECISIONS if name.startswith("int")}
+    assert set(SCHEMES) == {name for name in base.PRECISIONS if is_quantised(name)}
 
 
 def test_providers_exporters_and_passes() -> None:
