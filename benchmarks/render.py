@@ -24,6 +24,7 @@ import rounding
 import size
 import speed
 import sweep_cost
+import task_agreement
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "operators": ("operators.json", operators.render),
     "rounding": ("rounding.json", rounding.render),
     "gate-noise": ("gate_noise.json", gate_noise.render),
+    "task-agreement": ("task_agreement.json", task_agreement.render),
     "sweep": ("sweep.json", sweep_cost.render),
 }
 PLACE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.DOTALL)
