@@ -93,6 +93,8 @@ def process_figures(
         note=f"whole process: load, prompt of {PROMPT_TOKENS}, {DECODE_TOKENS} tokens; median of {LOADS} processes",
     )
     load = paired_figure("load.seconds", "s", seconds["shrunk"], seconds.get("baseline"))
+    if busy := next((said["busy"] for runs in found.values() for said in runs if said.get("busy")), None):
+        load = replace(load, valid=False, note=busy)
     return (load, memory, *_device_figures(found)), found
 
 
@@ -138,10 +140,12 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
     import numpy as np
     import onnxruntime  # noqa: F401  (not part of the load time)
 
+    from slimexport.machine.watch import Watch
     from slimexport.runtime import open_decoder
 
     before = _memory_mb()
-    decoder = open_decoder(directory, provider, threads, parsed(provider_option))
+    with Watch(1) as watch:
+        decoder = open_decoder(directory, provider, threads, parsed(provider_option))
     loaded = _memory_mb()
     positions = decoder.max_positions or PROMPT_TOKENS + DECODE_TOKENS
     tokens = max(1, min(PROMPT_TOKENS, positions - DECODE_TOKENS))
@@ -150,6 +154,7 @@ def measure(directory: Path, provider: str, threads: int, provider_option: Seque
     device = device_memory_mb() if PROVIDERS[provider].device == "cuda" else None
     return {
         "load_seconds": round(decoder.load_seconds, 4),
+        "busy": watch.busy,
         "device_memory_mb": device,
         "rss_before_mb": round(before, 1),
         "rss_loaded_mb": round(loaded, 1),

@@ -122,6 +122,17 @@ def test_measuring_process(artifacts):
     assert not said["torch_loaded"]
     assert said["rss_before_mb"] < said["peak_rss_mb"] < 500
     assert said["load_seconds"] > 0
+    assert said["busy"] is None or "busy" in said["busy"] or "quota" in said["busy"]
+
+
+def test_loading_beside_other_work_is_no_time(artifacts, monkeypatch):
+    said = iter([None, None, "the machine was busy", None, None, None])
+    run = lambda *_: {"load_seconds": 1.0, "peak_rss_mb": 100.0, "busy": next(said)}  # noqa: E731
+    monkeypatch.setattr(footprint, "_run", run)
+    place = footprint.Path(artifacts[0].path)
+    load, memory = footprint.process_figures(place, place, "cpu", 1)[0]
+    assert (load.valid, load.note) == (False, "the machine was busy")
+    assert (memory.valid, memory.ratio) == (True, 1.0)
 
 
 def test_a_measuring_process_that_fails_makes_the_figures_invalid(artifacts, tmp_path):
