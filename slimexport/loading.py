@@ -231,7 +231,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from slimexport.architectures import architecture_of
-    from slimexport.streaming.model import skeleton, streamable
+    from slimexport.streaming.model import skeleton
 
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
@@ -250,8 +250,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     if packed:
         unpack = getattr(transformers, UNPACKED[packed["quant_method"]])
         options |= {"quantization_config": unpack(**{**packed, "dequantize": True})}
-    streamed = streamed and not (located.gguf or packed or whole)
-    files = streamable(located.directory, architecture) if streamed else None
+    files = _files_of(located, model_config, architecture) if streamed else None
     try:
         if files is not None:
             kind = AutoModelForCausalLM
@@ -333,6 +332,22 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     notes += [f"unpacked from {packed['quant_method']}"] if packed else []
     notes += [f"without the {len(ahead)} tensors that predict tokens further ahead"] if ahead else []
     return LoadedModel(model, tokenizer, architecture, source, "; ".join(notes), files)
+
+
+def streams(config: RunConfig, model_config: PreTrainedConfig, architecture: Architecture) -> bool:
+    """Whether `load_model(config, streamed=True)` leaves the blocks on disk; reads headers alone."""
+    return _files_of(locate(config), model_config, architecture) is not None
+
+
+def _files_of(located: Located, model_config: PreTrainedConfig, architecture: Architecture) -> TensorFiles | None:
+    """The files, where the model's tensors are in them as they are."""
+    from slimexport.streaming.model import streamable
+
+    if located.gguf or _packing(located):
+        return None
+    if read_json(located.directory / "config.json")["model_type"] != model_config.model_type:
+        return None  # a part of another model
+    return streamable(located.directory, architecture)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -226,7 +226,7 @@ def prune_stage(
 
     started = time.monotonic()
     with progress.stage("load"):
-        loaded = load_model(config, streamed=_streams(config))
+        loaded = load_model(config, streamed=block_by_block(config))
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     check_criterion(loaded.architecture, config)
     if evaluated:
@@ -292,7 +292,7 @@ def prune_stage(
     return checkpoint
 
 
-def _streams(config: RunConfig) -> bool:
+def block_by_block(config: RunConfig) -> bool:
     """Whether one block after the other will do: not where the model writes, has to be differentiated as a whole, or is
     given biases."""
     from slimexport.pruning.criteria import registry as criteria

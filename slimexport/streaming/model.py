@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slimexport.errors import BadInputError
 from slimexport.streaming.blocks import put
 from slimexport.streaming.files import TensorFiles
 
@@ -22,7 +23,10 @@ def streamable(directory: Path, architecture: Architecture) -> TensorFiles | Non
     None where some are not: transformers turns tensors of other names and forms into its own as it loads them, and
     what is wrong with the files is said by whoever loads them whole.
     """
-    files = TensorFiles(directory)
+    try:
+        files = TensorFiles(directory)
+    except BadInputError:
+        return None
     shapes = architecture.shapes()
     harmless = {"lm_head.weight"} if architecture.tied else set()
     same = all(name in files and files.places[name].shape == shape for name, shape in shapes.items())
