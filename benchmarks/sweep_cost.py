@@ -39,7 +39,6 @@ def main() -> None:
     rows = load_rows(options.out)
     if not options.render:
         rows = measure(options, rows)
-    print(cost(rows))
     print(render(rows))
 
 
@@ -95,14 +94,14 @@ def cost(rows: list[dict[str, Any]]) -> str:
         return "not measured yet"
     share = {name: shared[0][name] / sum(row[name] for row in alone) for name in ("cpu_seconds", "wall_seconds")}
     return (
-        f"The sweep took {shared[0]['cpu_seconds']:.0f} s of CPU, {len(alone)} runs of their own "
-        f"{sum(row['cpu_seconds'] for row in alone):.0f} s: {share['cpu_seconds']:.2f} ({share['wall_seconds']:.2f} of "
-        "the wall clock)."
+        f"The sweep took {shared[0]['cpu_seconds']:.0f} s of CPU; {len(alone)} runs of their own, which write the same "
+        f"bytes, {sum(row['cpu_seconds'] for row in alone):.0f} s: {share['cpu_seconds']:.2f} "
+        f"({share['wall_seconds']:.2f} of the wall clock)."
     )
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The points of the sweep; a star where no other point beats it in size and quality."""
+    """What it was asked for and what it cost, and its points: `on the front` where no other is smaller and better."""
     head = ["ratio", "graph", "MB", "x dense", "perplexity", "x dense", "KL", "on the front"]
     body = []
     for row in (row for row in rows if row["kind"] == "sweep"):
@@ -116,7 +115,8 @@ def render(rows: list[dict[str, Any]]) -> str:
                     ("accuracy.perplexity", ratios, 2), ("accuracy.kl", values, 3))),
                 "yes" if point["name"] in best else "",
             ])  # fmt: skip
-    return table(head, body)
+    options = next((row["options"] for row in rows if row["kind"] == "sweep"), "")
+    return f"With `{options}`. {cost(rows)}\n\n{table(head, body)}"
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ pytest.importorskip("lm_eval")
 
 def test_tasks_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = tmp_path / "questions.jsonl"
-    rows: list[dict[str, Any]] = [
+    asked: list[dict[str, Any]] = [
         {"id": str(n), "question": f"What is {n}?", "answerKey": "AB"[n % 2],
          "choices": {"text": ["a number", "nothing"], "label": ["A", "B"]}}
         for n in range(24)
     ]  # fmt: skip
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
     texts = [str(tiny_text(tmp_path / f"{name}.txt", 6000, seed=seed)) for seed, name in enumerate(("one", "two"))]
     out = tmp_path / "out"
     options = {
@@ -44,6 +44,13 @@ def test_tasks_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {name: len(of["acc"]) for name, of in kept.items()} == {"shrunk": 20, "baseline": 20, "checkpoint": 20}
     assert kept["shrunk"] != kept["baseline"] or report.verification.tasks["arc_easy"]["metrics"]["shrunk"]
     assert "task.arc_easy.acc" in (out / "report" / "report.md").read_text()
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import task_agreement
+
+    rows = task_agreement.rows_of(out, "arc_easy")
+    assert [(row["graph"], row["questions"], row["agreement"]) for row in rows] == [("onnx", 20, 1.0)]
+    assert "| arc_easy | 20 | 30% | onnx | " in task_agreement.render(rows)
 
     def asked_again(*_: Any, **__: Any) -> Any:
         raise AssertionError("what was answered is not asked again")

@@ -67,7 +67,7 @@ def test_the_cost_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"size.export_mb": 100.0, "accuracy.perplexity": 20.0}
     point = {"name": "0.1 onnx", "ratio": 0.1, "export": "onnx", "values": values, "ratios": {"size.export_mb": 0.9}}
     rows = [
-        {"kind": "sweep", "cpu_seconds": 300.0, "wall_seconds": 200.0, "points": [point],
+        {"kind": "sweep", "options": "--x", "cpu_seconds": 300.0, "wall_seconds": 200.0, "points": [point],
          "fronts": {"size.export_mb": ["0.1 onnx"]}},
         *({"kind": f"run {ratio}", "cpu_seconds": 200.0, "wall_seconds": 125.0} for ratio in (0.1, 0.2)),
     ]  # fmt: skip
