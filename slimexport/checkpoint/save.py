@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,10 @@ from slimexport.checkpoint.load import per_block_table
 from slimexport.errors import NotReproducedError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.pruning.blocks import BlockSource
 
 PROBE_TOKENS = 64
 
@@ -40,14 +44,16 @@ def save_checkpoint(
     directory: Path,
     *,
     card: str,
+    blocks: BlockSource | None = None,
 ) -> dict[str, str]:
     """Writes weights (safetensors), config, generation config, tokenizer, chat template and model card.
 
-    `directory` exists and is empty; the model is in its stored precision. Returns name -> sha256, but for the card,
+    `directory` exists and is empty; the model is in its stored precision, `blocks` are those of it that are not in
+    memory. Returns name -> sha256, but for the card,
     which is written again once the model was measured.
     """
     made = {"ratio": plan.ratio, "criterion": plan.criterion, "allocation": plan.allocation, "layout": plan.layout}
-    write_model(model, tokenizer, architecture, directory, made)
+    write_model(model, tokenizer, architecture, directory, made, blocks)
     write_text(directory / CARD, card)
     return {name: digest for name, digest in sha256_tree(directory).items() if name != CARD}
 
@@ -58,11 +64,15 @@ def write_model(
     architecture: Architecture,
     directory: Path,
     made: Mapping[str, Any] = MappingProxyType({}),
+    blocks: BlockSource | None = None,
 ) -> None:
     """What `load` reads. `architecture` is that of `model`, `made` says how it came about."""
     import transformers
 
-    model.save_pretrained(str(directory))
+    if blocks is not None and blocks.streamed:
+        _save_streamed(model, architecture.family.blocks, blocks, directory)
+    else:
+        model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
     _keep_sentencepiece(tokenizer, directory)
     path = directory / "config.json"
@@ -84,6 +94,28 @@ def write_model(
     write_json(directory / "slimexport.json", facts)
     for file in directory.iterdir():
         file.chmod(0o644)  # transformers writes weights for the owner's eyes only
+
+
+def _save_streamed(model: PreTrainedModel, where: str, blocks: BlockSource, directory: Path) -> None:
+    """What `save_pretrained` writes, with one block in memory at a time."""
+    from slimexport.streaming.files import SINGLE, Wanted, write_tensors
+
+    model.save_pretrained(str(directory), state_dict={})
+    (directory / SINGLE).unlink(missing_ok=True)
+    stored = model.state_dict(keep_vars=True)
+    once = {id(tensor): name for name, tensor in reversed(stored.items())}  # a tied head is the embedding's
+    kept = {name: tensor for name, tensor in stored.items() if once[id(tensor)] == name}
+    wanted = {name: Wanted(tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+    inside = f"{where}."
+
+    def batches() -> Iterator[Mapping[str, torch.Tensor]]:
+        yield {name: tensor for name, tensor in kept.items() if not name.startswith(inside)}
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            yield {f"{inside}{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+            blocks.release(index)
+
+    write_tensors(directory, wanted, batches())
 
 
 def _keep_sentencepiece(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -112,8 +144,10 @@ def _modelling_file(tables: dict[str, dict[str, Any]]) -> str:
     return source
 
 
-def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> float:
+def check_round_trip(model: PreTrainedModel, directory: Path, seed: int, blocks: BlockSource | None = None) -> float:
     """Loads `directory` in a fresh process and compares logits with those of `model` (CPU, stored precision).
+
+    `blocks` are those of the model that are not in memory.
 
     Returns the largest absolute difference, which is 0.0; raises NotReproducedError where it is not.
     """
@@ -122,7 +156,7 @@ def check_round_trip(model: PreTrainedModel, directory: Path, seed: int) -> floa
 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, PROBE_TOKENS), generator=generator)
-    with torch.no_grad():
+    with torch.no_grad(), blocks.running() if blocks else nullcontext():
         expected = model(ids, use_cache=False).logits
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")

@@ -7,9 +7,9 @@ can go on; an implementation that streams from and to disk replaces them without
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,19 +18,36 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.architectures.family import Kept
-from slimexport.artifacts import BlockSizes, BlockTrace, check_identity, from_dict, read_json, to_dict, write_json
+from slimexport.artifacts import (
+    BlockSizes,
+    BlockTrace,
+    check_identity,
+    from_dict,
+    read_json,
+    sha256_file,
+    to_dict,
+    write_json,
+)
 from slimexport.errors import BadInputError
 from slimexport.pruning.shrink import shrink_block, stored
+from slimexport.streaming.files import TensorFiles, Wanted, write_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class BlockSource(Protocol):
-    """Blocks in order. `load(i)` is the block itself, in stored precision, to be shrunk in place."""
+    """Blocks in order. `load(i)` is the block itself, in stored precision, to be shrunk in place; after `release(i)` it
+    may be gone from memory until it is loaded again, from the file of `became` where it was changed."""
+
+    streamed: bool  # whether a released block is gone
 
     def __len__(self) -> int: ...
     def load(self, index: int) -> nn.Module: ...
+    def release(self, index: int, became: Path | None = None) -> None: ...
+    def running(self) -> AbstractContextManager[None]:
+        """Within it the model as a whole can be called."""
+        ...
 
 
 class BlockSink(Protocol):
@@ -39,6 +56,9 @@ class BlockSink(Protocol):
     def finished(self) -> int: ...
     def restore(self, index: int, block: nn.Module) -> BlockTrace: ...
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None: ...
+    def file(self, index: int) -> Path | None:
+        """Where the tensors of a finished block are."""
+        ...
 
 
 class HiddenStates(Protocol):
@@ -52,6 +72,8 @@ class HiddenStates(Protocol):
 class ModelBlocks:
     """Blocks of a model that is in memory."""
 
+    streamed = False
+
     def __init__(self, model: PreTrainedModel, architecture: Architecture):
         self._blocks = model.get_submodule(architecture.family.blocks)
 
@@ -60,6 +82,12 @@ class ModelBlocks:
 
     def load(self, index: int) -> nn.Module:
         return self._blocks[index]
+
+    def release(self, index: int, became: Path | None = None) -> None:
+        pass
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class MemoryStates(list):
@@ -94,32 +122,26 @@ class DirectorySink:
         return count
 
     def restore(self, index: int, block: nn.Module) -> BlockTrace:
-        from safetensors.torch import load_file
-
         tensors, meta = self._paths(index)
         data = read_json(meta)
-        digest = data.pop("sha256")
-        if hashlib.sha256(tensors.read_bytes()).hexdigest() != digest:
+        if sha256_file(tensors) != data.pop("sha256"):
             raise BadInputError(f"{tensors} does not match its hash; start over with --force.")
         trace = from_dict(BlockTrace, data, str(meta))
         kept = kept_of(trace, self._architecture.blocks[index], self._architecture.experts)
-        shrink_block(block, self._architecture.by_block[index], kept, load_file(tensors))
+        files = TensorFiles(tensors)
+        shrink_block(block, self._architecture.by_block[index], kept, {name: files.read(name) for name in files.places})
         return trace
 
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
-        from safetensors.torch import save
-
         tensors, meta = self._paths(index)
-        weights = self._architecture.by_block[index].block_weights()
-        state = {w.name: stored(block, w.name).detach().cpu() for w in weights}
-        payload = save(state)
+        state = {w.name: stored(block, w.name) for w in self._architecture.by_block[index].block_weights()}
         partial = tensors.with_suffix(".partial")
-        with open(partial, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_files({partial: {name: Wanted(t.dtype, tuple(t.shape)) for name, t in state.items()}}, [state])
         os.replace(partial, tensors)
-        write_json(meta, {**to_dict(trace), "sha256": hashlib.sha256(payload).hexdigest()})
+        write_json(meta, {**to_dict(trace), "sha256": sha256_file(tensors)})
+
+    def file(self, index: int) -> Path | None:
+        return self._paths(index)[0]
 
     def discard(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -136,6 +158,9 @@ class NullSink:
 
     def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
         pass
+
+    def file(self, index: int) -> Path | None:
+        return None
 
 
 def kept_of(trace: BlockTrace, dense: BlockSizes, experts: int = 1) -> Kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,15 +23,21 @@ OVERHEAD = 1.5
 LIBRARIES_BYTES = 600_000_000  # interpreter with torch and transformers loaded
 
 
-def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) -> PruningPlan:
-    """`plan` with an estimate of the prune stage's time and peak memory; takes about a second to measure the rate."""
+def with_cost(
+    plan: PruningPlan, architecture: Architecture, config: RunConfig, *, streamed: bool = False
+) -> PruningPlan:
+    """`plan` with an estimate of the prune stage's time and peak memory; takes about a second to measure the rate.
+
+    `streamed`: blocks come from disk one after the other.
+    """
     from slimexport.loading import resolve_device
     from slimexport.pruning.stage import weighs_errors
 
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
-    memory = _memory(plan, architecture, tokens)
+    weights = _weights(plan, architecture, streamed)
+    memory = weights + _memory(plan, architecture, tokens)
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
@@ -38,7 +45,7 @@ def with_cost(plan: PruningPlan, architecture: Architecture, config: RunConfig) 
             flops, double = flops + more, double + more_double
             kept = 2 * 4 * len(plan.blocks) * architecture.hidden**2
             states = 4 * measured * architecture.hidden * (len(plan.blocks) + 1)
-            memory = kept + max(memory, LIBRARIES_BYTES + plan.dense_estimates.bytes + states)
+            memory = kept + max(memory, LIBRARIES_BYTES + weights + states)
         if config.resolved_refit:
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
@@ -148,13 +155,25 @@ def _solve(n: int, out: int, removed: int) -> float:
 
 
 def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
-    """Weights as stored, hidden states and the inputs of one block's heads in float32, and H with its inverse."""
+    """Hidden states and the inputs of one block's heads in float32, and H with its inverse."""
     columns = max(_columns(b, own) for own, b in zip(architecture.by_block, plan.dense, strict=True))
     widest = max(columns, *(b.channels for b in plan.dense))
     states = 4 * tokens * (architecture.hidden + columns)
     # All experts of a block are looked at together, and then solved one by one.
     others = (architecture.experts - 1) * 8 * max(b.channels for b in plan.dense) ** 2
-    return LIBRARIES_BYTES + plan.dense_estimates.bytes + states + 6 * 8 * widest**2 + others
+    return LIBRARIES_BYTES + states + 6 * 8 * widest**2 + others
+
+
+def _weights(plan: PruningPlan, architecture: Architecture, streamed: bool) -> int:
+    """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, the
+    next one, which is read meanwhile, and a copy to compute with."""
+    dense = plan.dense_estimates
+    if not streamed:
+        return dense.bytes
+    each = dense.bytes // dense.parameters
+    blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
+              for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
+    return each * (dense.parameters - sum(blocks) + 2 * max(blocks)) + 4 * max(blocks)
 
 
 def _scored(sizes: BlockSizes, own: Architecture) -> float:

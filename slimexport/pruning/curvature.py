@@ -83,6 +83,7 @@ def measure_curvature(
             for batch in batches:
                 states[batch] = output(work(states[batch], **arguments(index, batch)))
                 check_finite(states[batch], index, settings.dtype)
+            source.release(index)
     gradients = [scores(states[batch]) for batch in batches]
     found: list[BlockCurvature] = []
     for index in reversed(range(len(source))):
@@ -103,6 +104,7 @@ def measure_curvature(
                 f"The gradients of block {index} overflow in {str(settings.dtype).removeprefix('torch.')}: "
                 "use --dtype float32 (or bfloat16)."
             )
+        source.release(index)
         found.append({name: (total / tokens).cpu() for name, total in G.items()})
     return found[::-1]
 

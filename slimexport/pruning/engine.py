@@ -101,6 +101,7 @@ def prune_blocks(
                 trace, seconds_forward=clock.seconds["forward"], peak_memory_bytes=_peak_memory(settings.device)
             )
             sink.save(index, home, trace)
+        source.release(index, sink.file(index))
         traces.append(trace)
         progress(index + 1, len(source), _describe(trace, index < finished))
     return tuple(traces)

@@ -131,6 +131,7 @@ def measure_costs(
                     candidates.states[name, level] = output(work(states_, **probe_arguments(index)))
                 fresh.add((name, level))
         candidates.advance(lambda x: output(work(x, **probe_arguments(index))), fresh)  # noqa: B023
+        source.release(index)
         curves.append((replace(pair[0], cuts={}), replace(pair[1], cuts={})))
         progress(index + 1, len(source), f"{len(candidates.states)} candidates")
     measured = candidates.divergences(logits)

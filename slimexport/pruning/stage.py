@@ -16,7 +16,7 @@ from slimexport.loading import LoadedModel, resolve_device, stays_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
-from slimexport.pruning.blocks import BlockSink, MemoryStates, ModelBlocks, NullSink
+from slimexport.pruning.blocks import BlockSink, MemoryStates, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
@@ -83,12 +83,16 @@ def prune_model(
     """Prunes `loaded.model` in place (its tensors become the smaller ones, in the precision they are saved in).
 
     With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched. `curvature` is what
-    `curvature_of` gives, None: it is measured here.
+    `curvature_of` gives, None: it is measured here. Where the blocks of `loaded` are on disk, the finished ones are in
+    the files of `sink`, which has to have some.
     """
     device = resolve_device(config.device)
     model = loaded.model
     stored = getattr(torch, save_dtype_of(config, loaded))
+    blocks = loaded.blocks(stored)
     for name, parameter in model.named_parameters():  # and not the buffers: rotary frequencies stay in float32
+        if parameter.is_meta:
+            continue  # as it is read
         parameter.data = parameter.data.to(torch.float32 if stays_in_float32(model, name, stored) else stored)
         if not bool(torch.isfinite(parameter.data).all()):
             raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
@@ -97,6 +101,8 @@ def prune_model(
     scale = 1.0
     if plan.blocks != plan.dense:
         settings = settings_of(config, device, stored)
+        if loaded.files is not None and sink is None:
+            raise ValueError("blocks that are not in memory need a sink")
         criterion = criteria.get(plan.criterion)
         gradients: list[dict[str, torch.Tensor]] = []
         if getattr(criterion, "needs_gradients", False):
@@ -111,7 +117,7 @@ def prune_model(
         states, arguments = first_states(model, loaded.architecture, ids[used], settings)
         unseen = _unseen(model, loaded.architecture, ids[aside], settings) if aside else None
         trace = prune_blocks(
-            source=ModelBlocks(model, loaded.architecture),
+            source=blocks,
             sink=sink or NullSink(),
             states=states,
             arguments=arguments,
@@ -129,7 +135,7 @@ def prune_model(
             offset = loaded.architecture.family.final_norm_offset
             readout.scale_logits(model.get_submodule(norm), scale, offset)
         apply_sizes(model.config, loaded.architecture, plan.blocks)
-    return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source, scale)
+    return PrunedModel(model, loaded.tokenizer, plan, trace, calibration.source, loaded.source, scale, blocks)
 
 
 def _scalable_norm(loaded: LoadedModel) -> str | None:
@@ -179,7 +185,7 @@ def measure_model(
     if curvature is None:
         curvature = curvature_of(loaded, calibration, config)
     table = measure_costs(
-        source=ModelBlocks(model, architecture),
+        source=loaded.blocks(stored),
         states=states,
         arguments=arguments,
         probes=probes[0],
@@ -213,7 +219,8 @@ def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunCo
     if not weighs_errors(config):
         return ()
     device = resolve_device(config.device)
-    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    settings = settings_of(config, device, stored)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     for name, parameter in model.named_parameters():
@@ -222,7 +229,7 @@ def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunCo
     with torch.inference_mode(False):
         states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
         return measure_curvature(
-            source=ModelBlocks(model, architecture),
+            source=loaded.blocks(stored),
             states=states,
             arguments=arguments,
             scores=output_scores(model, architecture, device, config.seed),
@@ -243,7 +250,8 @@ def search_settings(
     """How plans for `loaded.model` are tried: on the windows that costs are measured on, with the matrices that
     `measure_model` left in `supernet`."""
     device = resolve_device(config.device)
-    settings = settings_of(config, device, getattr(torch, save_dtype_of(config, loaded)))
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    settings = settings_of(config, device, stored)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
@@ -254,7 +262,7 @@ def search_settings(
     probes, arguments = first_states(model, architecture, pieces, settings, whole=True)
     whole = Supernet(
         supernet,
-        source=ModelBlocks(model, architecture),
+        source=loaded.blocks(stored),
         probes=probes[0],
         arguments=lambda block: arguments(block, 0),
         logits=output_logits(model, architecture, device),

@@ -114,6 +114,7 @@ class Supernet:
                     begin = plan[: index + 1]
                     if begin not in after:
                         after[begin] = self._through(work, tensors, index, begin[-1], states[begin[:-1]])
+            self._source.release(index)
             states = after
         return states
 

@@ -226,7 +226,7 @@ def prune_stage(
 
     started = time.monotonic()
     with progress.stage("load"):
-        loaded = load_model(config)
+        loaded = load_model(config, streamed=block_by_block(config))
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     check_criterion(loaded.architecture, config)
     if evaluated:
@@ -292,6 +292,16 @@ def prune_stage(
     return checkpoint
 
 
+def block_by_block(config: RunConfig) -> bool:
+    """Whether one block after the other will do: not where the model writes, has to be differentiated as a whole, or is
+    given biases."""
+    from slimexport.pruning.criteria import registry as criteria
+    from slimexport.pruning.stage import wants_biases
+
+    whole = getattr(criteria.get(config.criterion), "needs_gradients", False) or wants_biases(config)
+    return not whole and not mix.writes(config.calibration)
+
+
 def _check_windows(config: RunConfig, model_config: Any) -> None:
     """What the verify stage would refuse, or could not measure, on this model."""
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -311,8 +321,10 @@ def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: R
     architecture = loaded.architecture.with_blocks(pruned.plan.blocks)
     with staged_directory(directory / CHECKPOINT) as place:
         card = model_card(loaded.source, pruned.plan, pruned.calibration)
-        files = save_checkpoint(pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card)
-        difference = check_round_trip(pruned.model, place, config.seed)
+        files = save_checkpoint(
+            pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card, blocks=pruned.blocks
+        )
+        difference = check_round_trip(pruned.model, place, config.seed, pruned.blocks)
         made = checkpoint_artifact(place, architecture, files, difference)
     return dataclasses.replace(made, path=CHECKPOINT)
 

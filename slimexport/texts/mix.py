@@ -90,6 +90,11 @@ def absolute(spec: str) -> str:
     return PREFIX + ",".join(f"{name}={weight!r}" for name, weight in whole.items())
 
 
+def writes(spec: str) -> bool:
+    """Whether the model writes any of what `spec` names."""
+    return bool(set(parse(spec) if is_mix(spec) else (spec,)) & set(sources.WRITTEN))
+
+
 def written(spec: str) -> bool:
     """Whether the model writes all of a calibration text: then none of it is in any other text."""
     return set(parse(spec) if is_mix(spec) else (spec,)) <= set(sources.WRITTEN)

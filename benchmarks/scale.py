@@ -1,0 +1,173 @@
+"""What a model of true size takes: peak memory and time of the prune stage, on random weights of its shape.
+
+    python benchmarks/scale.py --work DIR [--shape llama-1.1b] [--blocks 4,8,16] [--tokens 16384]    # resumable
+    python benchmarks/scale.py --render                                                              # from the JSON
+
+Each row is `slimexport prune --fast` in a process of its own: how much memory it has of its own (RssAnon of /proc) and
+how much of files it has mapped (RssFile), both above what the interpreter has with all libraries loaded, watched all
+the time; and the seconds of every part from its trace. The model is made before and removed after. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, load_rows, save_rows, table
+
+from slimexport.artifacts import read_json
+from slimexport.streaming.files import Wanted, write_tensors
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "vocab_size": 32000, "num_hidden_layers": 22,
+    },
+    "llama-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "vocab_size": 32000, "num_hidden_layers": 32,
+    },
+}  # fmt: skip
+LENGTH = 512
+# What `slimexport prune` imports before it reads a weight.
+LIBRARIES = "import slimexport.cli, slimexport.pruning.stage, slimexport.checkpoint.save, transformers, accelerate"
+LLAMA = "from transformers.models.llama import modeling_llama"
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1.1b")
+    parser.add_argument("--blocks", default="4,8,16", help="numbers of blocks, one run for each")
+    parser.add_argument("--tokens", default="16384")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
+    parser.add_argument("--render", action="store_true")
+    options, more = parser.parse_known_args()
+    rows = load_rows(options.out)
+    if not options.render:
+        for blocks in map(int, options.blocks.split(",")):
+            for tokens in map(int, options.tokens.split(",")):
+                key = {"shape": options.shape, "blocks": blocks, "tokens": tokens, "dtype": options.dtype,
+                       "options": " ".join(more)}  # fmt: skip
+                if not any({name: row.get(name) for name in key} == key for row in rows):
+                    rows.append({**key, **measured(options.work, key, more)})
+                    save_rows(options.out, rows)
+    print(render(rows))
+
+
+def measured(work: Path, key: Mapping[str, Any], more: list[str]) -> dict[str, Any]:
+    place, out, text = work / "model", work / "out", work / "text.txt"
+    for path in (place, out):
+        shutil.rmtree(path, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        make(place, SHAPES[key["shape"]] | {"num_hidden_layers": key["blocks"]}, getattr(torch, key["dtype"]))
+        numbers = torch.randint(200, (key["tokens"] + 2 * LENGTH,), generator=torch.Generator().manual_seed(0))
+        text.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
+        floor = watched([sys.executable, "-c", f"{LIBRARIES}\n{LLAMA}"])
+        took = watched([
+            sys.executable, "-m", "slimexport.cli", "prune", str(place), "--ratio", "0.25", "--fast",
+            "--calibration", str(text), "--calibration-tokens", str(key["tokens"]),
+            "--sequence-length", str(LENGTH), "-o", str(out), *more,
+        ])  # fmt: skip
+        trace = read_json(out / "prune.json")["trace"]
+        files = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+    parts = {name: sum(block[f"seconds_{name}"] for block in trace)
+             for name in ("forward", "hessian", "selection", "fit")}  # fmt: skip
+    return {
+        "checkpoint_bytes": files,
+        "anonymous_bytes": took["anonymous"] - floor["anonymous"],
+        "mapped_bytes": took["mapped"] - floor["mapped"],
+        "libraries_bytes": floor["anonymous"],
+        "wall_seconds": round(took["seconds"], 1),
+        "seconds": {name: round(value, 2) for name, value in parts.items()},
+    }
+
+
+def make(place: Path, sizes: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """A Llama of these sizes with random weights, one block in memory at a time."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from slimexport.testing.models import tiny_tokenizer
+
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, max_position_embeddings=2048, dtype=dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    wanted = {name: Wanted(dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def batches() -> Iterator[Mapping[str, torch.Tensor]]:
+        for name, want in wanted.items():
+            made = torch.randn(want.shape, generator=generator) * 0.02
+            yield {name: (made + 1 if name.endswith("norm.weight") else made).to(dtype)}
+
+    write_tensors(place, wanted, batches())
+
+
+def watched(command: list[str]) -> dict[str, float]:
+    """Runs `command`; the largest memory of its own and of mapped files that it had (bytes), and seconds."""
+    started = time.monotonic()
+    peak = {"anonymous": 0, "mapped": 0}
+    with subprocess.Popen(command) as process:
+
+        def watch() -> None:
+            while process.poll() is None:
+                for name, value in _memory(process.pid).items():
+                    peak[name] = max(peak[name], value)
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        process.wait()
+        watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return {**peak, "seconds": time.monotonic() - started}
+
+
+def _memory(pid: int) -> dict[str, int]:
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return {
+            name: int(lines[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))
+        }
+    except (OSError, KeyError, ValueError):  # it has just ended
+        return {}
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "blocks", "tokens", "checkpoint (GB)", "memory of its own (GiB)", "mapped (MiB)", "time (s)",
+            "forward", "H", "selection", "outside of both"]  # fmt: skip
+    body = []
+    for row in rows:
+        parts = row["seconds"]
+        whole = sum(parts.values())
+        body.append([
+            f"{row['shape']}, {row['dtype']}", str(row["blocks"]), str(row["tokens"]),
+            f"{row['checkpoint_bytes'] / 1e9:.2f}", f"{row['anonymous_bytes'] / 2**30:.2f}",
+            f"{row['mapped_bytes'] / MIB:.0f}", f"{row['wall_seconds']:.0f}", f"{parts['forward']:.0f}",
+            f"{parts['hessian']:.0f}", f"{parts['selection']:.0f}",
+            f"{(parts['selection'] + parts['fit']) / whole:.0%}",
+        ])  # fmt: skip
+    return table(head, body)
+
+
+if __name__ == "__main__":
+    main()

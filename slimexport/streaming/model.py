@@ -1,0 +1,69 @@
+"""A model of which only what is in no block is in memory: embedding, positions, final norm, head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slimexport.errors import BadInputError
+from slimexport.streaming.blocks import put
+from slimexport.streaming.files import TensorFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from slimexport.architectures.base import Architecture
+
+
+def streamable(directory: Path, architecture: Architecture) -> TensorFiles | None:
+    """The files, where each of the model's tensors is in them under its own name and in its own shape.
+
+    None where some are not: transformers turns tensors of other names and forms into its own as it loads them, and
+    what is wrong with the files is said by whoever loads them whole.
+    """
+    try:
+        files = TensorFiles(directory)
+    except BadInputError:
+        return None
+    shapes = architecture.shapes()
+    harmless = {"lm_head.weight"} if architecture.tied else set()
+    same = all(name in files and files.places[name].shape == shape for name, shape in shapes.items())
+    return files if same and not set(files.places) - set(shapes) - harmless else None
+
+
+def skeleton(
+    kind: Any,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    files: TensorFiles,
+    dtype: torch.dtype,
+    directory: Path,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model with its blocks on the meta device, in evaluation mode.
+
+    `kind` is a model's class, or AutoModelForCausalLM; `options` are those of its `from_config`.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import GenerationConfig
+
+    from slimexport.loading import stays_in_float32
+
+    build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = build(config, dtype=dtype, **options)
+    inside = f"{architecture.family.blocks}."
+    model.tie_weights()
+    for name, _ in list(model.named_parameters()):
+        if not name.startswith(inside):
+            kept = torch.float32 if stays_in_float32(model, name, dtype) else dtype
+            put(model, name, files.read(name).to(kept))
+    for name, _ in list(model.named_buffers()):
+        if not name.startswith(inside) and name in files:
+            put(model, name, files.read(name))
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    return model.eval().requires_grad_(False)
