@@ -10,6 +10,8 @@ import torch
 from slimexport.errors import BadInputError
 from slimexport.pruning.obs import NotPositiveDefiniteError
 
+ROWS = 512
+
 
 class Moments:
     """H = mean x x^T and mean x, and where targets are given, C = mean y x^T.
@@ -24,9 +26,11 @@ class Moments:
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
         self._cross = None if targets is None else torch.zeros(targets, size, dtype=torch.float64, device=device)
         self.tokens = 0
+        self._finished = False  # the sums are means
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
-        """inputs [..., n], targets [..., out], in any float dtype."""
+        """inputs [..., n], targets [..., out], in any float dtype. Not after the first question for a mean."""
+        assert not self._finished, "means were taken already"
         X = inputs.reshape(-1, inputs.shape[-1]).float()
         self._squares += X.T @ X
         self._sum += X.sum(0, dtype=torch.float64)
@@ -35,18 +39,34 @@ class Moments:
         self.tokens += len(X)
 
     def H(self) -> torch.Tensor:
-        """[n, n] float64, symmetric to the last bit."""
-        H = self._squares / max(self.tokens, 1)
-        return (H + H.T) / 2
+        """[n, n] float64, symmetric to the last bit; the sums' own memory, gigabytes for wide FFNs."""
+        self._finish()
+        return self._squares
 
     def mean(self) -> torch.Tensor:
         """[n] float64."""
-        return self._sum / max(self.tokens, 1)
+        self._finish()
+        return self._sum
 
     def C(self) -> torch.Tensor:
         """[out, n] float64; only where targets were given."""
         assert self._cross is not None, "no targets were asked for"
-        return self._cross / max(self.tokens, 1)
+        self._finish()
+        return self._cross
+
+    def _finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        for total in (self._squares, self._sum, self._cross):
+            if total is not None:
+                total /= max(self.tokens, 1)
+        for start in range(0, len(self._squares), ROWS):  # some rows, and the columns that mirror them, at a time
+            rows = self._squares[start : start + ROWS, start:]
+            columns = self._squares[start:, start : start + ROWS]
+            both = (rows + columns.T) / 2
+            rows.copy_(both)
+            columns.copy_(both.T)
 
 
 def check_finite(found: torch.Tensor, block: int, dtype: torch.dtype) -> None:

@@ -39,16 +39,15 @@ def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch
         The inverse [n, n] float64; `dead` [n] bool, inputs that never fired (their diagonal is set to one, so that
         removing them costs nothing and touches nothing); the damping that was used.
     """
-    H = H.double().clone()
-    diagonal = H.diagonal()
+    diagonal = H.diagonal().double()
     dead = diagonal <= 0
-    diagonal[dead] = 1.0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    added = 0.0
     for _ in range(DAMPING_RETRIES):
-        diagonal += damping * mean - added
-        added = damping * mean
-        factor, failed = torch.linalg.cholesky_ex(H)
+        damped = H.double().clone()
+        damped.diagonal()[dead] = 1.0
+        damped.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as the factor and the inverse
         if not bool(failed):
             return torch.cholesky_inverse(factor), dead, damping
         damping *= 10

@@ -63,8 +63,15 @@ def export_stage(
     numerics: dict[str, Any] = {}
     with progress.stage("export"):
         text = _rounding_text(directory / CHECKPOINT, config)
+        of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
         for name, kind in exports(config).items():
-            numerics[name] = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress, text)
+            made = _kept(directory, name, _key(of, kind, config, text)) if not force else None
+            if made is None:
+                made = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress, text)
+                _keep(directory, name, _key(of, kind, config, text), made)
+            else:
+                progress.note(f"{name}: is there already")
+            numerics[name] = made
         for name, kind in baselines(config).items():
             place = f"{BASELINE}/{name}"
             numerics[place] = baseline_for(source, directory / place, kind, config, progress, text)
@@ -72,6 +79,18 @@ def export_stage(
     directory.save_config(fields_of(config, "export"))
     directory.finish("export", key, time.monotonic() - started)
     return {name: load_artifact(directory / name) for name in names}
+
+
+def _kept(directory: RunDirectory, name: str, key: str) -> dict[str, Any] | None:
+    """The numerics of export `name`, where this stage had made it for `key` before it was stopped at a later one."""
+    record = directory.state.get("exports", {}).get(name, {})
+    same = record.get("key") == key and (directory / name).is_dir()
+    return record["numerics"] if same and record["files"] == sha256_tree(directory / name) else None
+
+
+def _keep(directory: RunDirectory, name: str, key: str, numerics: dict[str, Any]) -> None:
+    record = {"key": key, "files": sha256_tree(directory / name), "numerics": numerics}
+    directory.save(exports={**directory.state.get("exports", {}), name: record})
 
 
 Kind = tuple[str, str]
@@ -108,7 +127,7 @@ def baseline_for(
 
     Raises BadInputError where the model is no longer the one that was pruned.
     """
-    key = _baseline_key(source, kind, config, text)
+    key = _key(source.fingerprint, kind, config, text)
     numerics = _intact(place, key)
     if numerics is not None:
         progress.note(f"{place.name}: baseline is there already")
@@ -193,10 +212,10 @@ def _intact(place: Path, key: str) -> dict[str, Any] | None:
     return data["numerics"]
 
 
-def _baseline_key(source: ModelSource, kind: Kind, config: RunConfig, text: Windows) -> str:
-    """Everything the bytes of a dense export depend on (`fingerprint` covers tokenizer and generation config)."""
+def _key(fingerprint: str, kind: Kind, config: RunConfig, text: Windows) -> str:
+    """Everything the bytes of an export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
     rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and is_quantised(kind[1]) else None
     how = [*kind, config.exporter, config.provider, config.without_pass, rounded]
-    data = [source.fingerprint, *how, config.seed, versions]
+    data = [fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

@@ -319,15 +319,17 @@ def test_baseline_cache_of_another_run(
     from slimexport.stages import export as exporting
 
     monkeypatch.setattr(exporting, "CACHE_WAIT", 0.2)
-    monkeypatch.setattr(exporting, "_baseline_key", lambda *_: "key")
+    monkeypatch.setattr(exporting, "_key", lambda *_: "key")
     cache = tmp_path / "cache"
     cache.mkdir()
     with lock_file(cache / "key.lock", "busy"):
         result = cli("run", model, "-o", tmp_path / "out", baseline_cache=cache, latency_runs=0)
     refused(result, "baseline cache", "locked by another run")
     assert not (tmp_path / "out" / "baseline").exists()
+    made = (tmp_path / "out" / "onnx").stat()
     again = cli("run", model, "-o", tmp_path / "out", "--resume", baseline_cache=cache, latency_runs=0)
     assert again[0] == 0, again[2]
+    assert (tmp_path / "out" / "onnx").stat().st_ino == made.st_ino  # the shrunk model's graph was finished
     assert (tmp_path / "out" / "baseline" / "onnx" / "model.onnx").is_file()
 
 
