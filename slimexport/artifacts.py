@@ -1,7 +1,7 @@
 """The values that travel between the stages, and how they are written to and read from the run directory.
 
-All are frozen. Those that hold only data go to JSON through `write_json` / `from_dict`; those that hold a model in
-memory (`PrunedModel` here, `loading.LoadedModel`) do not, their files are the checkpoint's.
+All are frozen, and go to JSON through `write_json` / `from_dict`; those that hold a model in memory
+(`loading.LoadedModel`, `pruning.stage.PrunedModel`) are elsewhere, their files are the checkpoint's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from slimexport.errors import BadInputError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from slimexport.pruning.blocks import BlockSource
 
 SCHEMA_VERSION = 1
 
@@ -225,20 +222,6 @@ class BlockTrace:
     @property
     def seconds(self) -> float:
         return self.seconds_forward + self.seconds_hessian + self.seconds_selection + self.seconds_fit
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """The shrunk model in memory (`model` really has the smaller tensors) and how it came about."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    plan: PruningPlan
-    trace: tuple[BlockTrace, ...]
-    calibration: TextSource
-    source: ModelSource
-    logit_scale: float = 1.0  # what the final norm was multiplied by
-    blocks: BlockSource | None = None  # those of `model`, which may be on disk
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import ModelSource, read_json, sha256_file
 from slimexport.errors import BadInputError, nearest, reason
+from slimexport.precisions import has_part, kept_in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
-    from slimexport.pruning.blocks import BlockSource
     from slimexport.streaming.files import TensorFiles
 
 # name -> (PyPI distribution, version): models that come inside a wheel, so that a demo needs no Hub
@@ -45,15 +43,6 @@ class LoadedModel:
     source: ModelSource
     note: str = ""  # what was left out of the source, or done to it
     files: TensorFiles | None = None
-
-    def blocks(self, stored: torch.dtype) -> BlockSource:
-        """One after the other, in precision `stored`."""
-        from slimexport.pruning.blocks import ModelBlocks
-        from slimexport.streaming.blocks import StreamedBlocks
-
-        if self.files is None:
-            return ModelBlocks(self.model, self.architecture)
-        return StreamedBlocks(self.model, self.architecture, self.files, stored, self.source.name)
 
 
 @dataclass(frozen=True)
@@ -237,7 +226,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     resolve_device(config.device)  # an absent device is said before minutes are spent
     model_config, architecture = load_config(config, located)
     packed = _packing(located)
-    apart = _kept_in_float32(model_config) | (_SCALES if packed else frozenset())
+    apart = kept_in_float32(model_config) | (_SCALES if packed else frozenset())
     stored = "float32" if located.gguf else _check_safetensors(located, apart, packed is not None)
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
@@ -365,16 +354,6 @@ def _is_ahead(name: str, architecture: Architecture, config: PreTrainedConfig) -
     return found is not None and blocks <= int(found[1]) < blocks + more
 
 
-def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether transformers keeps parameter `name` in float32 in a model of precision `dtype` (routers, mostly)."""
-    import torch
-
-    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    return _has_part(name, kept)
-
-
 def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBase:
     """Raises BadInputError where the source holds no tokenizer that transformers can read."""
     from transformers import AutoTokenizer
@@ -389,19 +368,6 @@ def load_tokenizer(located: Located, config: RunConfig) -> PreTrainedTokenizerBa
     if not tokenizer.vocab_size:
         raise BadInputError(f"{located.name} has no usable tokenizer: its vocabulary is empty.")
     return tokenizer
-
-
-def _has_part(name: str, parts: Iterable[str]) -> bool:
-    return any(f".{part}." in f".{name}." for part in parts)
-
-
-def _kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:
-    """Parts of the names of what transformers keeps in float32, whatever the precision of the rest."""
-    from transformers import AutoModelForCausalLM
-
-    known = AutoModelForCausalLM._model_mapping
-    kind = known.get(type(config), None)
-    return frozenset(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def _check_safetensors(located: Located, apart: frozenset[str], packed: bool) -> str:
@@ -432,7 +398,7 @@ def _check_safetensors(located: Located, apart: frozenset[str], packed: bool) ->
                     ".save_pretrained(NEW_DIR), which writes safetensors."
                 )
             raise BadInputError(f"{located.name}: {name} is missing.")
-        found |= _check_safetensors_file(path, apart)
+        found |= _types_in(path, apart)
     if unknown := found - set(PRECISIONS) - ({"F8_E4M3", "F8_E8M0"} if packed else set()):
         raise BadInputError(
             f"{located.name} holds tensors of type {', '.join(sorted(unknown))}; "
@@ -441,24 +407,11 @@ def _check_safetensors(located: Located, apart: frozenset[str], packed: bool) ->
     return next((name for code, name in PRECISIONS.items() if code in found), "bfloat16" if packed else "float32")
 
 
-def _check_safetensors_file(path: Path, apart: frozenset[str]) -> set[str]:
+def _types_in(path: Path, apart: frozenset[str]) -> set[str]:
     """The types of its floating-point tensors, as safetensors writes them. Raises BadInputError."""
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            raise BadInputError(
-                f"{path} is truncated or no safetensors file: its header does not fit into {size} bytes."
-            )
-        try:
-            header = json.loads(stream.read(length))
-            end = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
-    if end != size:
-        raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
-    types = {str(v.get("dtype")) for k, v in header.items() if k != "__metadata__" and not _has_part(k, apart)}
+    from slimexport.streaming.files import header_of
+
+    types = {str(entry.get("dtype")) for name, entry in header_of(path)[0].items() if not has_part(name, apart)}
     return {t for t in types if t.startswith(("F", "BF"))}
 
 

@@ -4,19 +4,21 @@ the allocation asks for them, the costs that the plan is made from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from slimexport import __version__
-from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, PrunedModel, PruningPlan
+from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, ModelSource, PruningPlan, TextSource
 from slimexport.errors import BadInputError
-from slimexport.loading import LoadedModel, resolve_device, stays_in_float32
+from slimexport.loading import LoadedModel, resolve_device
+from slimexport.precisions import stays_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
-from slimexport.pruning.blocks import BlockSink, MemoryStates, NullSink
+from slimexport.pruning.blocks import BlockSink, BlockSource, MemoryStates, ModelBlocks, NullSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
@@ -27,12 +29,34 @@ from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
+from slimexport.streaming.blocks import StreamedBlocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """The shrunk model in memory (`model` really has the smaller tensors) and how it came about."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan
+    trace: tuple[BlockTrace, ...]
+    calibration: TextSource
+    source: ModelSource
+    logit_scale: float = 1.0  # what the final norm was multiplied by
+    blocks: BlockSource | None = None  # those of `model`, which may be on disk
+
+
+def blocks_of(loaded: LoadedModel, stored: torch.dtype) -> BlockSource:
+    """The blocks of `loaded`, one after the other, in precision `stored` where they come from disk."""
+    if loaded.files is None:
+        return ModelBlocks(loaded.model, loaded.architecture)
+    return StreamedBlocks(loaded.model, loaded.architecture, loaded.files, stored, loaded.source.name)
 
 
 def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
@@ -89,7 +113,7 @@ def prune_model(
     device = resolve_device(config.device)
     model = loaded.model
     stored = getattr(torch, save_dtype_of(config, loaded))
-    blocks = loaded.blocks(stored)
+    blocks = blocks_of(loaded, stored)
     for name, parameter in model.named_parameters():  # and not the buffers: rotary frequencies stay in float32
         if parameter.is_meta:
             continue  # as it is read
@@ -185,7 +209,7 @@ def measure_model(
     if curvature is None:
         curvature = curvature_of(loaded, calibration, config)
     table = measure_costs(
-        source=loaded.blocks(stored),
+        source=blocks_of(loaded, stored),
         states=states,
         arguments=arguments,
         probes=probes[0],
@@ -229,7 +253,7 @@ def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunCo
     with torch.inference_mode(False):
         states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
         return measure_curvature(
-            source=loaded.blocks(stored),
+            source=blocks_of(loaded, stored),
             states=states,
             arguments=arguments,
             scores=output_scores(model, architecture, device, config.seed),
@@ -262,7 +286,7 @@ def search_settings(
     probes, arguments = first_states(model, architecture, pieces, settings, whole=True)
     whole = Supernet(
         supernet,
-        source=loaded.blocks(stored),
+        source=blocks_of(loaded, stored),
         probes=probes[0],
         arguments=lambda block: arguments(block, 0),
         logits=output_logits(model, architecture, device),

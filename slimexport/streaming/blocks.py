@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimexport.errors import BadInputError
+from slimexport.precisions import stays_in_float32
 from slimexport.streaming.files import TensorFiles
 
 if TYPE_CHECKING:
@@ -91,8 +92,6 @@ class StreamedBlocks:
             put(block, name, tensor.to("meta", self._dtype_of(index, name, tensor.dtype)))
 
     def _dtype_of(self, index: int, name: str, stored: torch.dtype) -> torch.dtype:
-        from slimexport.loading import stays_in_float32
-
         if not stored.is_floating_point:
             return stored
         kept = stays_in_float32(self._model, f"{self._path}.{index}.{name}", self._dtype)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -91,21 +91,38 @@ def _read_into(stream: IO[bytes], view: memoryview) -> int:
     return done
 
 
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where in it their bytes begin. Raises BadInputError for
+    a file that is missing, cut short or something else; safetensors' own message does not name it."""
+    if not path.is_file():
+        raise BadInputError(f"{path} is missing.")
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise BadInputError(
+                f"{path} is truncated or no safetensors file: its header does not fit into {size} bytes."
+            )
+        try:
+            header = {name: entry for name, entry in json.loads(stream.read(length)).items() if name != "__metadata__"}
+            end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
+    if end != size:
+        raise BadInputError(f"{path} is truncated or corrupt: {size} bytes on disk, its header promises {end}.")
+    return header, 8 + length
+
+
 def _places(path: Path) -> dict[str, Place]:
+    header, begin = header_of(path)
     try:
-        with open(path, "rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(length))
-        found = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                found[name] = Place(path, DTYPES[entry["dtype"]], shape, 8 + length + start, end - start)
-        return found
-    except FileNotFoundError:
-        raise BadInputError(f"{path} is missing.") from None
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+        return {
+            name: Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + start, end - start)
+            for name, entry in header.items()
+            for start, end in [entry["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(f"{path} is corrupt: its safetensors header cannot be read ({error}).") from error
 
 

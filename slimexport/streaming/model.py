@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slimexport.errors import BadInputError
+from slimexport.precisions import stays_in_float32
 from slimexport.streaming.blocks import put
 from slimexport.streaming.files import TensorFiles
 
@@ -48,8 +49,6 @@ def skeleton(
     """
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import GenerationConfig
-
-    from slimexport.loading import stays_in_float32
 
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     with init_empty_weights(include_buffers=False):

@@ -123,7 +123,7 @@ def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
     import torch
 
     from slimexport.checkpoint.load import load_weights
-    from slimexport.loading import stays_in_float32
+    from slimexport.precisions import stays_in_float32
 
     model = tiny_model(config)
     for name, parameter in model.named_parameters():  # not the rotary frequencies

@@ -13,7 +13,8 @@ from slimexport.architectures import architecture_of
 from slimexport.artifacts import CalibrationSet, ModelSource, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
-from slimexport.loading import LoadedModel, stays_in_float32
+from slimexport.loading import LoadedModel
+from slimexport.precisions import stays_in_float32
 from slimexport.pruning.planner import make_plan, ratio_of
 from slimexport.pruning.stage import measure_model, prune_model, search_settings
 from slimexport.testing import VOCAB, tiny_config, tiny_model

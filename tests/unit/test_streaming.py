@@ -15,6 +15,7 @@ from slimexport.checkpoint import save
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.loading import load_model
+from slimexport.pruning.stage import blocks_of
 from slimexport.stages import prune as prune_stage
 from slimexport.streaming.files import INDEX, SINGLE, TensorFiles, Wanted, write_tensors
 from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
@@ -79,7 +80,7 @@ def test_files_that_are_cut_off_or_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=rf"{SINGLE} is truncated: it ends within tensor {last}"):
         files.read(last)
     (tmp_path / SINGLE).write_bytes(whole[:40])
-    with pytest.raises(BadInputError, match="header cannot be read"):
+    with pytest.raises(BadInputError, match="header does not fit into 40 bytes"):
         TensorFiles(tmp_path)
     (tmp_path / SINGLE).unlink()
     with pytest.raises(BadInputError, match=f"{SINGLE} is missing"):
@@ -101,7 +102,7 @@ def test_a_model_from_disk_computes_what_it_computes_in_memory(tmp_path: Path, f
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         expected = whole(ids, use_cache=False).logits
-        blocks = loaded.blocks(torch.float32)
+        blocks = blocks_of(loaded, torch.float32)
         inside = loaded.architecture.family.blocks
         if loaded.files is not None:
             assert all(p.is_meta == n.startswith(inside) for n, p in loaded.model.named_parameters())

@@ -1,0 +1,33 @@
+"""Which weights transformers keeps in float32, whatever the precision of the rest (routers, mostly)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps parameter `name` in float32 in a model of precision `dtype` (routers, mostly)."""
+    import torch
+
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return has_part(name, kept)
+
+
+def kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:
+    """Parts of the names of what transformers keeps in float32, whatever the precision of the rest."""
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    kind = known.get(type(config), None)
+    return frozenset(getattr(kind, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def has_part(name: str, parts: Iterable[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
