@@ -132,7 +132,7 @@ def pruned(model: Path, out: Path, **options: object) -> dict[str, bytes]:
     [
         ("llama", {}),
         ("gemma2", {"save_dtype": "bfloat16", "fast": True}),
-        ("gpt2", {"layout": "uniform", "fast": True}),
+        ("gpt2", {"fast": True}),
         ("mistral", {"allocation": "search", "search_evaluations": 4}),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else value,
