@@ -230,8 +230,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     stored = "float32" if located.gguf else _check_safetensors(located, apart, packed is not None)
     tokenizer = load_tokenizer(located, config)
     options: dict[str, Any] = {"use_safetensors": True}
-    said = "" if located.gguf else read_json(located.directory / "config.json")["model_type"]
-    whole = said if said != model_config.model_type else ""
+    whole = _whole(located, model_config)
     if whole:
         options |= {"config": model_config, "key_mapping": TEXT_NAMES}
     if located.gguf:
@@ -239,7 +238,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     if packed:
         unpack = getattr(transformers, UNPACKED[packed["quant_method"]])
         options |= {"quantization_config": unpack(**{**packed, "dequantize": True})}
-    files = _files_of(located, model_config, architecture) if streamed else None
+    files = files_of(located, model_config, architecture) if streamed else None
     try:
         if files is not None:
             kind = AutoModelForCausalLM
@@ -302,7 +301,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     architecture.check_weights(shapes, located.name)
     for name, parameter in model.named_parameters():
-        given = files.read(name) if files is not None else parameter  # one after the other, each gone again
+        given = files.read(name) if files is not None and parameter.is_meta else parameter  # gone again at once
         if not bool(torch.isfinite(given).all()):
             raise BadInputError(f"{located.name}: tensor {name} holds NaN or infinite values.")
     model = model.eval().requires_grad_(False)
@@ -323,19 +322,19 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     return LoadedModel(model, tokenizer, architecture, source, "; ".join(notes), files)
 
 
-def streams(config: RunConfig, model_config: PreTrainedConfig, architecture: Architecture) -> bool:
-    """Whether `load_model(config, streamed=True)` leaves the blocks on disk; reads headers alone."""
-    return _files_of(locate(config), model_config, architecture) is not None
+def _whole(located: Located, model_config: PreTrainedConfig) -> str:
+    """The type of the model whose part `model_config` describes; empty where it describes all of it."""
+    said = "" if located.gguf else str(read_json(located.directory / "config.json")["model_type"])
+    return said if said != model_config.model_type else ""
 
 
-def _files_of(located: Located, model_config: PreTrainedConfig, architecture: Architecture) -> TensorFiles | None:
-    """The files, where the model's tensors are in them as they are."""
+def files_of(located: Located, model_config: PreTrainedConfig, architecture: Architecture) -> TensorFiles | None:
+    """The files, where the model's tensors are in them as they are: `load_model(config, streamed=True)` leaves the
+    blocks there. Reads headers alone."""
     from slimexport.streaming.model import streamable
 
-    if located.gguf or _packing(located):
+    if located.gguf or _packing(located) or _whole(located, model_config):
         return None
-    if read_json(located.directory / "config.json")["model_type"] != model_config.model_type:
-        return None  # a part of another model
     return streamable(located.directory, architecture)
 
 
@@ -376,19 +375,11 @@ def _check_safetensors(located: Located, apart: frozenset[str], packed: bool) ->
     Returns the precision of the tensors, the widest where they differ: what config.json says of it may be wrong. Those
     whose names have a part in `apart` do not count.
     """
+    from slimexport.streaming.files import names_of
+
     directory, found = located.directory, set[str]()
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise BadInputError(
-                f"{index} is not a valid safetensors index ({type(error).__name__}: {error})."
-            ) from error
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        path = directory / str(name)
+    for name in names_of(directory):
+        path = directory / name
         if not path.is_file():
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
             if pickles:

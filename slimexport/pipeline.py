@@ -67,18 +67,19 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     there; without such a file the plan is that of `incremental`, with a note: totals are the same.
     """
     from slimexport.calibration import calibrate
-    from slimexport.loading import fingerprint, load_config, load_model, locate, streams
+    from slimexport.loading import files_of, fingerprint, load_config, load_model, locate
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.cost import with_cost
     from slimexport.pruning.stage import cost_identity
 
     config = absolute(config)
     progress = progress or Progress(quiet=True)
-    model_config, architecture = load_config(config)
+    located = locate(config)
+    model_config, architecture = load_config(config, located)
     stored = str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
     stored = stored if config.save_dtype == "auto" else config.save_dtype
     costs = None
-    streamed = block_by_block(config) and streams(config, model_config, architecture)
+    streamed = block_by_block(config) and files_of(located, model_config, architecture) is not None
     made = plan_stage(config, architecture, stored)
     if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
         if config.costs is None:
@@ -87,7 +88,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 f"shown is {made.allocation}. --costs FILE measures them now and keeps them"
             )
             return with_cost(replace(made, notes=(*made.notes, note)), architecture, config, streamed=streamed)
-        costs = known_costs(config.costs, cost_identity(fingerprint(locate(config)), config, None))
+        costs = known_costs(config.costs, cost_identity(fingerprint(located), config, None))
         if costs is None:
             with progress.stage("load"):
                 loaded = load_model(config, streamed=streamed)

@@ -49,8 +49,7 @@ def save_checkpoint(
     """Writes weights (safetensors), config, generation config, tokenizer, chat template and model card.
 
     `directory` exists and is empty; the model is in its stored precision, `blocks` are those of it that are not in
-    memory. Returns name -> sha256, but for the card,
-    which is written again once the model was measured.
+    memory. Returns name -> sha256, but for the card, which is written again once the model was measured.
     """
     made = {"ratio": plan.ratio, "criterion": plan.criterion, "allocation": plan.allocation, "layout": plan.layout}
     write_model(model, tokenizer, architecture, directory, made, blocks)

@@ -2,7 +2,7 @@
 
 Where a block comes from (`BlockSource`), where the finished one goes (`BlockSink`), and where the hidden states of the
 calibration set live (`HiddenStates`). Here all three are in memory, the sink with a copy on disk so that a killed run
-can go on; an implementation that streams from and to disk replaces them without touching the engine.
+can go on; `streaming.blocks` has a source that reads from disk.
 """
 
 from __future__ import annotations

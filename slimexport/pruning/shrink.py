@@ -52,13 +52,16 @@ def stored(block: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """The parameter, or the buffer, `name` of `block` becomes `tensor`."""
+    path, _, leaf = name.rpartition(".")
+    put_weight(block.get_submodule(path), leaf, tensor)
+
+
 def _replace(block: nn.Module, weight: Weight, new: torch.Tensor) -> None:
-    path, _, leaf = weight.name.rpartition(".")
-    module = block.get_submodule(path)
-    old = getattr(module, leaf)
-    if old.shape == new.shape and old.data_ptr() == new.data_ptr():
-        return
-    put_weight(module, leaf, new)
+    old = stored(block, weight.name)
+    if old.shape != new.shape or old.data_ptr() != new.data_ptr():
+        put(block, weight.name, new)
 
 
 def apply_sizes(config: PreTrainedConfig, architecture: Architecture, blocks: tuple[BlockSizes, ...]) -> None:

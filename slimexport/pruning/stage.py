@@ -48,8 +48,8 @@ class PrunedModel:
     trace: tuple[BlockTrace, ...]
     calibration: TextSource
     source: ModelSource
-    logit_scale: float = 1.0  # what the final norm was multiplied by
-    blocks: BlockSource | None = None  # those of `model`, which may be on disk
+    logit_scale: float  # what the final norm was multiplied by
+    blocks: BlockSource  # those of `model`, which may be on disk
 
 
 def blocks_of(loaded: LoadedModel, stored: torch.dtype) -> BlockSource:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,32 +66,22 @@ def export_stage(
         text = _rounding_text(directory / CHECKPOINT, config)
         of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
         for name, kind in exports(config).items():
-            made = _kept(directory, name, _key(of, kind, config, text)) if not force else None
+            place, same = directory / name, _key(of, kind, config, text)
+            kept = directory.state.get("exports", {})  # of a stage that was stopped at a later one, too
+            made = None if force else _unchanged(kept.get(name, {}), place, same)
             if made is None:
-                made = export_checkpoint(directory / CHECKPOINT, directory / name, kind, config, progress, text)
-                _keep(directory, name, _key(of, kind, config, text), made)
+                made = export_checkpoint(directory / CHECKPOINT, place, kind, config, progress, text)
+                directory.save(exports={**kept, name: _record_of(place, same, made)})
             else:
                 progress.note(f"{name}: is there already")
             numerics[name] = made
         for name, kind in baselines(config).items():
-            place = f"{BASELINE}/{name}"
-            numerics[place] = baseline_for(source, directory / place, kind, config, progress, text)
+            dense = f"{BASELINE}/{name}"
+            numerics[dense] = baseline_for(source, directory / dense, kind, config, progress, text)
     write_json(directory / NUMERICS, numerics)
     directory.save_config(fields_of(config, "export"))
     directory.finish("export", key, time.monotonic() - started)
     return {name: load_artifact(directory / name) for name in names}
-
-
-def _kept(directory: RunDirectory, name: str, key: str) -> dict[str, Any] | None:
-    """The numerics of export `name`, where this stage had made it for `key` before it was stopped at a later one."""
-    record = directory.state.get("exports", {}).get(name, {})
-    same = record.get("key") == key and (directory / name).is_dir()
-    return record["numerics"] if same and record["files"] == sha256_tree(directory / name) else None
-
-
-def _keep(directory: RunDirectory, name: str, key: str, numerics: dict[str, Any]) -> None:
-    record = {"key": key, "files": sha256_tree(directory / name), "numerics": numerics}
-    directory.save(exports={**directory.state.get("exports", {}), name: record})
 
 
 Kind = tuple[str, str]
@@ -163,7 +154,7 @@ def _make_baseline(
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
     _record(place).unlink(missing_ok=True)
     numerics = _export_model(loaded.model, loaded.tokenizer, place, kind, config, text)
-    write_json(_record(place), {"key": key, "files": sha256_tree(place), "numerics": numerics})
+    write_json(_record(place), _record_of(place, key, numerics))
     return numerics
 
 
@@ -193,23 +184,30 @@ def _export_model(
     return numerics
 
 
+def _record_of(place: Path, key: str, numerics: dict[str, Any]) -> dict[str, Any]:
+    """The key that an exported directory was made for, the hash of every file, its numerics."""
+    return {"key": key, "files": sha256_tree(place), "numerics": numerics}
+
+
+def _unchanged(record: Mapping[str, Any], place: Path, key: str) -> dict[str, Any] | None:
+    """The numerics in `record`, if what is in `place` was made for `key` and no byte of it has changed."""
+    if record.get("key") != key or not place.is_dir() or record.get("files") != sha256_tree(place):
+        return None
+    numerics: dict[str, Any] = record["numerics"]
+    return numerics
+
+
 def _record(place: Path) -> Path:
-    """Beside the exported directory: the key it was made for, the hash of every file, its numerics."""
+    """Where the record of a baseline is: beside its directory."""
     return place.parent / f"{place.name}.json"
 
 
 def _intact(place: Path, key: str) -> dict[str, Any] | None:
-    """The numerics of the baseline in `place`, if it was made for `key` and no byte of it has changed."""
-    record = _record(place)
-    if not place.is_dir() or not record.is_file():
-        return None
+    """`_unchanged` of the baseline in `place`; None where it has no record that can be read."""
     try:
-        data = read_json(record)
+        return _unchanged(read_json(_record(place)), place, key)
     except BadInputError:
         return None
-    if data.get("key") != key or data.get("files") != sha256_tree(place):
-        return None
-    return data["numerics"]
 
 
 def _key(fingerprint: str, kind: Kind, config: RunConfig, text: Windows) -> str:

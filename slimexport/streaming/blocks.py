@@ -13,6 +13,7 @@ from torch import nn
 
 from slimexport.errors import BadInputError
 from slimexport.precisions import stays_in_float32
+from slimexport.pruning.shrink import put, stored
 from slimexport.streaming.files import TensorFiles
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ class StreamedBlocks:
     def _to_meta(self, index: int) -> None:
         block = self._blocks[index]
         for name in _tensors_of(block):
-            tensor = _at(block, name).data
+            tensor = stored(block, name).data
             put(block, name, tensor.to("meta", self._dtype_of(index, name, tensor.dtype)))
 
-    def _dtype_of(self, index: int, name: str, stored: torch.dtype) -> torch.dtype:
-        if not stored.is_floating_point:
-            return stored
+    def _dtype_of(self, index: int, name: str, dtype: torch.dtype) -> torch.dtype:
+        if not dtype.is_floating_point:
+            return dtype
         kept = stays_in_float32(self._model, f"{self._path}.{index}.{name}", self._dtype)
         return torch.float32 if kept else self._dtype
 
@@ -112,7 +113,7 @@ class StreamedBlocks:
             own = self._became.get(index)
             tensor = own.read(name) if own is not None and name in own else self._files.read(whole)
             found[name] = tensor.to(self._dtype_of(index, name, tensor.dtype))
-            if not bool(torch.isfinite(found[name]).all()):
+            if found[name].dtype != tensor.dtype and not bool(torch.isfinite(found[name]).all()):
                 raise BadInputError(f"Weights of {self._name} overflow in {self._dtype}: choose another --save-dtype.")
         return found
 
@@ -120,19 +121,3 @@ class StreamedBlocks:
 def _tensors_of(block: nn.Module) -> list[str]:
     """Names of what a checkpoint stores of `block`."""
     return list(block.state_dict(keep_vars=True))
-
-
-def _at(block: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(block.get_submodule(path), leaf)
-    return tensor
-
-
-def put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """The parameter, or buffer, `name` of `block` becomes `tensor`."""
-    path, _, leaf = name.rpartition(".")
-    module = block.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor

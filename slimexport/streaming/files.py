@@ -66,13 +66,18 @@ class TensorFiles:
 
 def files_of(path: Path) -> list[Path]:
     """The files that hold the tensors of `path`, a directory or a file."""
-    if path.is_file():
-        return [path]
-    if not (path / INDEX).is_file():
-        return [path / SINGLE]
-    from slimexport.artifacts import read_json
+    return [path] if path.is_file() else [path / name for name in names_of(path)]
 
-    return sorted({path / name for name in read_json(path / INDEX)["weight_map"].values()})
+
+def names_of(directory: Path) -> list[str]:
+    """Of the files with its tensors: one, or those of the index. Raises BadInputError for an index that is none."""
+    index = directory / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    try:
+        return [str(name) for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise BadInputError(f"{index} is not a valid safetensors index ({type(error).__name__}: {error}).") from error
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,7 @@ import torch
 
 from slimexport.errors import BadInputError
 from slimexport.precisions import stays_in_float32
-from slimexport.streaming.blocks import put
+from slimexport.pruning.shrink import put
 from slimexport.streaming.files import TensorFiles
 
 if TYPE_CHECKING:

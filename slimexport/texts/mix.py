@@ -92,12 +92,16 @@ def absolute(spec: str) -> str:
 
 def writes(spec: str) -> bool:
     """Whether the model writes any of what `spec` names."""
-    return bool(set(parse(spec) if is_mix(spec) else (spec,)) & set(sources.WRITTEN))
+    return bool(_named(spec) & set(sources.WRITTEN))
 
 
 def written(spec: str) -> bool:
     """Whether the model writes all of a calibration text: then none of it is in any other text."""
-    return set(parse(spec) if is_mix(spec) else (spec,)) <= set(sources.WRITTEN)
+    return _named(spec) <= set(sources.WRITTEN)
+
+
+def _named(spec: str) -> set[str]:
+    return set(parse(spec) if is_mix(spec) else (spec,))
 
 
 def _weights(spec: str) -> dict[str, float]:
