@@ -225,7 +225,9 @@ def ours(
 def traced(options: argparse.Namespace, model: str, precision: str, place: Path) -> None:
     if precision != "fp32":
         raise Unsupported("transformers.exporters does not quantise")
-    ours(options, model, precision, place, builder="transformers", without=("gate_up", "last_logits"))
+    from slimexport.targets.passes import PASSES
+
+    ours(options, model, precision, place, builder="transformers", without=tuple(PASSES))
 
 
 def genai(extra: Mapping[str, str]) -> Callable[..., None]:

@@ -128,7 +128,7 @@ class RunConfig(BaseModel):
         ge=0,
         description="int8, int4: tokens of the calibration text to round weights by; 0: to the nearest.",
     )
-    without_pass: tuple[Literal["gate_up", "last_logits"], ...] = Field(
+    without_pass: tuple[Literal["gate_up", "last_logits", "unread"], ...] = Field(
         default=(), description="A pass over the graph to leave out."
     )
     baseline: bool = Field(default=True, description="Export and measure the dense model beside the shrunk one.")

@@ -83,7 +83,7 @@ def test_mobius_contract(mobius_export: Any) -> None:
     _, artifact, layout = mobius_export
     assert_contract(artifact, KV_HEADS[layout])
     assert artifact.builder == "mobius"
-    assert (artifact.passes, artifact.notes) == (("gate_up", "last_logits"), ())
+    assert (artifact.passes, artifact.notes) == (("gate_up", "last_logits", "unread"), ())
     found = operators(artifact)
     assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"]) == (4, 8)
     assert not artifact.left_padding

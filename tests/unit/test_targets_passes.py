@@ -38,7 +38,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> OnnxDecoder:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> OnnxDecoder:
     model = built()
-    assert passes.apply(model) == (("gate_up", "last_logits"), ())
+    assert passes.apply(model) == (("gate_up", "last_logits", "unread"), ())
     return decoder(model, tmp_path_factory.mktemp("done") / "graph")
 
 
@@ -46,14 +46,18 @@ def operators(model: Any) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
+def outputs(model: Any) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph for output in node.outputs if output.name)
+
+
 @pytest.mark.parametrize("name", passes.PASSES)
 def test_a_pass_left_out_leaves_the_graph_alone(name: str) -> None:
     model, others = built(), tuple(other for other in passes.PASSES if other != name)
-    before = operators(model)
+    before = outputs(model)
     assert passes.apply(model, (name, *others)) == ((), ())
-    assert operators(model) == before
+    assert outputs(model) == before
     assert passes.apply(model, others) == ((name,), ())
-    assert operators(model) != before
+    assert outputs(model) != before
 
 
 def test_unknown_pass_is_named() -> None:
@@ -75,6 +79,17 @@ def test_products_of_gate_and_up_become_one() -> None:
     passes.apply(model, ("last_logits",))
     assert operators(model)["MatMul"] == products - 3
     assert len(model.graph.initializers) == weights - 3  # none is kept twice
+
+
+def test_outputs_that_nothing_reads_are_left_out() -> None:
+    model, norm = built(), "SkipSimplifiedLayerNormalization"
+    norms = operators(model)[norm]
+    assert outputs(model)[norm] == 4 * norms  # mean and variance as well
+    passes.apply(model, ("gate_up", "last_logits"))
+    # The last norm's sum has no reader either.
+    assert outputs(model)[norm] == 2 * norms - 1
+    assert sorted(len(node.outputs) for node in model.graph if node.op_type == norm) == [1] + [4] * (norms - 1)
+    assert all(value.name for node in model.graph for value in node.inputs if value is not None)
 
 
 def test_the_last_token_is_the_last_that_is_not_masked(done: OnnxDecoder) -> None:
@@ -140,5 +155,6 @@ def test_a_graph_without_the_products_is_left_alone_and_says_so() -> None:
     assert notes == (
         "Pass gate_up: there are no two products of one input (the builder may have packed them).",
         "Pass last_logits: the product that gives the logits was not found.",
+        "Pass unread: no operator has an output that nothing reads.",
     )
     assert [given.name for given in model.graph.inputs] == ["logits"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slimexport.errors import BadInputError, nearest
-from slimexport.targets.passes import gate_up, last_logits
+from slimexport.targets.passes import gate_up, last_logits, unread
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Pass = Callable[["ir.Model"], str | None]
 """Changes the model in place and returns None, or leaves it as it was and returns the reason, in words for the user."""
 
-PASSES: dict[str, Pass] = {"gate_up": gate_up.fuse, "last_logits": last_logits.select}
+PASSES: dict[str, Pass] = {"gate_up": gate_up.fuse, "last_logits": last_logits.select, "unread": unread.drop}
 """In the order in which they are applied."""
 
 
