@@ -218,6 +218,7 @@ class BlockTrace:
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()
     seconds_fit: float = 0.0  # of what makes the FFN's channels
+    factorised: str = ""  # the precisions that H was factorised in, joined by commas
 
     @property
     def seconds(self) -> float:

@@ -25,7 +25,7 @@ from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Arguments, Settings, given_to, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
-from slimexport.pruning.obs import Selection, refit, removal_errors
+from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
 from slimexport.pruning.targets import Targets
 
@@ -70,6 +70,7 @@ class Block:
         self.kept = Kept.all(self.dense, architecture.experts)
         self.work = working_copy(home, settings)
         self.damping = 0.0
+        self.factorised: set[str] = set()
         self.notes: list[str] = []
 
     def prune(self) -> BlockTrace:
@@ -91,6 +92,7 @@ class Block:
             peak_memory_bytes=0,  # the caller's too
             notes=tuple(self.notes),
             seconds_fit=self.clock.seconds["fit"],
+            factorised=",".join(sorted(self.factorised)),
         )
 
     def _prune_heads(self) -> tuple[list[torch.Tensor] | None, tuple[float, float]]:
@@ -120,12 +122,13 @@ class Block:
             else:
                 selection, used = self.criterion.heads(self._site(self.family.attention_weight, W, H, moments, QUERY))
                 self.damping = max(self.damping, used)
+                self.factorised |= {selection.factorised} - {""}
             groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
             self.kept = dataclasses.replace(self.kept, kv_groups=groups, query_heads=selection.kept)
             columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
-            bias = self._bias(name, selection)
-            errors = (0.0, 0.0) if whole else _errors(W, selection.W, columns, H, moments.mean(), bias)
-            self._shrink(self.family.attention_weight, self.kept, selection.W[:, columns], bias)
+            selection = self._with_bias_where_it_can(name, selection)
+            errors = (0.0, 0.0) if whole else removal_errors(W, selection, columns, H, moments.mean())
+            self._shrink(self.family.attention_weight, self.kept, selection.W[:, columns], selection.bias)
             for batch, found in enumerate(inputs):
                 inputs[batch] = found[..., columns]
         return inputs, errors
@@ -182,11 +185,12 @@ class Block:
                 criterion = criteria.get("magnitude")  # there is nothing to compensate by
         selection, used = criterion.channels(self._site(self.family.ffn_weight, W, H, moments, CHANNELS, expert))
         self.damping = max(self.damping, used)
+        self.factorised |= {selection.factorised} - {""}
         columns = torch.tensor(selection.kept, device=self.settings.device)
-        bias = self._bias(name, selection)
-        power = float(((W @ H) * W).sum()) * moments.tokens if self.family.experts else 1.0
-        before, after = _errors(W, selection.W, columns, H, moments.mean(), bias)
-        return Chosen(selection.kept, selection.W[:, columns], bias, before * power, after * power, power)
+        selection = self._with_bias_where_it_can(name, selection)
+        power = mean_square(W, H) * moments.tokens if self.family.experts else 1.0
+        before, after = removal_errors(W, selection, columns, H, moments.mean())
+        return Chosen(selection.kept, selection.W[:, columns], selection.bias, before * power, after * power, power)
 
     def _fit_factors(self, attention: list[torch.Tensor], targets: Targets) -> None:
         """The projections that make the inputs of down_proj, fitted toward the dense stream once all else is in place.
@@ -288,17 +292,20 @@ class Block:
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip
 
-    def _bias(self, name: str, selection: Selection) -> torch.Tensor | None:
-        """The part of the output that the criterion puts into the bias, where there is one and it may."""
-        if selection.bias is None or not self.settings.biases:
-            return None
+    def _with_bias_where_it_can(self, name: str, selection: Selection) -> Selection:
+        """Without what the criterion would put into a bias, where there is none or it may not."""
+        if selection.bias is None:
+            return selection
+        without = dataclasses.replace(selection, bias=None)
+        if not self.settings.biases:
+            return without
         if any(w.name == f"{name}.bias" for w in self.architecture.block_weights()):
-            return selection.bias
+            return selection
         lacks = (
             "weighs biases by the router" if name == self.family.ffn_output and self.family.experts else "has no bias"
         )
         self.notes.append(f"{name} {lacks}: what it would have compensated is lost")
-        return None
+        return without
 
     def _shrink(self, weight: str, kept: Kept, W: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`W` [out, kept], of experts one for each, becomes the matrix; `bias` [out] is added to its bias."""
@@ -320,18 +327,3 @@ def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tenso
             parts.append(left.pop(0))
         joined.append(torch.cat(parts))
     return joined
-
-
-def _errors(
-    W: torch.Tensor,
-    changed: torch.Tensor,
-    columns: torch.Tensor,
-    H: torch.Tensor,
-    mean: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> tuple[float, float]:
-    """Relative output error of plain removal and of removal with compensation, the bias included."""
-    plain = torch.zeros_like(W)
-    plain[:, columns] = W[:, columns]
-    before, after = removal_errors(W, (plain, changed), H, mean, (None, bias))
-    return before, after

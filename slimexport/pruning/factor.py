@@ -81,7 +81,7 @@ def fit_factors(
     tokens = sum(len(piece.x) for piece in pieces)
     direction, last = V, math.inf
     for step in range(steps):
-        better = [inverse_slopes[k] @ left[k] @ inverse_x for k in parts]
+        better = [(inverse_slopes[k].to(inverse_x) @ left[k].to(inverse_x) @ inverse_x).to(left[k]) for k in parts]
         slope = _dot(left, better)
         if slope <= 0:
             break

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 ENUMERATION_LIMIT = 512  # combinations of one head per group that are still scored one by one
 DAMPING_RETRIES = 6
+SINGLE_FROM = 2048  # inputs: from here on a factor is tried in float32 first; smaller ones take no time in float64
+SINGLE_RESIDUAL = 1e-3  # of A in float32, at most: what compensation loses to it is of second order
+ROWS = 512  # of a matrix that are converted at a time: the widest are gigabytes
 
 
 class NotPositiveDefiniteError(RuntimeError):
@@ -28,30 +34,80 @@ class NotPositiveDefiniteError(RuntimeError):
 # ----------------------------------------------------------------------------------------------------- damped inverse
 
 
-def damped_inverse(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Inverse of H + lambda I in float64, lambda = damping * mean(diag H), ten times more whenever Cholesky fails.
+class DampedInverse(NamedTuple):
+    """(H + ridge I)^-1."""
+
+    inverse: torch.Tensor  # [n, n] float64, or float32 where that was found good enough
+    dead: torch.Tensor  # [n] bool, inputs that never fired: as if of size one, so that removing them touches nothing
+    damping: float  # that was used, as a share of the mean diagonal
+    ridge: float
+
+
+def solved(H: torch.Tensor, damping: float, solve: Callable[[DampedInverse], T]) -> tuple[T, DampedInverse]:
+    """`solve` by the damped inverse of H: again by one in float64, where by one in float32 a Cholesky factor fails."""
+    found = damped_inverse(H, damping)
+    try:
+        return solve(found), found
+    except torch.linalg.LinAlgError:
+        if found.inverse.dtype == torch.float64:
+            raise
+    found = damped_inverse(H, damping, single=False)
+    return solve(found), found
+
+
+def damped_inverse(H: torch.Tensor, damping: float, *, single: bool = True) -> DampedInverse:
+    """Inverse of H + lambda I, lambda = damping * mean(diag H), ten times more whenever Cholesky fails.
+
+    Of SINGLE_FROM inputs and more it is computed in float32 first, and kept where (H + lambda I) A v is v within
+    SINGLE_RESIDUAL for random v, by H as it is; else in float64, as for fewer inputs.
 
     Args:
-        H: [n, n], symmetric.
+        H: [n, n], symmetric, float64.
         damping: share of the mean diagonal.
-
-    Returns:
-        The inverse [n, n] float64; `dead` [n] bool, inputs that never fired (their diagonal is set to one, so that
-        removing them costs nothing and touches nothing); the damping that was used.
+        single: whether float32 will do.
     """
     diagonal = H.diagonal().double()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     for _ in range(DAMPING_RETRIES):
+        ridge = damping * mean
+        raised = diagonal.masked_fill(dead, 1.0) + ridge
+        if single and len(H) >= SINGLE_FROM and (found := _inverse_in_single(H, raised)) is not None:
+            return DampedInverse(found, dead, damping, ridge)
         damped = H.double().clone()
-        damped.diagonal()[dead] = 1.0
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().copy_(raised)
         factor, failed = torch.linalg.cholesky_ex(damped)
         del damped  # as large as the factor and the inverse
         if not bool(failed):
-            return torch.cholesky_inverse(factor), dead, damping
+            return DampedInverse(torch.cholesky_inverse(factor), dead, damping, ridge)
         damping *= 10
     raise NotPositiveDefiniteError(f"H of size {len(H)} is not positive definite, even with damping {damping / 10:g}")
+
+
+def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor | None:
+    """Inverse of H with this `diagonal` [n] by a float32 Cholesky, None where that is not accurate enough.
+
+    Scaled to a unit diagonal, S H S: activations of one channel may be a thousand times those of another, and it is
+    only what then is left of H's condition that costs digits.
+    """
+    n, scale = len(H), diagonal.rsqrt()
+    scaled = torch.empty(n, n, dtype=torch.float32, device=H.device)
+    for start in range(0, n, ROWS):
+        rows = slice(start, start + ROWS)
+        scaled[rows] = H[rows] * scale[rows, None] * scale
+    scaled.diagonal().fill_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    del scaled
+    if bool(failed):
+        return None
+    inverse = torch.cholesky_inverse(factor)  # S^-1 A S^-1
+    del factor
+    v = torch.randint(2, (n, 4), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
+    x = (inverse @ v.float()).double() * scale[:, None]
+    back = scale[:, None] * (H @ x + (diagonal - H.diagonal())[:, None] * x)
+    if not float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()):  # NaN is not accurate enough either
+        return None
+    return inverse.mul_(scale.float()[:, None]).mul_(scale.float())
 
 
 # -------------------------------------------------------------------------------------------------------------- re-fit
@@ -86,35 +142,38 @@ class Eliminator:
     A is never downdated: the columns of a pivoted block Cholesky factor L, computed when a group is chosen, give any
     entry of the current A as A_0 - L L^T. For n inputs of which k go that costs O(n k^2) instead of O(n^2 k), and
     loses no digits to repeated subtraction.
+
+    Everything is in the precision of A_0, but for the current A's diagonal. Columns of W and of L, and those of A_0,
+    which is symmetric, are rows in memory: a step reads and writes whole ones.
     """
 
     def __init__(self, W: torch.Tensor, inverse: torch.Tensor):
-        """W [out, n] and inverse [n, n], both float64 on one device; W is copied, `inverse` only read."""
-        # Transposed, in place: a column of W is then one piece of memory, and a step reads and writes it once.
-        self._columns = W.double().T.contiguous().clone()
+        """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read."""
+        self._columns = W.to(inverse.dtype).T.contiguous().clone()
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
         self._inverse = inverse
-        self._factor = torch.zeros(W.shape[1], min(64, W.shape[1]), dtype=torch.float64, device=W.device)
+        self._factor = torch.empty(min(64, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
         self._used = 0
-        self.diagonal = inverse.diagonal().clone()  # of the current A
+        self.diagonal = inverse.diagonal().to(torch.float64, copy=True)  # of the current A
 
     @property
     def W(self) -> torch.Tensor:
-        """[out, n] as it is now: removed columns are zero."""
+        """[out, n] as it is now, in the precision of A_0: removed columns are zero."""
         return self._columns.T
 
     @property
     def _L(self) -> torch.Tensor:
-        return self._factor[:, : self._used]
+        """L^T, [used, n]"""
+        return self._factor[: self._used]
 
     def blocks(self, columns: torch.Tensor) -> torch.Tensor:
         """Current A restricted to each candidate: columns [c, s] -> [c, s, s]."""
-        L = self._L[columns]  # [c, s, used]
-        return self._inverse[columns.unsqueeze(2), columns.unsqueeze(1)] - L @ L.transpose(1, 2)
+        L = self._L[:, columns].transpose(0, 1)  # [c, used, s]
+        return self._inverse[columns.unsqueeze(2), columns.unsqueeze(1)] - L.transpose(1, 2) @ L
 
     def scores(self, columns: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-        """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c].
+        """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c] float64.
 
         One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error = ||l^-1 W_P^T||^2.
         """
@@ -122,41 +181,43 @@ class Eliminator:
         for some in columns.split(chunk):
             factor = torch.linalg.cholesky(self.blocks(some))
             W = self._columns[some]  # [c, s, out]
-            parts.append(torch.linalg.solve_triangular(factor, W, upper=False).square().sum(dim=(1, 2)))
+            reduced = torch.linalg.solve_triangular(factor, W, upper=False)
+            parts.append(reduced.flatten(1).square_().sum(1, dtype=torch.float64))
         return torch.cat(parts)
 
     def channel_scores(self) -> torch.Tensor:
         """||W_j||^2 / A_jj for every single input [n]; infinite where it is gone already."""
-        scores = torch.linalg.vector_norm(self._columns, dim=1).square() / self.diagonal
+        scores = torch.linalg.vector_norm(self._columns, dim=1).double().square() / self.diagonal
         return scores.masked_fill(~self.alive, math.inf)
 
     def eliminate(self, columns: torch.Tensor) -> float:
         """Removes `columns` [s], compensates W, returns the exact error that this adds."""
-        block = torch.addmm(self._inverse[:, columns], self._L, self._L[columns].T, alpha=-1)  # current A_:P, [n, s]
-        factor = torch.linalg.cholesky(block[columns])
-        new = torch.linalg.solve_triangular(factor, block.T, upper=False).T  # A_:P l^-T, [n, s]
+        L = self._L
+        block = torch.addmm(self._inverse[columns], L[:, columns].T, L, alpha=-1)  # current A_P:, [s, n]
+        factor = torch.linalg.cholesky(block[:, columns])
+        new = torch.linalg.solve_triangular(factor, block, upper=False)  # l^-1 A_P:, [s, n]
         W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
-        self._columns.addmm_(new, W, alpha=-1)
+        self._columns.addmm_(new.T, W, alpha=-1)
         self._columns[columns] = 0.0
         self.alive[columns] = False
-        self.diagonal -= new.square().sum(1)
+        self.diagonal -= new.square().sum(0, dtype=torch.float64)
         self._append(new)
-        error = float(W.square().sum())
+        error = float(W.square().sum(dtype=torch.float64))
         self.error += error
         return error
 
     def masked(self) -> torch.Tensor:
-        """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
-        return self.W.masked_fill(~self.alive, 0.0).contiguous()
+        """W, float64, with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
+        return self.W.masked_fill(~self.alive, 0.0).double().contiguous()
 
     def _append(self, new: torch.Tensor) -> None:
-        end = self._used + new.shape[1]
-        if end > self._factor.shape[1]:
-            room = min(self._factor.shape[0], max(end, 2 * self._factor.shape[1]))
-            grown = torch.zeros(self._factor.shape[0], room, dtype=torch.float64, device=new.device)
-            grown[:, : self._used] = self._L
+        end = self._used + len(new)
+        if end > len(self._factor):
+            room = min(self._factor.shape[1], max(end, 2 * len(self._factor)))
+            grown = torch.empty(room, self._factor.shape[1], dtype=new.dtype, device=new.device)
+            grown[: self._used] = self._L
             self._factor = grown
-        self._factor[:, self._used : end] = new
+        self._factor[self._used : end] = new
         self._used = end
 
     def trial(self) -> Eliminator:
@@ -176,6 +237,8 @@ class Selection:
     W: torch.Tensor
     error: float  # tr((W' - W) H (W' - W)^T) with the damped H
     bias: torch.Tensor | None = None  # [out] to be added to the output, where a criterion compensates by one
+    ridge: float | None = None  # W' has the least such error that zeros in these columns can have, with H + ridge I
+    factorised: str = ""  # the precision that H was factorised in, where it was
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
@@ -346,28 +409,62 @@ def select_channels(
     return Selection(kept, state.masked(), state.error)
 
 
+def mean_square(W: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(W H W^T), the output's mean square; of wide ones by products in float32, as those of H were."""
+    if len(H) < SINGLE_FROM:
+        return float(((W @ H) * W).sum())
+    single, total = W.float(), 0.0
+    for start in range(0, len(H), ROWS):  # of H, which is symmetric, what is left of its diagonal counts twice
+        rows = H[start:, start : start + ROWS].float()
+        rows[ROWS:] *= 2
+        product = single[:, start:] @ rows
+        total += float(product.mul_(single[:, start : start + ROWS]).sum(dtype=torch.float64))
+    return total
+
+
+def optimum_error(D: torch.Tensor, H: torch.Tensor, gone: torch.Tensor, ridge: float) -> float:
+    """tr(D H D^T) of the D that has the least tr(D (H + ridge I) D^T) for its columns in `gone`.
+
+    D (H + ridge I) is zero in all other columns then, so of D H only the few columns in `gone` need be computed.
+
+    Args:
+        D: [out, n], of which columns that never fired may be anything.
+        gone: indices.
+    """
+    rest = H.diagonal() > 0
+    rest[gone] = False
+    some = H[gone].T
+    product = (D.float() @ some.float()).double() if len(H) >= SINGLE_FROM else D @ some  # nothing cancels in it
+    return max(float((product * D[:, gone]).sum()) - ridge * float(D.square().sum(0)[rest].sum()), 0.0)
+
+
 def removal_errors(
-    W: torch.Tensor,
-    changed: Sequence[torch.Tensor],
-    H: torch.Tensor,
-    mean: torch.Tensor | None = None,
-    biases: Sequence[torch.Tensor | None] = (),
-) -> list[float]:
-    """||(W' - W) X + b 1^T||^2 / ||W X||^2 of every W' in `changed` and its b in `biases` (none where they are fewer),
-    from H = X X^T / tokens (without biases: any scale), without damping; 0.0 where W X is zero. `mean` [in] is that of
-    the inputs, for the biases."""
-    H, W = H.double(), W.double()
-    total = float(((W @ H) * W).sum())
-    found = []
-    for other, bias in itertools.zip_longest(changed, biases):
-        D = other.double() - W
-        error = 0.0
-        if bias is not None:
-            assert mean is not None
-            error += float(bias @ (2 * D @ mean + bias))
-        moved, part = D.any(0), H
-        if not bool(moved.all()):  # after plain removal: only what went
-            D, part = D[:, moved], H[moved][:, moved]
-        error += float(((D @ part) * D).sum())
-        found.append(max(error, 0.0) / total if total > 0 else 0.0)
-    return found
+    W: torch.Tensor, selection: Selection, columns: torch.Tensor, H: torch.Tensor, mean: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """||(W' - W) X + b 1^T||^2 / ||W X||^2 of plain removal, and of the selection's W' and b (its bias, if any), from
+    H = X X^T / tokens (without a bias: any scale), undamped; 0.0 where W X is zero.
+
+    Args:
+        W, H: [out, in] and [in, in], float64.
+        columns: indices of what stays.
+        mean: [in], of the inputs; for the bias.
+    """
+    total = mean_square(W, H)
+    if total <= 0:
+        return 0.0, 0.0
+    stays = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
+    stays[columns] = True
+    gone = (~stays).nonzero().flatten()
+    plain = W[:, gone]
+    before = float(((plain @ H[gone][:, gone]) * plain).sum())
+    D = selection.W - W
+    if selection.ridge is not None:
+        after = optimum_error(D, H, gone, selection.ridge)
+    else:
+        moved = D.any(0)  # where nothing is compensated only what went
+        some = D[:, moved]
+        after = float(((some @ H[moved][:, moved]) * some).sum())
+    if selection.bias is not None:
+        assert mean is not None
+        after += float(selection.bias @ (2 * D @ mean + selection.bias))
+    return max(before, 0.0) / total, max(after, 0.0) / total

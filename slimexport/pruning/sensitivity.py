@@ -29,7 +29,7 @@ from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, solvable
 from slimexport.pruning.matrices import matrix
-from slimexport.pruning.obs import Eliminator, damped_inverse, walk_heads
+from slimexport.pruning.obs import DampedInverse, Eliminator, solved, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
 
 CURVE_STEP = 64  # channels that go at once where only the error's curve is wanted
@@ -105,12 +105,18 @@ def measure_costs(
             of_channels = _nothing_to_cut(dense.channels)
             if own.has_heads:
                 H = _checked(heads, index, settings)
-                W = matrix(work.get_submodule(family.attention_output)).double()
-                of_heads = head_curve(W, H, dense, own, settings.damping, weightings[0], searched=searched)
+                W = matrix(work.get_submodule(family.attention_output))
+                of_heads, _ = solved(
+                    H, settings.damping,
+                    lambda found: head_curve(W, found, dense, own, weightings[0], searched=searched),  # noqa: B023
+                )  # fmt: skip
             if own.has_channels:
                 each = [_checked(moments, index, settings) for moments in channels]
                 of_channels = joined([
-                    channel_curve(V.double(), H, dense, round_to, settings.damping, weightings[1], searched=searched)
+                    solved(
+                        H, settings.damping,
+                        lambda found: channel_curve(V, found, dense, round_to, weightings[1], searched=searched),  # noqa: B023
+                    )[0]
                     for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), each, strict=True)
                 ], [moments.tokens for moments in channels])  # fmt: skip
             pair = (of_heads, of_channels)
@@ -183,10 +189,9 @@ def _joint(measured: Mapping[Any, float], name: str, probed: Sequence[Sequence[A
 
 def head_curve(
     W: torch.Tensor,
-    H: torch.Tensor,
+    found: DampedInverse,
     dense: BlockSizes,
     architecture: Architecture,
-    damping: float,
     weighting: Weighting | None = None,
     *,
     searched: bool = False,
@@ -194,12 +199,12 @@ def head_curve(
     """Error of every legal head structure, by the moves that pruning makes, whole groups first.
 
     Args:
-        W: o_proj [out, in] in float64; H: mean x x^T of its inputs, [in, in].
+        W: o_proj [out, in]; found: of H, mean x x^T of its inputs, [in, in].
         weighting: what errors are weighted by; None: all count alike.
         searched: also the cuts that a search chooses from.
     """
-    inverse, dead, _ = damped_inverse(H, damping)
-    W = weighted(W.masked_fill(dead, 0.0), weighting)
+    inverse = found.inverse
+    W = weighted(W.double().masked_fill(found.dead, 0.0), weighting)
     whole = (dense.kv_groups, dense.heads_per_group)
     sizes = architecture.legal_heads(dense)
     if sizes == [whole]:
@@ -232,10 +237,9 @@ def head_curve(
 
 def channel_curve(
     W: torch.Tensor,
-    H: torch.Tensor,
+    found: DampedInverse,
     dense: BlockSizes,
     round_to: int,
-    damping: float,
     weighting: Weighting | None = None,
     *,
     searched: bool = False,
@@ -243,12 +247,11 @@ def channel_curve(
     """Error at every legal channel count, groups of channels going at once between two of them.
 
     Args:
-        W: down_proj [out, channels] in float64; H: mean x x^T of its inputs, [channels, channels].
+        W: down_proj [out, channels]; found: of H, mean x x^T of its inputs, [channels, channels].
         weighting: what errors are weighted by; None: all count alike.
         searched: also the cuts that a search chooses from.
     """
-    inverse, dead, _ = damped_inverse(H, damping)
-    state = Eliminator(weighted(W.masked_fill(dead, 0.0), weighting), inverse)
+    state = Eliminator(weighted(W.double().masked_fill(found.dead, 0.0), weighting), found.inverse)
     counts = legal_channels(dense.channels, round_to)
     probed = grid.probed({count: count / dense.channels for count in counts}, counts[1:])
     choices = grid.searched_channels(counts) if searched else []
@@ -288,7 +291,7 @@ def joined(curves: Sequence[Curve], tokens: Sequence[int]) -> Curve:
 
 def _cut(state: Eliminator, weighting: Weighting | None) -> Cut:
     columns = state.alive.nonzero().flatten()
-    return Cut(columns, unweighted(state.W[:, columns], weighting).float())
+    return Cut(columns, unweighted(state.W[:, columns].double(), weighting).float())
 
 
 def interpolate(errors: Mapping[Any, float], measured: Mapping[Any, float]) -> dict[Any, float]:

@@ -104,13 +104,13 @@ def weighed(seed: int, structure: tuple[int, int, int, int] | None) -> tuple[Sit
 
 
 def weighted_error(site: Site, G: torch.Tensor, W: torch.Tensor) -> float:
-    inverse, _, _ = damped_inverse(site.H, site.damping)
+    inverse, *_ = damped_inverse(site.H, site.damping)
     D = W - site.W
     return float((D.T @ G @ D * torch.linalg.inv(inverse)).sum())
 
 
 def repaired(site: Site, kept: list[int]) -> torch.Tensor:
-    inverse, _, _ = damped_inverse(site.H, site.damping)
+    inverse, *_ = damped_inverse(site.H, site.damping)
     return least_squares(site.W, torch.linalg.inv(inverse), kept)[0]
 
 
@@ -240,7 +240,9 @@ def test_cost_curves_weigh_channels_as_pruning_does() -> None:
     """The same channels at the same count, and matrices without the weights."""
     site, _ = weighed(1, None)
     n = site.W.shape[1]
-    curve = channel_curve(site.W, site.H, BlockSizes(1, 1, n), 1, site.damping, site.weighting, searched=True)
+    curve = channel_curve(
+        site.W, damped_inverse(site.H, site.damping), BlockSizes(1, 1, n), 1, site.weighting, searched=True
+    )
     assert len(curve.cuts) > 5
     for count, cut in curve.cuts.items():
         keep = dataclasses.replace(site.keep, channels=count)
@@ -254,8 +256,10 @@ def test_cost_curves_weigh_heads_as_pruning_does() -> None:
     changed = 0
     for seed in range(4):
         site, G = weighed(seed, (3, 2, 2, 2))
-        curve = head_curve(site.W, site.H, site.dense, architecture, site.damping, site.weighting, searched=True)
-        plain = head_curve(site.W, site.H, site.dense, architecture, site.damping, searched=True)
+        curve = head_curve(
+            site.W, damped_inverse(site.H, site.damping), site.dense, architecture, site.weighting, searched=True
+        )
+        plain = head_curve(site.W, damped_inverse(site.H, site.damping), site.dense, architecture, searched=True)
         for size, cut in curve.cuts.items():
             torch.testing.assert_close(
                 cut.W.double(), repaired(site, cut.columns.tolist())[:, cut.columns], rtol=1e-4, atol=1e-4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ def problem(out: int, n: int, tokens: int = 200, seed: int = 0) -> tuple[torch.T
     mix = torch.randn(n, n, generator=g, dtype=torch.float64)
     X = mix @ torch.randn(n, tokens, generator=g, dtype=torch.float64)
     H = X @ X.T / tokens
-    inverse, _, used = obs.damped_inverse(H, 0.01)
+    inverse, _, used, _ = obs.damped_inverse(H, 0.01)
     damped = H + used * H.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     return torch.randn(out, n, generator=g, dtype=torch.float64), damped, inverse
 
@@ -42,7 +44,8 @@ def test_damping_grows_until_cholesky_succeeds() -> None:
     v = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     H = torch.outer(v, v)
     H[0, 0] -= 0.02 * float(H.diagonal().mean())  # slightly indefinite: 0.01 is not enough
-    inverse, dead, used = obs.damped_inverse(H, 1e-4)
+    inverse, dead, used, ridge = obs.damped_inverse(H, 1e-4)
+    assert ridge == pytest.approx(used * float(H.diagonal().mean()))
     assert used > 1e-4
     assert torch.isfinite(inverse).all()
     assert not dead.any()
@@ -168,23 +171,108 @@ def test_compensation_never_loses_to_plain_removal() -> None:
         W, H, inverse = problem(6, 16, seed=seed)
         raw = H - 0.01 / 1.01 * H.diagonal().mean() * torch.eye(16, dtype=torch.float64)  # undamped
         got = obs.select_channels(W, inverse, keep=8, group_size_start=4, group_size_end=1)
-        plain = torch.zeros_like(W)
-        plain[:, list(got.kept)] = W[:, list(got.kept)]
-        compensated, uncompensated = obs.removal_errors(W, (got.W, plain), raw)
-        assert compensated <= uncompensated + 1e-12
+        plain, compensated = obs.removal_errors(W, got, torch.tensor(got.kept), raw)
+        assert compensated <= plain + 1e-12
 
 
 def test_removal_errors_are_those_of_the_outputs() -> None:
     g = torch.Generator().manual_seed(4)
     W, other, X = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 5), (3, 5), (5, 40)))
-    found = obs.removal_errors(W, (other, torch.zeros_like(W), W), X @ X.T / 40)
-    direct = float(((other - W) @ X).square().sum() / (W @ X).square().sum())
-    assert found == pytest.approx([direct, 1.0, 0.0], rel=1e-10)
-    assert obs.removal_errors(torch.zeros_like(W), (other,), X @ X.T) == [0.0]
     bias = torch.randn(3, generator=g, dtype=torch.float64)
-    found = obs.removal_errors(W, (other, other), X @ X.T / 40, X.mean(1), (None, bias))
-    moved = float(((other - W) @ X + bias[:, None]).square().sum() / (W @ X).square().sum())
-    assert found == pytest.approx([direct, moved], rel=1e-10)
+    H, columns = X @ X.T / 40, torch.tensor([1, 2, 4])
+    plain = W.index_fill(1, torch.tensor([0, 3]), 0.0)
+
+    def share(changed: torch.Tensor, b: torch.Tensor | None = None) -> float:
+        moved = (changed - W) @ X + (0.0 if b is None else b[:, None])
+        return float(moved.square().sum() / (W @ X).square().sum())
+
+    for changed, b in ((other, None), (other, bias), (plain, None), (plain, bias)):
+        selection = obs.Selection((1, 2, 4), changed, 0.0, b)
+        found = obs.removal_errors(W, selection, columns, H, X.mean(1))
+        assert found == pytest.approx((share(plain), share(changed, b)), rel=1e-10)
+    nothing = torch.zeros_like(W)
+    assert obs.removal_errors(nothing, obs.Selection((1, 2, 4), other, 0.0), columns, H) == (0.0, 0.0)
+
+
+def test_the_error_of_an_optimum_is_that_of_any_other_matrix() -> None:
+    """By the columns that went, whether or not errors were weighted, and with an input that never fired."""
+    W, H, _ = problem(5, 14, seed=6)
+    H[11] = H[:, 11] = 0.0
+    found = obs.damped_inverse(H, 0.05)
+    R = torch.randn(5, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for left in (torch.eye(5, dtype=torch.float64), R):
+        best = obs.select_channels(
+            left @ W.masked_fill(found.dead, 0.0), found.inverse, keep=8, group_size_start=2, group_size_end=1
+        )
+        changed = torch.linalg.solve(left, best.W)
+        kept = torch.tensor(best.kept)
+        exact = obs.removal_errors(W, obs.Selection(best.kept, changed, 0.0), kept, H)
+        fast = obs.removal_errors(W, obs.Selection(best.kept, changed, 0.0, ridge=found.ridge), kept, H)
+        assert fast == pytest.approx(exact, rel=1e-9)
+        assert 0 < fast[1] < fast[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- float32
+
+
+def wide(spread: float, seed: int = 8) -> torch.Tensor:
+    """H of 96 inputs, correlated, whose sizes go from one to `spread`."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(96, 96, generator=g, dtype=torch.float64) @ torch.randn(96, 300, generator=g, dtype=torch.float64)
+    X *= torch.logspace(0, math.log10(spread), 96, dtype=torch.float64)[:, None]
+    return X @ X.T / 300
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_a_wide_one_is_factorised_in_float32(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    """And removes the same channels, with nearly the least error, however unlike the sizes of the inputs are."""
+    H = wide(spread)
+    W = torch.randn(7, 96, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    monkeypatch.setattr(obs, "SINGLE_FROM", 1000)
+    exact = obs.damped_inverse(H, 1e-3)
+    monkeypatch.setattr(obs, "SINGLE_FROM", 64)
+    found = obs.damped_inverse(H, 1e-3)
+    assert (exact.inverse.dtype, found.inverse.dtype) == (torch.float64, torch.float32)
+    assert (found.damping, found.ridge) == (exact.damping, exact.ridge)
+    scale = exact.inverse.diagonal().sqrt()
+    torch.testing.assert_close(
+        found.inverse.double() / scale / scale[:, None], exact.inverse / scale / scale[:, None], rtol=0, atol=1e-3
+    )
+    of = [obs.select_channels(W, i, keep=60, group_size_start=8, group_size_end=2) for i in (exact[0], found[0])]
+    assert of[0].kept == of[1].kept
+    assert of[1].W.dtype == torch.float64
+    columns = torch.tensor(of[0].kept)
+    errors = [obs.removal_errors(W, selection, columns, H)[1] for selection in of]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-5)
+    by_optimum = obs.removal_errors(W, dataclasses.replace(of[1], ridge=found.ridge), columns, H)
+    assert by_optimum[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+def test_what_float32_cannot_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that are nearly one input: no scaling helps."""
+    g = torch.Generator().manual_seed(10)
+    one = torch.randn(1, 300, generator=g, dtype=torch.float64)
+    X = one + 1e-3 * torch.randn(96, 300, generator=g, dtype=torch.float64)
+    H = X @ X.T / 300
+    monkeypatch.setattr(obs, "SINGLE_FROM", 64)
+    found = obs.damped_inverse(H, 1e-9)
+    assert found.inverse.dtype == torch.float64
+    damped = H + found.ridge * torch.eye(96, dtype=torch.float64)
+    torch.testing.assert_close(found.inverse @ damped, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_mean_square_of_a_wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(7, 96, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    H = wide(1e3)
+    exact = float(((W @ H) * W).sum())
+    monkeypatch.setattr(obs, "SINGLE_FROM", 64)
+    monkeypatch.setattr(obs, "ROWS", 40)
+    assert obs.mean_square(W, H) == pytest.approx(exact, rel=1e-5)
+    found = obs.damped_inverse(H, 1e-2)
+    torch.testing.assert_close(
+        found.inverse.double() @ (H + found.ridge * torch.eye(96, dtype=torch.float64)),
+        torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-2,
+    )  # fmt: skip
 
 
 def test_keeping_all_changes_nothing() -> None:
@@ -200,7 +288,7 @@ def test_dead_inputs_go_first_and_change_nothing() -> None:
     W, H, _ = problem(5, 12)
     H[[2, 9]] = 0
     H[:, [2, 9]] = 0
-    inverse, dead, _ = obs.damped_inverse(H, 0.01)
+    inverse, dead, *_ = obs.damped_inverse(H, 0.01)
     assert dead.nonzero().flatten().tolist() == [2, 9]
     W = W.masked_fill(dead, 0.0)
     got = obs.select_channels(W, inverse, keep=10, group_size_start=1, group_size_end=1)

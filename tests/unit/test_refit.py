@@ -57,7 +57,7 @@ class Problem:
 
     def fitted_and_pruned(self, share: float, damping: float, keep: int = 7) -> tuple[torch.Tensor, obs.Selection]:
         V = obs.refit(self.W, self.H, self.C - self.W @ self.H, share)
-        inverse, _, _ = obs.damped_inverse(self.H, damping)
+        inverse, *_ = obs.damped_inverse(self.H, damping)
         return V, obs.select_channels(V, inverse, keep=keep, group_size_start=2, group_size_end=1)
 
 

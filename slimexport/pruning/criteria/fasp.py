@@ -23,10 +23,10 @@ def restore(site: Site, selection: Selection, columns: list[int]) -> tuple[Selec
     W, and so shrinks what is kept a little. `error` is without damping.
     """
     S = torch.tensor(columns, device=site.W.device)
-    inverse, _, damping = damped_inverse(site.H[S][:, S], site.damping)
+    found = damped_inverse(site.H[S][:, S], site.damping)
     W = torch.zeros_like(site.W)
-    W[:, S] = site.W @ site.H[:, S] @ inverse
-    return replace(selection, W=W, error=squared_error(W - site.W, site.H)), damping
+    W[:, S] = site.W @ site.H[:, S] @ found.inverse.double()
+    return replace(selection, W=W, error=squared_error(W - site.W, site.H)), found.damping
 
 
 class Fasp:

@@ -5,49 +5,52 @@ Where the curvature of the model's output is known, errors are weighted by it; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from slimexport.pruning.criteria import Site, registry
 from slimexport.pruning.curvature import unweighted, weighted
-from slimexport.pruning.obs import Selection, damped_inverse, select_channels, select_heads
+from slimexport.pruning.obs import DampedInverse, Selection, select_channels, select_heads, solved
 
 
 class SlimGPT:
     weighs_errors = True
 
     def heads(self, site: Site) -> tuple[Selection, float]:
-        inverse, dead, damping = damped_inverse(site.H, site.damping)
-        selection = select_heads(
-            _weighted(site, dead),
-            inverse,
+        return _solved(
+            site,
+            select_heads,
             kv_groups=site.dense.kv_groups,
             heads_per_group=site.dense.heads_per_group,
             head_dim=site.head_dim,
             keep_groups=site.keep.kv_groups,
             keep_per_group=site.keep.heads_per_group,
         )
-        return _plain(site, selection), damping
 
     def channels(self, site: Site) -> tuple[Selection, float]:
-        inverse, dead, damping = damped_inverse(site.H, site.damping)
-        selection = select_channels(
-            _weighted(site, dead),
-            inverse,
+        return _solved(
+            site,
+            select_channels,
             keep=site.keep.channels,
             group_size_start=site.group_size_start,
             group_size_end=site.group_size_end,
         )
-        return _plain(site, selection), damping
 
 
-def _weighted(site: Site, dead: torch.Tensor) -> torch.Tensor:
-    return weighted(site.W.masked_fill(dead, 0.0), site.weighting)
+def _solved(site: Site, select: Callable[..., Selection], **sizes: int) -> tuple[Selection, float]:
+    """In the weights' own terms: the least error of R W, given which columns are zero, comes with the least of W."""
+    selection, found = solved(
+        site.H, site.damping, lambda found: select(_weighted(site, found), found.inverse, **sizes)
+    )
+    precision = str(found.inverse.dtype).removeprefix("torch.")
+    W = unweighted(selection.W, site.weighting)
+    return replace(selection, W=W, ridge=found.ridge, factorised=precision), found.damping
 
 
-def _plain(site: Site, selection: Selection) -> Selection:
-    return replace(selection, W=unweighted(selection.W, site.weighting))
+def _weighted(site: Site, found: DampedInverse) -> torch.Tensor:
+    return weighted(site.W.masked_fill(found.dead, 0.0), site.weighting)
 
 
 registry.register("slimgpt")(SlimGPT())
