@@ -384,7 +384,7 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; a build artifact is for everybody
-        os.replace(temporary, path)
+        replace(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -406,7 +406,8 @@ def check_identity(earlier: Mapping[str, Any], now: Mapping[str, Any], place: Pa
 def staged_directory(path: Path) -> Iterator[Path]:
     """Yields an empty sibling `.<name>.partial`; on success it replaces `path`, on failure it is removed.
 
-    A killed process leaves the sibling behind: the next call clears it, and `path` never holds half a stage.
+    A killed process leaves the sibling behind: the next call clears it, and `path` never holds half a stage, nor does
+    it after a power cut: all is on the disk before it gets its name.
     """
     path = Path(path)
     partial = path.parent / f".{path.name}.partial"
@@ -414,11 +415,30 @@ def staged_directory(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in sorted(p for p in partial.rglob("*") if not p.is_symlink()):
+            _sync(file)
         remove(path)
-        os.replace(partial, path)
+        replace(partial, path)
     except BaseException:
         remove(partial)
         raise
+
+
+def replace(source: Path, path: Path) -> None:
+    """`os.replace`, which after this call even a power cut does not undo."""
+    os.replace(source, path)
+    _sync(Path(path).parent)
+
+
+def _sync(path: Path) -> None:
+    """What is in this file or directory is on the disk now."""
+    if os.name != "posix":  # Windows opens no directories, and nothing that is not to be written
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from slimexport import __version__
+from slimexport import __version__, ranks
 from slimexport.errors import BadInputError, ExitCode, SlimExportError, UsageError, nearest
 from slimexport.options import ConfigCommand, given
 from slimexport.providers import PROVIDERS
@@ -206,6 +206,9 @@ def main() -> None:
     Exit codes: 0 passed, 1 internal error, 2 wrong usage, 3 a gate failed, 4 bad input, 5 a result does not
     reproduce what it was made from.
     """
+    command = click.get_current_context().invoked_subcommand
+    if ranks.several() and command not in ("run", "prune"):
+        raise UsageError(f"slimexport {command} is one process: start it without torchrun.")
 
 
 @main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "export", "verify", "gate"))
@@ -225,6 +228,9 @@ def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None
     with _working(quiet, debug) as progress:
         from slimexport import pipeline, reporting
 
+        if not ranks.is_first():
+            pipeline.assist(config)
+            return ExitCode.PASSED
         report = pipeline.run(config, output, **flags, progress=progress)
     _print(as_json, lambda: reporting.to_json(report), lambda: reporting.summary(report, output / "report"))
     _publish(report, output)
@@ -258,7 +264,7 @@ def plan(ctx: click.Context, model: str | None, recipe: Path | None, as_json: bo
 @common
 @click.pass_context
 def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | None, force: bool, resume: bool,
-          as_json: bool, quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+          as_json: bool, quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
     """Write the shrunk checkpoint; no export.
 
     MODEL is a local directory, a Hub id, a .gguf file, or the built-in smollm2-135m.
@@ -267,8 +273,12 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
     with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
+        if not ranks.is_first():
+            pipeline.assist(config)
+            return ExitCode.PASSED
         checkpoint = pipeline.prune(config, output, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint, output))
+    return ExitCode.PASSED
 
 
 @main.command(cls=ConfigCommand, stages=("export",))

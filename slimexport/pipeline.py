@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimexport import ranks
 from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
@@ -17,6 +18,7 @@ from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
+from slimexport.stages.prune import assist as assist_stage
 from slimexport.stages.prune import block_by_block, known_costs, measured_costs, plan_stage, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
@@ -44,7 +46,10 @@ def run(
         _check_comparable(config)
     directory = RunDirectory(Path(output))
     with directory.locked(force=force):
-        prune_stage(directory, config, force=force, resume=resume, progress=progress, evaluated=True)
+        with ranks.joined(config.device) as them:
+            prune_stage(
+                directory, config, force=force, resume=resume, progress=progress, evaluated=True, ranks=them
+            )  # fmt: skip
         export_stage(directory, config, progress)
         verify_stage(directory, config, progress)
         directory.save_config(fields_of(config, "gate"))  # the run's own gates; those of `report` hold once
@@ -114,9 +119,16 @@ def prune(
 ) -> ShrunkCheckpoint:
     """Load, calibrate, plan, prune, shrink: ends with `checkpoint/`, reloaded in a fresh process and compared."""
     directory = RunDirectory(Path(output))
-    with directory.locked(force=force):
+    with directory.locked(force=force), ranks.joined(config.device) as them:
         progress = progress or Progress(quiet=True)
-        return prune_stage(directory, absolute(config), force=force, resume=resume, progress=progress)
+        return prune_stage(directory, absolute(config), force=force, resume=resume, progress=progress, ranks=them)
+
+
+def assist(config: RunConfig) -> None:
+    """What every process but the first calls where torchrun started several (`ranks.is_first()` says which this is),
+    while that one calls `run` or `prune`: pruning is shared among all, the rest is the first one's."""
+    with ranks.joined(config.device) as them:
+        assist_stage(absolute(config), them)
 
 
 def export(

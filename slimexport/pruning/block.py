@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,13 @@ from slimexport.pruning.matrices import matrix, set_matrix
 from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
 from slimexport.pruning.targets import Targets
+from slimexport.ranks import Message, summed
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What stays of an expert's channels; errors of plain removal and after compensation, and the output's own size,
-    all summed over its tokens. Of one expert alone only the ratios matter."""
+    """What stays of a block's heads or of an expert's channels; errors of plain removal and after compensation, and the
+    output's own size, all summed over its tokens. Of one expert alone, and of heads, only the ratios matter."""
 
     kept: tuple[int, ...]
     W: torch.Tensor  # [out, kept]
@@ -102,7 +103,8 @@ class Block:
             return None, (0.0, 0.0)
         name = self.family.attention_output
         targets = None if self.targets is None else self.architecture.hidden
-        moments = Moments(self.dense.query_heads * self.architecture.head_dim, self.settings.device, targets)
+        width = self.dense.query_heads * self.architecture.head_dim
+        moments = Moments(width, self.settings.device, targets, self.settings.ranks)
         inputs: list[torch.Tensor] = []
         project = self.work.get_submodule(name)
         for batch in range(len(self.states)):
@@ -116,22 +118,46 @@ class Block:
                 moments.add(inputs[batch], missed)
         with self.clock.on("selection"):
             H = moments.H()
-            W = self._fitted(name, H, moments, 0, self.targets)
-            if whole:
-                selection = Selection(self.kept.query_heads, W, 0.0)
-            else:
-                selection, used = self.criterion.heads(self._site(self.family.attention_weight, W, H, moments, QUERY))
-                self.damping = max(self.damping, used)
-                self.factorised |= {selection.factorised} - {""}
-            groups = tuple(sorted({h // self.dense.heads_per_group for h in selection.kept}))
-            self.kept = dataclasses.replace(self.kept, kv_groups=groups, query_heads=selection.kept)
-            columns = torch.tensor(self.architecture.axis_index(QUERY, self.kept), device=self.settings.device)
-            selection = self._with_bias_where_it_can(name, selection)
-            errors = (0.0, 0.0) if whole else removal_errors(W, selection, columns, H, moments.mean())
-            self._shrink(self.family.attention_weight, self.kept, selection.W[:, columns], selection.bias)
+            chosen = self._decided(lambda: self._choose_heads(name, H, moments, whole))
+            self.kept = self._with_heads(chosen.kept)
+            columns = self._columns_of_heads(self.kept)
+            self._shrink(self.family.attention_weight, self.kept, chosen.W, chosen.bias)
             for batch, found in enumerate(inputs):
                 inputs[batch] = found[..., columns]
-        return inputs, errors
+        return inputs, (chosen.before, chosen.after)
+
+    def _choose_heads(self, name: str, H: torch.Tensor, moments: Moments, whole: bool) -> Chosen:
+        W = self._fitted(name, H, moments, 0, self.targets)
+        if whole:
+            return Chosen(self.kept.query_heads, W, None, 0.0, 0.0, 1.0)
+        selection, used = self.criterion.heads(self._site(self.family.attention_weight, W, H, moments, QUERY))
+        self.damping = max(self.damping, used)
+        self.factorised |= {selection.factorised} - {""}
+        selection = self._with_bias_where_it_can(name, selection)
+        columns = self._columns_of_heads(self._with_heads(selection.kept))
+        before, after = removal_errors(W, selection, columns, H, moments.mean())
+        return Chosen(selection.kept, selection.W[:, columns], selection.bias, before, after, 1.0)
+
+    def _with_heads(self, query_heads: tuple[int, ...]) -> Kept:
+        groups = tuple(sorted({h // self.dense.heads_per_group for h in query_heads}))
+        return dataclasses.replace(self.kept, kv_groups=groups, query_heads=query_heads)
+
+    def _columns_of_heads(self, kept: Kept) -> torch.Tensor:
+        return torch.tensor(self.architecture.axis_index(QUERY, kept), device=self.settings.device)
+
+    def _decided(self, make: Callable[[], Chosen]) -> Chosen:
+        """What the first rank chooses, which has the sums of all."""
+        if self.settings.ranks.size == 1:
+            return make()
+
+        def said() -> Message:
+            chosen = make()
+            values = {"kept": chosen.kept, "before": chosen.before, "after": chosen.after, "power": chosen.power}
+            return Message(values, {"W": chosen.W, **({} if chosen.bias is None else {"bias": chosen.bias})})
+
+        heard = self.settings.ranks.told(said)
+        of, tensors = heard.values, heard.tensors
+        return Chosen(tuple(of["kept"]), tensors["W"], tensors.get("bias"), of["before"], of["after"], of["power"])
 
     def _prune_channels(self, attention: list[torch.Tensor] | None) -> tuple[float, float]:
         experts = self.family.experts
@@ -142,7 +168,12 @@ class Block:
             return 0.0, 0.0
         name = self.family.ffn_output
         moments = [
-            Moments(self.dense.channels, self.settings.device, None if targets is None else self.architecture.hidden)
+            Moments(
+                self.dense.channels,
+                self.settings.device,
+                None if targets is None else self.architecture.hidden,
+                self.settings.ranks,
+            )
             for _ in range(self.architecture.experts)
         ]
         for batch in range(len(self.states)):
@@ -175,6 +206,11 @@ class Block:
     ) -> Chosen:
         """What stays of one expert's channels, or of all where there are no experts."""
         H = moments.H()
+        return self._decided(lambda: self._choose_channels_by(name, expert, H, moments, targets, whole))
+
+    def _choose_channels_by(
+        self, name: str, expert: int, H: torch.Tensor, moments: Moments, targets: Targets | None, whole: bool
+    ) -> Chosen:
         W = self._fitted(name, H, moments, expert, targets)
         if whole:
             return Chosen(self.kept.channels, W, None, 0.0, 0.0, 0.0)
@@ -197,30 +233,30 @@ class Block:
 
         The fit takes for linear what is not: it counts where it lowers the error, and is shortened where it does not.
         """
-        names = self.family.ffn_factors
+        names, ranks = self.family.ffn_factors, self.settings.ranks
         down = matrix(self.work.get_submodule(self.family.ffn_output)).float()
-        pieces = []
+        pieces: dict[int, factor.Piece] = {}
         batches = self._some_batches(factor.TOKENS)
-        for batch in batches:
+        for batch in self._own(batches):
             with self.clock.on("forward"):
                 x, inputs, slopes = factor.linearised(
                     lambda: self._inputs_of_down(batch, attention),  # noqa: B023
                     [self.work.get_submodule(name) for name in names],
                 )
                 missed = self._lacking(batch, attention, targets, inputs)
-            pieces.append(
-                factor.Piece(
-                    x.flatten(0, -2).float(),
-                    tuple(slope.flatten(0, -2).float() for slope in slopes),
-                    missed.flatten(0, -2),
-                )
+            pieces[batch] = factor.Piece(
+                x.flatten(0, -2).float(),
+                tuple(slope.flatten(0, -2).float() for slope in slopes),
+                missed.flatten(0, -2),
             )
-        with self.clock.on("fit"):
-            changes = factor.fit_factors(down, pieces)
-        checked = self._some_batches(factor.CHECKED_TOKENS, batches)
-        before = sum(float(pieces[batches.index(batch)].missed.square().sum()) for batch in checked)
         projections = [self.home.get_submodule(name) for name in names]
         old = [matrix(projection) for projection in projections]
+        widths = [W.shape[1] for W in old for _ in range(len(W) // down.shape[1])]
+        with self.clock.on("fit"):
+            numbers = [batches.index(self._number(batch)) for batch in pieces]
+            changes = factor.fit_factors(down, list(pieces.values()), widths, numbers=numbers, ranks=ranks)
+        checked = self._own(self._some_batches(factor.CHECKED_TOKENS, batches))
+        before = summed(ranks, sum(float(pieces[batch].missed.square().sum()) for batch in checked))
         changes = _joined(changes, [len(W) for W in old])
         for share in factor.SHARES:
             for projection, W, change in zip(projections, old, changes, strict=True):
@@ -233,6 +269,7 @@ class Block:
                     )
                     for batch in checked
                 )
+                after = summed(ranks, after)
             if after < before:
                 return
         for projection, W in zip(projections, old, strict=True):
@@ -261,10 +298,20 @@ class Block:
         return targets.ffn_lacks(batch, self.states[batch], project(attention[batch]), down(inputs))
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
-        """Evenly spread, of about so many tokens together."""
-        among = range(len(self.states)) if among is None else among
-        available = sum(math.prod(self.states[batch].shape[:2]) for batch in among)
+        """Numbers of batches, evenly spread over those of all ranks, of about so many tokens together."""
+        among = range(round(summed(self.settings.ranks, len(self.states)))) if among is None else among
+        available = summed(
+            self.settings.ranks, sum(math.prod(self.states[batch].shape[:2]) for batch in self._own(among))
+        )
         return among[:: max(1, round(available / tokens))]
+
+    def _number(self, batch: int) -> int:
+        """Of one of this rank's batches, among those of all: they are dealt out one by one."""
+        return self.settings.ranks.rank + batch * self.settings.ranks.size
+
+    def _own(self, numbers: range) -> list[int]:
+        """This rank's batches among these."""
+        return [batch for batch in range(len(self.states)) if self._number(batch) in numbers]
 
     def _fitted(
         self, name: str, H: torch.Tensor, moments: Moments, expert: int, targets: Targets | None

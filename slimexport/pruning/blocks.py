@@ -7,7 +7,6 @@ can go on; `streaming.blocks` has a source that reads from disk.
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,12 +23,14 @@ from slimexport.artifacts import (
     check_identity,
     from_dict,
     read_json,
+    replace,
     sha256_file,
     to_dict,
     write_json,
 )
 from slimexport.errors import BadInputError
 from slimexport.pruning.shrink import shrink_block, stored
+from slimexport.ranks import Message, Ranks
 from slimexport.streaming.files import TensorFiles, Wanted, write_files
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class DirectorySink:
         state = {w.name: stored(block, w.name) for w in self._architecture.by_block[index].block_weights()}
         partial = tensors.with_suffix(".partial")
         write_files({partial: {name: Wanted(t.dtype, tuple(t.shape)) for name, t in state.items()}}, [state])
-        os.replace(partial, tensors)
+        replace(partial, tensors)
         write_json(meta, {**to_dict(trace), "sha256": sha256_file(tensors)})
 
     def file(self, index: int) -> Path | None:
@@ -161,6 +162,38 @@ class NullSink:
 
     def file(self, index: int) -> Path | None:
         return None
+
+
+class SharedSink:
+    """The first rank's sink, whose finished blocks all ranks go on from."""
+
+    def __init__(self, sink: BlockSink, ranks: Ranks, architecture: Architecture):
+        """`sink` counts on the first rank alone."""
+        self._sink, self._ranks, self._architecture = sink, ranks, architecture
+
+    def finished(self) -> int:
+        return int(self._ranks.told(lambda: Message({"finished": self._sink.finished()})).values["finished"])
+
+    def restore(self, index: int, block: nn.Module) -> BlockTrace:
+        own = self._architecture.by_block[index]
+
+        def restored() -> Message:
+            trace = self._sink.restore(index, block)
+            return Message(to_dict(trace), {w.name: stored(block, w.name) for w in own.block_weights()})
+
+        heard = self._ranks.told(restored)
+        trace = from_dict(BlockTrace, dict(heard.values), f"block {index} of rank 0")
+        if self._ranks.rank:
+            kept = kept_of(trace, self._architecture.blocks[index], self._architecture.experts)
+            shrink_block(block, own, kept, dict(heard.tensors))
+        return trace
+
+    def save(self, index: int, block: nn.Module, trace: BlockTrace) -> None:
+        if self._ranks.rank == 0:
+            self._sink.save(index, block, trace)
+
+    def file(self, index: int) -> Path | None:
+        return self._sink.file(index) if self._ranks.rank == 0 else None
 
 
 def kept_of(trace: BlockTrace, dense: BlockSizes, experts: int = 1) -> Kept:

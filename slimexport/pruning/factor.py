@@ -21,6 +21,7 @@ from torch import nn
 
 from slimexport.pruning.forward import instead
 from slimexport.pruning.obs import damped_inverse
+from slimexport.ranks import ALONE, Ranks, summed
 
 STEPS = 3
 RIDGE = 0.1  # as a share of the mean diagonal of the system
@@ -44,7 +45,15 @@ class Piece:
 
 
 def fit_factors(
-    D: torch.Tensor, pieces: Sequence[Piece], ridge: float = RIDGE, steps: int = STEPS, every: int = EVERY
+    D: torch.Tensor,
+    pieces: Sequence[Piece],
+    inputs: Sequence[int],
+    ridge: float = RIDGE,
+    steps: int = STEPS,
+    every: int = EVERY,
+    *,
+    numbers: Sequence[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Matrices:
     """V_k near argmin mean ||sum_k D (t_k * V_k x) - missed||^2 + sum_k l_k ||V_k||^2, by `steps` conjugate gradients
     from zero: [channels, in] float64 for every projection.
@@ -53,13 +62,18 @@ def fit_factors(
 
     Args:
         D: [out, channels].
+        inputs: of every projection.
         ridge: l_k as a share of the mean diagonal of the system, taken as if t_k and x were independent.
         every: one piece of so many gives the preconditioner and the size of the ridge.
+        numbers: of `pieces`, among those of all `ranks`; None: they are all.
     """
-    parts = range(len(pieces[0].slopes))
+    width, channels, parts = inputs[0], D.shape[1], range(len(inputs))
+    whole = _Pieces(pieces, D, ranks)
+    some = _Pieces([p for p, n in zip(pieces, numbers or range(len(pieces)), strict=True) if n % every == 0], D, ranks)
     gram = (D.T @ D).double()
-    (of_x,) = _mean(pieces[::every], lambda p, _: [p.x.T @ p.x])
-    of_slopes = [m * gram for m in _mean(pieces[::every], lambda p, _: [t.T @ t for t in p.slopes])]
+    (of_x,) = some.mean([(width, width)], lambda p, _: [p.x.T @ p.x])
+    squares = [(channels, channels) for _ in parts]
+    of_slopes = [m * gram for m in some.mean(squares, lambda p, _: [t.T @ t for t in p.slopes])]
     held = [ridge * float(of_x.diagonal().mean()) * float(m.diagonal().mean()) for m in of_slopes]
 
     def moved(piece: Piece, V: Matrices) -> torch.Tensor:
@@ -71,14 +85,13 @@ def fit_factors(
             back = outputs[index] @ D
             return ((back * t).T @ piece.x for t in piece.slopes)
 
-        return _mean(pieces, products)
+        return whole.mean([(channels, width) for _ in parts], products)
 
     left = transposed([piece.missed for piece in pieces])  # the residual of the normal equations
     V = [torch.zeros_like(part) for part in left]
     if not any(held) or not any(bool(part.any()) for part in left):
         return V
     inverse_x, *inverse_slopes = (damped_inverse(moment, PRECONDITIONER)[0] for moment in (of_x, *of_slopes))
-    tokens = sum(len(piece.x) for piece in pieces)
     direction, last = V, math.inf
     for step in range(steps):
         better = [(inverse_slopes[k].to(inverse_x) @ left[k].to(inverse_x) @ inverse_x).to(left[k]) for k in parts]
@@ -87,7 +100,7 @@ def fit_factors(
             break
         direction = [better[k] + slope / last * direction[k] for k in parts]
         outputs = [moved(piece, direction) for piece in pieces]
-        bent = sum(float(out.square().sum(dtype=torch.float64)) for out in outputs) / tokens
+        bent = summed(ranks, sum(float(out.square().sum(dtype=torch.float64)) for out in outputs)) / whole.tokens
         length = slope / (bent + sum(held[k] * float(direction[k].square().sum()) for k in parts))
         V = [V[k] + length * direction[k] for k in parts]
         if step + 1 < steps:  # after the last nobody looks at what is left
@@ -101,14 +114,24 @@ def _dot(a: Matrices, b: Matrices) -> float:
     return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
 
 
-def _mean(pieces: Sequence[Piece], products: Callable[[Piece, int], Iterable[torch.Tensor]]) -> Matrices:
-    """Of `products`, which are sums over a piece's tokens; in float64, a piece at a time: the widest are gigabytes."""
-    tokens = sum(len(piece.x) for piece in pieces)
-    total = [product.double() for product in products(pieces[0], 0)]
-    for index, piece in enumerate(pieces[1:], 1):
-        for kept, product in zip(total, products(piece, index), strict=True):
-            kept += product
-    return [kept.div_(tokens) for kept in total]
+class _Pieces:
+    """Those of all ranks, of which this one has some."""
+
+    def __init__(self, own: Sequence[Piece], like: torch.Tensor, ranks: Ranks):
+        self._own, self._device, self._ranks = own, like.device, ranks
+        self.tokens = round(summed(ranks, sum(len(piece.x) for piece in own)))
+
+    def mean(
+        self, shapes: Sequence[tuple[int, int]], products: Callable[[Piece, int], Iterable[torch.Tensor]]
+    ) -> Matrices:
+        """Of `products`, which are sums over a piece's tokens; in float64, a piece at a time: the widest are
+        gigabytes."""
+        total = [torch.zeros(shape, dtype=torch.float64, device=self._device) for shape in shapes]
+        for index, piece in enumerate(self._own):
+            for kept, product in zip(total, products(piece, index), strict=True):
+                kept += product
+        self._ranks.add_up(total)
+        return [kept.div_(self.tokens) for kept in total]
 
 
 def linearised(

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
+from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import MemoryStates
+from slimexport.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +38,7 @@ class Settings:
     refit: float = 0.0  # ridge of the re-fit toward the dense stream; 0: none
     seed: int = 0
     biases: bool = True  # whether what a criterion compensates by a bias is kept
+    ranks: Ranks = ALONE  # that share the calibration set
 
 
 _NO_CACHE: dict[str, Any] = {
@@ -58,16 +61,22 @@ def first_states(
     """Hidden states before block 0, and what each block is called with.
 
     The decoder runs with its blocks replaced by recorders: embedding, masks and rotary tables come from the model's own
-    code, whatever the family does there, and no block computes anything.
+    code, whatever the family does there, and no block computes anything. Of several ranks each has every so many of
+    the batches, which are smaller where there would be too few.
 
     Args:
         input_ids: int64 [sequences, length], no padding.
-        whole: all sequences in one batch, however many.
+        whole: all sequences in one batch, however many; on every rank.
     """
+    ranks = ALONE if whole else settings.ranks
     decoder = model.get_submodule(architecture.family.decoder)
     blocks = list(model.get_submodule(architecture.family.blocks))
     embed = model.get_input_embeddings()
     size = len(input_ids) if whole else max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
+    if ranks.size > 1:
+        if len(input_ids) < ranks.size:
+            raise BadInputError(f"{len(input_ids)} calibration sequences are too few for {ranks.size} ranks.")
+        size = min(size, len(input_ids) // ranks.size)
     states = MemoryStates()
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []
@@ -91,7 +100,7 @@ def first_states(
         return forward
 
     with torch.no_grad():
-        for ids in input_ids.split(size):
+        for ids in input_ids.split(size)[ranks.rank :: ranks.size]:
             sizes.append(len(ids))
             seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
             with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}), suppress(_Reached):

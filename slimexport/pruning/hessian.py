@@ -9,6 +9,7 @@ import torch
 
 from slimexport.errors import BadInputError
 from slimexport.pruning.obs import NotPositiveDefiniteError
+from slimexport.ranks import ALONE, Ranks, summed
 
 ROWS = 512
 
@@ -20,8 +21,10 @@ class Moments:
     nothing to the sum; on a CPU the extra cost is one pass over [n, n] per batch.
     """
 
-    def __init__(self, size: int, device: torch.device, targets: int | None = None):
-        """`size` inputs; `targets` outputs, None where there are none."""
+    def __init__(self, size: int, device: torch.device, targets: int | None = None, ranks: Ranks = ALONE):
+        """`size` inputs; `targets` outputs, None where there are none. Means are over the tokens of all `ranks`, which
+        have to ask for them together."""
+        self._ranks = ranks
         self._squares = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
         self._cross = None if targets is None else torch.zeros(targets, size, dtype=torch.float64, device=device)
@@ -58,9 +61,11 @@ class Moments:
         if self._finished:
             return
         self._finished = True
-        for total in (self._squares, self._sum, self._cross):
-            if total is not None:
-                total /= max(self.tokens, 1)
+        sums = [total for total in (self._squares, self._sum, self._cross) if total is not None]
+        self._ranks.add_up(sums)
+        self.tokens = round(summed(self._ranks, self.tokens))
+        for total in sums:
+            total /= max(self.tokens, 1)
         for start in range(0, len(self._squares), ROWS):  # some rows, and the columns that mirror them, at a time
             rows = self._squares[start : start + ROWS, start:]
             columns = self._squares[start:, start : start + ROWS]

@@ -3,6 +3,7 @@ the allocation asks for them, the costs that the plan is made from."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from slimexport.precisions import stays_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
-from slimexport.pruning.blocks import BlockSink, BlockSource, MemoryStates, ModelBlocks, NullSink
+from slimexport.pruning.blocks import BlockSink, BlockSource, MemoryStates, ModelBlocks, NullSink, SharedSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
@@ -29,6 +30,7 @@ from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
+from slimexport.ranks import ALONE, Ranks
 from slimexport.streaming.blocks import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def prune_model(
     *,
     curvature: Sequence[BlockCurvature] | None = None,
     sink: BlockSink | None = None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> PrunedModel:
     """Prunes `loaded.model` in place (its tensors become the smaller ones, in the precision they are saved in).
@@ -109,6 +112,9 @@ def prune_model(
     With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched. `curvature` is what
     `curvature_of` gives, None: it is measured here. Where the blocks of `loaded` are on disk, the finished ones are in
     the files of `sink`, which has to have some.
+
+    Of several `ranks`, which all have the same plan and calibration set, each takes its part of the latter; sink,
+    curvature, trace and the pruned model count on the first one alone.
     """
     device = resolve_device(config.device)
     model = loaded.model
@@ -124,25 +130,26 @@ def prune_model(
     trace: tuple[BlockTrace, ...] = ()
     scale = 1.0
     if plan.blocks != plan.dense:
-        settings = settings_of(config, device, stored)
-        if loaded.files is not None and sink is None:
+        alone = settings_of(config, device, stored)
+        settings = dataclasses.replace(alone, ranks=ranks)
+        if loaded.files is not None and sink is None and ranks.rank == 0:
             raise ValueError("blocks that are not in memory need a sink")
         criterion = criteria.get(plan.criterion)
         gradients: list[dict[str, torch.Tensor]] = []
-        if getattr(criterion, "needs_gradients", False):
+        if getattr(criterion, "needs_gradients", False) and ranks.rank == 0:
             gradients = collect_gradients(
                 model, loaded.architecture, calibration.input_ids, device=device, dtype=settings.dtype
             )
-        if curvature is None:
+        if curvature is None and ranks.rank == 0:
             curvature = curvature_of(loaded, calibration, config)
         ids, norm = calibration.input_ids, _scalable_norm(loaded)
         aside = readout.held_out(*ids.shape) if settings.refit and norm else []
         used = [i for i in range(len(ids)) if i not in aside]
         states, arguments = first_states(model, loaded.architecture, ids[used], settings)
-        unseen = _unseen(model, loaded.architecture, ids[aside], settings) if aside else None
+        unseen = _unseen(model, loaded.architecture, ids[aside], alone) if aside and ranks.rank == 0 else None
         trace = prune_blocks(
             source=blocks,
-            sink=sink or NullSink(),
+            sink=SharedSink(sink or NullSink(), ranks, loaded.architecture) if ranks.size > 1 else sink or NullSink(),
             states=states,
             arguments=arguments,
             architecture=loaded.architecture,
@@ -150,7 +157,7 @@ def prune_model(
             criterion=criterion,
             settings=settings,
             gradients=gradients,
-            curvature=curvature,
+            curvature=curvature or (),
             held_out=unseen,
             progress=progress,
         )

@@ -26,6 +26,7 @@ from slimexport.artifacts import (
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
+from slimexport.ranks import ALONE, Message, Ranks, check_alike
 from slimexport.run_directory import CHECKPOINT, COSTS, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
 from slimexport.stages.inputs import check_exportable, fields_of
 from slimexport.texts import mix
@@ -196,8 +197,12 @@ def prune_stage(
     resume: bool,
     progress: Progress,
     evaluated: bool = False,
+    ranks: Ranks = ALONE,
 ) -> ShrunkCheckpoint:
-    """`evaluated`: export and verify follow, so what they need is looked at before minutes are spent on pruning."""
+    """`evaluated`: export and verify follow, so what they need is looked at before minutes are spent on pruning.
+
+    `ranks`: this is the first of them; the others `assist`.
+    """
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
     from slimexport.loading import load_model
@@ -222,9 +227,11 @@ def prune_stage(
         _check_same_options(directory, config)
         if directory.done("prune"):
             _check_same_source(directory, config)
+            ranks.told(lambda: Message({"done": True}))
             return directory.read(PRUNE, PruneRecord).checkpoint
 
     started = time.monotonic()
+    ranks.told(lambda: Message({"done": False}))
     with progress.stage("load"):
         loaded = load_model(config, streamed=block_by_block(config))
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
@@ -242,6 +249,9 @@ def prune_stage(
             check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
             _check_windows(config, loaded.model.config)
         progress.note(f"{text.tokens} tokens of {text.name}")
+    if ranks.size > 1:
+        check_alike(ranks, _alike(config, loaded, calibration))
+        progress.note(f"{ranks.size} ranks share them")
     if allocations.needs_costs(allocation):
         known_costs(config.costs, cost_identity(loaded.source.fingerprint, config, text.sha256))
     # What the user could have got wrong has been looked at: from here on the directory is ours to write.
@@ -270,6 +280,7 @@ def prune_stage(
     if loaded.note:
         plan_made = dataclasses.replace(plan_made, notes=(loaded.note, *plan_made.notes))
     directory.write(PLAN, plan_made)
+    ranks.told(lambda: Message({"plan": to_dict(plan_made)}))
     key = {**fields_of(config, "load", "calibrate", "prune"), "source": loaded.source.fingerprint, "text": text.sha256}
     with progress.stage("prune"):
         for note in plan_made.notes:
@@ -281,8 +292,9 @@ def prune_stage(
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
         pruned = prune_model(
-            loaded, plan_made, calibration, config, curvature=curvature, sink=sink, progress=progress.update
-        )
+            loaded, plan_made, calibration, config,
+            curvature=curvature, sink=sink, ranks=ranks, progress=progress.update,
+        )  # fmt: skip
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, loaded, config)
     weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
@@ -290,6 +302,39 @@ def prune_stage(
     directory.finish("prune", key, time.monotonic() - started)
     sink.discard()
     return checkpoint
+
+
+def assist(config: RunConfig, ranks: Ranks) -> None:
+    """The prune stage of a rank that is not the first: it reads the same model and text, is told the plan, and puts its
+    part of the calibration set through the blocks. It writes nothing."""
+    from slimexport.calibration import calibrate
+    from slimexport.loading import load_model
+    from slimexport.pruning.stage import prepare, prune_model
+
+    if ranks.told(Message).values["done"]:
+        return
+    loaded = load_model(config, streamed=block_by_block(config))
+    calibration = calibrate(config, loaded.tokenizer, loaded.model, lambda done, total, text: None)
+    check_alike(ranks, _alike(config, loaded, calibration))
+    plan = from_dict(PruningPlan, ranks.told(Message).values["plan"], "the plan of rank 0")
+    if plan.blocks != plan.dense:
+        loaded = prepare(loaded, config)
+    prune_model(loaded, plan, calibration, config, ranks=ranks)
+
+
+def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:
+    """What all ranks have to have the same of."""
+    from slimexport.environment import environment
+
+    packages = environment()["packages"]
+    options = {name: str(value) for name, value in fields_of(config, "load", "calibrate", "prune").items()}
+    return {
+        **{f"version of {name}": str(packages.get(name)) for name in ("torch", "transformers")},
+        "version of slimexport": str(environment()["slimexport"]),
+        "model": loaded.source.fingerprint,
+        "text": calibration.source.sha256,
+        **{f"option {name}": value for name, value in options.items() if name not in ("device", "model")},
+    }
 
 
 def block_by_block(config: RunConfig) -> bool:

@@ -15,6 +15,7 @@ import torch
 from models import tiny_directory, tiny_model, tiny_text, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
+from slimexport.artifacts import sha256_tree
 from slimexport.cli import main
 from slimexport.run_directory import LOCK, RunDirectory
 
@@ -347,10 +348,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_full_disk(cli: Callable[..., Result], model: Path, small_disk: Path) -> None:
-    result = cli("prune", model, "-o", small_disk / "out")
-    refused(result, "No space left on device")
-    assert not (small_disk / "out" / "checkpoint").exists()
+@pytest.mark.parametrize("room", [40, 150, 400])  # kB: nothing, some blocks, all blocks but no checkpoint
+def test_full_disk(cli: Callable[..., Result], model: Path, small_disk: Path, tmp_path: Path, room: int) -> None:
+    """And once there is room, the run goes on to the same bytes."""
+    subprocess.run(["mount", "-o", f"remount,size={room}k", str(small_disk)], check=True)
+    out = small_disk / "out"
+    refused(cli("prune", model, "-o", out), "No space left on device")
+    assert not (out / "checkpoint").exists()
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    result = cli("prune", model, "-o", out, "--resume")
+    assert result[0] == 0, result[2]
+    assert cli("prune", model, "-o", tmp_path / "whole")[0] == 0
+    assert sha256_tree(out / "checkpoint") == sha256_tree(tmp_path / "whole" / "checkpoint")
 
 
 def test_read_only_output(cli: Callable[..., Result], model: Path, small_disk: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -84,3 +85,32 @@ def test_kill_while_exporting(command: list[str], whole: dict[str, dict[str, str
     finish(start(command, out, "--resume"))
     assert result(out) == whole
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(command: list[str], whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """Each followed by --resume; a run that comes to its end makes place for another one."""
+    rng, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        out = tmp_path / f"out{runs}"
+        while kills < 20:
+            process = start(command, out, *(["--resume"] if out.exists() else []))
+            try:
+                process.wait(rng.uniform(1, 12))  # it takes about so long from start to end
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            finish_or_killed(process)
+            if process.returncode == 0:
+                break
+        else:
+            finish(start(command, out, "--resume"))
+        assert result(out) == whole
+        assert (out / "report.json").is_file()
+        assert not [p for p in out.iterdir() if p.name.startswith(".")]
+        runs += 1
+
+
+def finish_or_killed(process: subprocess.Popen[bytes]) -> None:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode in (0, -signal.SIGKILL), err.decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def solved(D: torch.Tensor, pieces: list[Piece], ridge: float) -> Matrices:
 @pytest.mark.parametrize("ridge", [0.01, 0.1, 1.0])
 def test_all_steps_give_the_ridge_solution(parts: int, ridge: float) -> None:
     D, pieces = problem(parts)
-    found = fit_factors(D, pieces, ridge, steps=4 * parts * CHANNELS * IN, every=1)
+    found = fit_factors(D, pieces, [IN] * parts, ridge, steps=4 * parts * CHANNELS * IN, every=1)
     for got, wanted in zip(found, solved(D, pieces, ridge), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
 
@@ -79,7 +80,7 @@ def test_all_steps_give_the_ridge_solution(parts: int, ridge: float) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_step_lowers_the_error(parts: int, seed: int) -> None:
     D, pieces = problem(parts, seed)
-    losses = [loss(fit_factors(D, pieces, 0.1, steps, every=1), D, pieces, 0.1) for steps in range(6)]
+    losses = [loss(fit_factors(D, pieces, [IN] * parts, 0.1, steps, every=1), D, pieces, 0.1) for steps in range(6)]
     assert losses == sorted(losses, reverse=True)
     if parts == 1:  # the preconditioner: three are nearly all
         assert losses[3] - losses[-1] < 0.1 * (losses[0] - losses[-1])
@@ -89,7 +90,7 @@ def test_every_step_lowers_the_error(parts: int, seed: int) -> None:
 def test_the_preconditioner_may_come_from_some_of_the_text(parts: int) -> None:
     D, pieces = problem(parts)
     ridge = held(D, pieces, 0.1)[0] / held(D, pieces[:1], 1.0)[0]  # the same one, in units of the first piece's
-    found = fit_factors(D, pieces, ridge, steps=200, every=2)
+    found = fit_factors(D, pieces, [IN] * parts, ridge, steps=200, every=2)
     if parts == 1:
         torch.testing.assert_close(found[0], solved(D, pieces, 0.1)[0], rtol=1e-7, atol=1e-9)
     assert loss(found, D, pieces, 0.1) < loss([torch.zeros_like(v) for v in found], D, pieces, 0.1)
@@ -99,14 +100,14 @@ def test_the_preconditioner_may_come_from_some_of_the_text(parts: int) -> None:
 def test_nothing_missed_changes_nothing(parts: int) -> None:
     D, pieces = problem(parts)
     none = [Piece(p.x, p.slopes, torch.zeros_like(p.missed)) for p in pieces]
-    assert not any(bool(v.any()) for v in fit_factors(D, none))
+    assert not any(bool(v.any()) for v in fit_factors(D, none, [IN] * parts))
 
 
 @both
 def test_projections_that_nothing_answers_to_stay(parts: int) -> None:
     D, pieces = problem(parts)
     shut = [Piece(p.x, tuple(torch.zeros_like(t) for t in p.slopes), p.missed) for p in pieces]
-    assert not any(bool(v.any()) for v in fit_factors(D, shut))
+    assert not any(bool(v.any()) for v in fit_factors(D, shut, [IN] * parts))
 
 
 def test_slopes_are_the_derivatives_of_the_product() -> None:
@@ -149,8 +150,8 @@ def test_a_fit_that_raises_the_error_is_taken_back(monkeypatch: pytest.MonkeyPat
         made = prune_model(loaded(copy.deepcopy(dense)), plan, text, config(refit=0.1))
         return made.model.state_dict(), made.trace[0].notes
 
-    def wild(D: torch.Tensor, pieces: list[Piece]) -> Matrices:
-        return [torch.full((D.shape[1], pieces[0].x.shape[1]), 10.0).double() for _ in pieces[0].slopes]
+    def wild(D: torch.Tensor, pieces: list[Piece], inputs: list[int], **_: Any) -> Matrices:
+        return [torch.full((D.shape[1], width), 10.0).double() for width in inputs]
 
     monkeypatch.setattr(factor, "fit_factors", wild)
     kept, notes = pruned()

@@ -1,0 +1,140 @@
+"""Two processes with a part of the calibration set each give what one gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_directory, tiny_text
+from safetensors.torch import load_file
+
+from slimexport.artifacts import read_json
+
+# Sums over two parts differ in the last bit of float64; what is stored are float32 weights of about 0.1.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("model") / "model", "qwen3", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    text = tiny_text(tmp_path_factory.mktemp("text") / "text.txt", 14_000, seed=0)
+    # 256 sequences of 48 tokens: four batches, the last one shorter.
+    options = {"calibration": text, "calibration-tokens": 12_288, "sequence-length": 48, "ratio": 0.35,
+               "probe-tokens": 128, "curvature-tokens": 128, "group-size-start": 4}  # fmt: skip
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def started(
+    model: Path, words: list[str], out: Path, size: int, *more: str, of_last: tuple[str, ...] = ()
+) -> list[Any]:
+    """`of_last`: words that the last rank is given besides."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    line = [sys.executable, "-m", "slimexport", "prune", str(model), *words, *more, "-o", str(out)]
+    return [
+        subprocess.Popen(
+            [*line, *(of_last if rank == size - 1 else ())], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
+        ) for rank in range(size)
+    ]  # fmt: skip
+
+
+def ended(processes: list[Any]) -> list[tuple[int, str]]:
+    found = []
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        found.append((process.returncode, err))
+    return found
+
+
+def kept(out: Path) -> list[Any]:
+    return [(t["query_heads"], t["channels"]) for t in read_json(out / "prune.json")["trace"]]
+
+
+@pytest.mark.parametrize("more", [("--fast",), ("--refit", "0.1", "--allocation", "incremental"), ()])
+def test_two_ranks_choose_what_one_chooses(
+    model: Path, words: list[str], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    for size in (1, 2):
+        for code, err in ended(started(model, words, tmp_path / f"of{size}", size, *more)):
+            assert code == 0, err
+    one, two = (tmp_path / f"of{size}" for size in (1, 2))
+    assert read_json(one / "plan.json") == read_json(two / "plan.json")
+    assert kept(one) == kept(two)
+    weights, others = (load_file(out / "checkpoint" / "model.safetensors") for out in (one, two))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+    for a, b in zip(read_json(one / "prune.json")["trace"], read_json(two / "prune.json")["trace"], strict=True):
+        assert a["ffn_error"] == pytest.approx(b["ffn_error"], rel=1e-4)
+        assert a["attention_error"] == pytest.approx(b["attention_error"], rel=1e-4)
+
+
+def test_the_last_rank_may_have_less(model: Path, words: list[str], tmp_path: Path) -> None:
+    """Three ranks and four batches."""
+    for size in (1, 3):
+        for code, err in ended(started(model, words, tmp_path / f"of{size}", size, "--fast")):
+            assert code == 0, err
+    assert kept(tmp_path / "of1") == kept(tmp_path / "of3")
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(model: Path, words: list[str], tmp_path: Path) -> None:
+    """With fewer ranks as well, from the blocks that are finished."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert [code for code, _ in ended(started(model, words, whole, 1, "--fast"))] == [0]
+    processes = started(model, words, out, 2, "--fast")
+    until(lambda: (out / ".work" / "001.json").exists(), processes)
+    processes[1].send_signal(signal.SIGKILL)
+    (code, err), _ = ended(processes)
+    assert code != 0
+    assert "Another rank is gone" in err
+    assert "Traceback" not in err
+    for code, err in ended(started(model, words, out, 3, "--fast", "--resume")):
+        assert code == 0, err
+    assert kept(out) == kept(whole)
+    assert not (out / ".work").exists()
+    # And once it is done there is nothing to do for anyone.
+    assert [code for code, _ in ended(started(model, words, out, 2, "--fast", "--resume"))] == [0, 0]
+
+
+def until(ready: Callable[[], bool], processes: list[Any]) -> None:
+    deadline = time.monotonic() + 200
+    while not ready():
+        assert all(process.poll() is None for process in processes), "ended too soon"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_ranks_with_other_data_or_too_many_of_them(model: Path, words: list[str], tmp_path: Path) -> None:
+    other = tiny_text(tmp_path / "other.txt", 14_000, seed=5)
+    unlike = started(model, words, tmp_path / "out", 2, "--fast", of_last=("--calibration", str(other)))
+    (code, err), (other_code, other_err) = ended(unlike)
+    assert (code, other_code) == (4, 4)
+    assert "Rank 1 has text" in other_err
+    assert "1 of 2 ranks have something else than rank 0" in err
+
+    few = [*words, "--calibration-tokens", "48"]
+    found = ended(started(model, few, tmp_path / "few", 2, "--fast"))
+    assert found[0][0] == 4
+    assert "1 calibration sequences are too few for 2 ranks" in found[0][1]
+
+
+def test_other_commands_are_one_process(model: Path) -> None:
+    line = [sys.executable, "-m", "slimexport", "plan", str(model)]
+    done = subprocess.run(line, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "start it without torchrun" in done.stderr
