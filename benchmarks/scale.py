@@ -11,6 +11,7 @@ the time; and the seconds of every part from its trace. The model is made before
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from common import RESULTS, load_rows, save_rows, table
 
 from slimexport.artifacts import read_json
+from slimexport.pruning.cost import LIBRARIES_BYTES
 from slimexport.streaming.files import Wanted, write_tensors
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -75,11 +77,13 @@ def measured(work: Path, key: Mapping[str, Any], more: list[str]) -> dict[str, A
         numbers = torch.randint(200, (key["tokens"] + 2 * LENGTH,), generator=torch.Generator().manual_seed(0))
         text.write_text(" ".join(f"w{number}" for number in numbers.tolist()))
         floor = watched([sys.executable, "-c", f"{LIBRARIES}\n{LLAMA}"])
-        took = watched([
-            sys.executable, "-m", "slimexport.cli", "prune", str(place), "--ratio", "0.25", "--fast",
-            "--calibration", str(text), "--calibration-tokens", str(key["tokens"]),
-            "--sequence-length", str(LENGTH), "-o", str(out), *more,
-        ])  # fmt: skip
+        words = [str(place), "--ratio", "0.25", "--fast", "--calibration", str(text),
+                 "--calibration-tokens", str(key["tokens"]), "--sequence-length", str(LENGTH), *more]  # fmt: skip
+        planned = subprocess.run(
+            [sys.executable, "-m", "slimexport", "plan", *words, "--json"], stdout=subprocess.PIPE, check=True
+        )
+        cost = json.loads(planned.stdout)["cost"]
+        took = watched([sys.executable, "-m", "slimexport", "prune", *words, "-o", str(out)])
         trace = read_json(out / "prune.json")["trace"]
         files = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     finally:
@@ -92,6 +96,9 @@ def measured(work: Path, key: Mapping[str, Any], more: list[str]) -> dict[str, A
         "anonymous_bytes": took["anonymous"] - floor["anonymous"],
         "mapped_bytes": took["mapped"] - floor["mapped"],
         "libraries_bytes": floor["anonymous"],
+        "planned_bytes": cost["peak_memory_bytes"] - LIBRARIES_BYTES,
+        "planned_seconds": cost["seconds"],
+        "factorised": sorted({block["factorised"] for block in trace}),
         "wall_seconds": round(took["seconds"], 1),
         "seconds": {name: round(value, 2) for name, value in parts.items()},
     }

@@ -12,6 +12,7 @@ from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
+from slimexport.pruning.obs import SINGLE_FROM
 
 if TYPE_CHECKING:
     import torch
@@ -79,12 +80,14 @@ def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, leng
         scores = 2 * tokens * length * _scored(dense, own)  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
             single += 2 * tokens * own.attention_parameters(dense) + scores + 2 * tokens * heads**2
-            double += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
+            solves = _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
+            single, double = single + solves[0], double + solves[1]
         if channels != kept.channels:
             # A token goes to some of the experts, and each of these has an H of its own.
             active = architecture.active_experts
             single += 2 * tokens * _channel_parameters(own) * channels + 2 * tokens * active * channels**2
-            double += architecture.experts * _solve(channels, hidden, channels - kept.channels)
+            solves = _solve(channels, hidden, channels - kept.channels)
+            single, double = single + architecture.experts * solves[0], double + architecture.experts * solves[1]
         single += 2 * tokens * _passed(own, kept) + scores
     return single, double
 
@@ -142,16 +145,20 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
         passed = known + probes * (1 + each * (index + 2))
         single += 2 * passed * (_passed(own, dense) + config.sequence_length * _scored(dense, own))
         single += 2 * known * (heads**2 + architecture.active_experts * dense.channels**2)
-        double += _solve(heads, architecture.hidden, heads)
-        double += architecture.experts * _solve(dense.channels, architecture.hidden, dense.channels)
+        of_heads = _solve(heads, architecture.hidden, heads)
+        of_channels = _solve(dense.channels, architecture.hidden, dense.channels)
+        single += of_heads[0] + architecture.experts * of_channels[0]
+        double += of_heads[1] + architecture.experts * of_channels[1]
     candidates = each * (len(architecture.blocks) + 1) + 1
     single += 2 * candidates * probes / POSITIONS * architecture.vocab * architecture.hidden
     return single, double
 
 
-def _solve(n: int, out: int, removed: int) -> float:
-    """Cholesky and inverse of H, the eliminations, and the three error products."""
-    return n**3 + 2 * removed * n * (removed + out) + 6 * out * n**2
+def _solve(n: int, out: int, removed: int) -> tuple[float, float]:
+    """FLOPs of Cholesky and inverse of H, of the eliminations and of the errors, in float32 and in float64: the one or
+    the other, by the number of inputs."""
+    flops = n**3 + 2 * removed * n * (removed + 2 * out) + out * n**2
+    return (flops, 0.0) if n >= SINGLE_FROM else (0.0, flops)
 
 
 def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
