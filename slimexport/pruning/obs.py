@@ -20,10 +20,11 @@ import torch
 
 T = TypeVar("T")
 
-ENUMERATION_LIMIT = 512  # combinations of one head per group that are still scored one by one
+ENUMERATION_LIMIT = 256  # combinations of one head per group that are still scored one by one
 DAMPING_RETRIES = 6
 SINGLE_FROM = 2048  # inputs: from here on a factor is tried in float32 first; smaller ones take no time in float64
 SINGLE_RESIDUAL = 1e-3  # of A in float32, at most: what compensation loses to it is of second order
+GRAM_FROM = 16  # W^T W is made for candidates that have one entry in so many of it: they are asked for repeatedly
 ROWS = 512  # of a matrix that are converted at a time: the widest are gigabytes
 
 
@@ -102,7 +103,7 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
         return None
     inverse = torch.cholesky_inverse(factor)  # S^-1 A S^-1
     del factor
-    v = torch.randint(2, (n, 4), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
+    v = torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
     x = (inverse @ v.float()).double() * scale[:, None]
     back = scale[:, None] * (H @ x + (diagonal - H.diagonal())[:, None] * x)
     if not float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()):  # NaN is not accurate enough either
@@ -152,6 +153,7 @@ class Eliminator:
         self._columns = W.to(inverse.dtype).T.contiguous().clone()
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
+        self._gram: torch.Tensor | None = None  # W^T W, once many candidates were looked at
         self._inverse = inverse
         self._factor = torch.empty(min(64, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
         self._used = 0
@@ -175,14 +177,23 @@ class Eliminator:
     def scores(self, columns: torch.Tensor, chunk: int = 256) -> torch.Tensor:
         """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c] float64.
 
-        One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error = ||l^-1 W_P^T||^2.
+        One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error = ||l^-1 W_P^T||^2;
+        or, of many columns, tr(l^-1 (W^T W)_PP l^-T), which has the outputs summed over already.
         """
+        candidates, size = columns.shape
+        if size > 1 and self._gram is None and GRAM_FROM * candidates * size**2 >= len(self._columns) ** 2:
+            self._gram = self._columns @ self._columns.T
         parts = []
         for some in columns.split(chunk):
             factor = torch.linalg.cholesky(self.blocks(some))
-            W = self._columns[some]  # [c, s, out]
-            reduced = torch.linalg.solve_triangular(factor, W, upper=False)
-            parts.append(reduced.flatten(1).square_().sum(1, dtype=torch.float64))
+            if size == 1 or self._gram is None:
+                reduced = torch.linalg.solve_triangular(factor, self._columns[some], upper=False)  # [c, s, out]
+                parts.append(reduced.flatten(1).square_().sum(1, dtype=torch.float64))
+            else:
+                G = self._gram[some.unsqueeze(2), some.unsqueeze(1)]
+                reduced = torch.linalg.solve_triangular(factor, G, upper=False)
+                both = torch.linalg.solve_triangular(factor, reduced.mT, upper=False)
+                parts.append(both.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).clamp(min=0.0))
         return torch.cat(parts)
 
     def channel_scores(self) -> torch.Tensor:
@@ -198,6 +209,7 @@ class Eliminator:
         new = torch.linalg.solve_triangular(factor, block, upper=False)  # l^-1 A_P:, [s, n]
         W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
         self._columns.addmm_(new.T, W, alpha=-1)
+        self._gram = None
         self._columns[columns] = 0.0
         self.alive[columns] = False
         self.diagonal -= new.square().sum(0, dtype=torch.float64)
@@ -224,6 +236,7 @@ class Eliminator:
         """An independent copy, to look one move ahead; shares only what is never written."""
         other = object.__new__(Eliminator)
         other._columns, other.alive, other.error = self._columns.clone(), self.alive.clone(), self.error
+        other._gram = self._gram
         other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
         other.diagonal = self.diagonal.clone()
         return other
@@ -411,7 +424,7 @@ def select_channels(
 
 def mean_square(W: torch.Tensor, H: torch.Tensor) -> float:
     """tr(W H W^T), the output's mean square; of wide ones by products in float32, as those of H were."""
-    if len(H) < SINGLE_FROM:
+    if len(W) * len(H) < SINGLE_FROM**2:
         return float(((W @ H) * W).sum())
     single, total = W.float(), 0.0
     for start in range(0, len(H), ROWS):  # of H, which is symmetric, what is left of its diagonal counts twice
@@ -433,9 +446,9 @@ def optimum_error(D: torch.Tensor, H: torch.Tensor, gone: torch.Tensor, ridge: f
     """
     rest = H.diagonal() > 0
     rest[gone] = False
-    some = H[gone].T
-    product = (D.float() @ some.float()).double() if len(H) >= SINGLE_FROM else D @ some  # nothing cancels in it
-    return max(float((product * D[:, gone]).sum()) - ridge * float(D.square().sum(0)[rest].sum()), 0.0)
+    dtype = torch.float32 if len(H) >= SINGLE_FROM else torch.float64  # nothing cancels in the product
+    product = (D.to(dtype) @ H[gone].to(dtype).T).mul_(D[:, gone])
+    return max(float(product.sum(dtype=torch.float64)) - ridge * float(D.square().sum(0)[rest].sum()), 0.0)
 
 
 def removal_errors(
@@ -455,8 +468,7 @@ def removal_errors(
     stays = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
     stays[columns] = True
     gone = (~stays).nonzero().flatten()
-    plain = W[:, gone]
-    before = float(((plain @ H[gone][:, gone]) * plain).sum())
+    before = mean_square(W[:, gone], H[gone][:, gone])
     D = selection.W - W
     if selection.ridge is not None:
         after = optimum_error(D, H, gone, selection.ridge)
