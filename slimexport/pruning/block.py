@@ -116,8 +116,9 @@ class Block:
                     given = project(inputs[batch])
                     missed = self.targets.attention_lacks(batch, self.states[batch], given)
                 moments.add(inputs[batch], missed)
-        with self.clock.on("selection"):
+        with self.clock.on("hessian"):
             H = moments.H()
+        with self.clock.on("selection"):
             chosen = self._decided(lambda: self._choose_heads(name, H, moments, whole))
             self.kept = self._with_heads(chosen.kept)
             columns = self._columns_of_heads(self.kept)
@@ -185,6 +186,9 @@ class Block:
                     assert attention is not None
                     missed = self._lacking(batch, attention, targets, given[0])
                 add_ffn_inputs(moments, self.work.get_submodule(name), given, missed)
+        with self.clock.on("hessian"):
+            for of in moments:
+                of.H()
         with self.clock.on("selection"):
             chosen = [self._choose_channels(name, expert, of, targets, whole) for expert, of in enumerate(moments)]
             W = torch.stack([c.W for c in chosen]) if experts else chosen[0].W

@@ -11,6 +11,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
+from slimexport.pruning.forward import BATCH_TOKENS
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
 from slimexport.pruning.obs import SINGLE_FROM
 
@@ -37,8 +38,8 @@ def with_cost(
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
-    weights = _weights(plan, architecture, streamed)
-    memory = weights + _memory(plan, architecture, tokens)
+    weights = _weights(plan, architecture, config, streamed)
+    memory = weights + _memory(plan, architecture, tokens, config)
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
@@ -161,26 +162,37 @@ def _solve(n: int, out: int, removed: int) -> tuple[float, float]:
     return (flops, 0.0) if n >= SINGLE_FROM else (0.0, flops)
 
 
-def _memory(plan: PruningPlan, architecture: Architecture, tokens: int) -> int:
-    """Hidden states and the inputs of one block's heads in float32, and H with its inverse."""
+def _memory(plan: PruningPlan, architecture: Architecture, tokens: int, config: RunConfig) -> int:
+    """Hidden states and the inputs of one block's heads in float32, and the largest of what comes after each other: a
+    batch on its way through the FFN, H with its inverse, the matrix while columns go."""
     columns = max(_columns(b, own) for own, b in zip(architecture.by_block, plan.dense, strict=True))
-    widest = max(columns, *(b.channels for b in plan.dense))
-    states = 4 * tokens * (architecture.hidden + columns)
+    channels = max(b.channels for b in plan.dense)
+    widest, out = max(columns, channels), architecture.hidden
+    states = 4 * tokens * (out + columns)
+    batch = 4 * min(tokens, BATCH_TOKENS["cpu"]) * (4 * out + 3 * channels * architecture.active_experts)
+    double = widest < SINGLE_FROM or bool(config.resolved_refit)  # the re-fit's system is float64
+    solved = max(
+        12 * widest**2 + batch,  # H in float64, and a batch's part of it
+        (32 if double else 20) * widest**2 + 8 * out * widest,
+        12 * widest**2 + 32 * out * widest,
+    )
     # All experts of a block are looked at together, and then solved one by one.
-    others = (architecture.experts - 1) * 8 * max(b.channels for b in plan.dense) ** 2
-    return LIBRARIES_BYTES + states + 6 * 8 * widest**2 + others
+    others = (architecture.experts - 1) * 8 * channels**2
+    return LIBRARIES_BYTES + states + solved + others
 
 
-def _weights(plan: PruningPlan, architecture: Architecture, streamed: bool) -> int:
-    """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, the
-    next one, which is read meanwhile, and a copy to compute with."""
+def _weights(plan: PruningPlan, architecture: Architecture, config: RunConfig, streamed: bool) -> int:
+    """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, what
+    it becomes, and the next one, which is read meanwhile; and of a copy to compute with, where that is in another
+    precision."""
     dense = plan.dense_estimates
     if not streamed:
         return dense.bytes
     each = dense.bytes // dense.parameters
     blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
               for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
-    return each * (dense.parameters - sum(blocks) + 2 * max(blocks)) + 4 * max(blocks)
+    copies = 0 if each == 4 and config.dtype in ("auto", "float32") else 4 * max(blocks)
+    return each * (dense.parameters - sum(blocks) + 3 * max(blocks)) + copies
 
 
 def _scored(sizes: BlockSizes, own: Architecture) -> float:
