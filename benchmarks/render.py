@@ -21,6 +21,7 @@ import latency
 import operators
 import quality
 import rounding
+import scale
 import size
 import speed
 import sweep_cost
@@ -28,7 +29,7 @@ import task_agreement
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("pruning", "graphs", "speed", "gates", "families")
+PAGES = ("pruning", "graphs", "speed", "gates", "families", "scale")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
@@ -42,6 +43,7 @@ TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "latency": ("latency.json", latency.render),
     "speed": ("speed.json", speed.render),
     "operators": ("operators.json", operators.render),
+    "scale": ("scale.json", scale.render),
     "rounding": ("rounding.json", rounding.render),
     "gate-noise": ("gate_noise.json", gate_noise.render),
     "task-agreement": ("task_agreement.json", task_agreement.render),

@@ -1,6 +1,7 @@
 """What a model of true size takes: peak memory and time of the prune stage, on random weights of its shape.
 
     python benchmarks/scale.py --work DIR [--shape llama-1.1b] [--blocks 4,8,16] [--tokens 16384]    # resumable
+    python benchmarks/scale.py --work DIR --blocks 4 --tokens 8192 --ranks 1,2 --threads 1           # several processes
     python benchmarks/scale.py --render                                                              # from the JSON
 
 Each row is `slimexport prune --fast` in a process of its own: how much memory it has of its own (RssAnon of /proc) and
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--blocks", default="4,8,16", help="numbers of blocks, one run for each")
     parser.add_argument("--tokens", default="16384")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--ranks", default="1", help="processes that share the calibration set")
+    parser.add_argument("--threads", type=int, help="of each process; default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--render", action="store_true")
     options, more = parser.parse_known_args()
@@ -59,11 +63,12 @@ def main() -> None:
     if not options.render:
         for blocks in map(int, options.blocks.split(",")):
             for tokens in map(int, options.tokens.split(",")):
-                key = {"shape": options.shape, "blocks": blocks, "tokens": tokens, "dtype": options.dtype,
-                       "options": " ".join(more)}  # fmt: skip
-                if not any({name: row.get(name) for name in key} == key for row in rows):
-                    rows.append({**key, **measured(options.work, key, more)})
-                    save_rows(options.out, rows)
+                for ranks in map(int, options.ranks.split(",")):
+                    key = {"shape": options.shape, "blocks": blocks, "tokens": tokens, "dtype": options.dtype,
+                           "ranks": ranks, "threads": options.threads, "options": " ".join(more)}  # fmt: skip
+                    if not any({name: row.get(name) for name in key} == key for row in rows):
+                        rows.append({**key, **measured(options.work, key, more)})
+                        save_rows(options.out, rows)
     print(render(rows))
 
 
@@ -79,11 +84,14 @@ def measured(work: Path, key: Mapping[str, Any], more: list[str]) -> dict[str, A
         floor = watched([sys.executable, "-c", f"{LIBRARIES}\n{LLAMA}"])
         words = [str(place), "--ratio", "0.25", "--fast", "--calibration", str(text),
                  "--calibration-tokens", str(key["tokens"]), "--sequence-length", str(LENGTH), *more]  # fmt: skip
+        if key["threads"]:
+            os.environ["OMP_NUM_THREADS"] = str(key["threads"])
         planned = subprocess.run(
             [sys.executable, "-m", "slimexport", "plan", *words, "--json"], stdout=subprocess.PIPE, check=True
         )
         cost = json.loads(planned.stdout)["cost"]
-        took = watched([sys.executable, "-m", "slimexport", "prune", *words, "-o", str(out)])
+        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(key["ranks"])] if key["ranks"] > 1 else []
+        took = watched([sys.executable, *several, "-m", "slimexport", "prune", *words, "-o", str(out)])
         trace = read_json(out / "prune.json")["trace"]
         files = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     finally:
@@ -160,18 +168,20 @@ def _memory(pid: int) -> dict[str, int]:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    head = ["shape", "blocks", "tokens", "checkpoint (GB)", "memory of its own (GiB)", "mapped (MiB)", "time (s)",
-            "forward", "H", "selection", "outside of both"]  # fmt: skip
+    head = ["shape", "blocks", "tokens", "ranks x threads", "checkpoint (GB)", "memory (GiB)", "planned",
+            "mapped (MiB)", "time (s)", "planned", "forward", "H", "selection"]  # fmt: skip
     body = []
     for row in rows:
         parts = row["seconds"]
         whole = sum(parts.values())
+        one = row["ranks"] == 1
         body.append([
             f"{row['shape']}, {row['dtype']}", str(row["blocks"]), str(row["tokens"]),
-            f"{row['checkpoint_bytes'] / 1e9:.2f}", f"{row['anonymous_bytes'] / 2**30:.2f}",
-            f"{row['mapped_bytes'] / MIB:.0f}", f"{row['wall_seconds']:.0f}", f"{parts['forward']:.0f}",
-            f"{parts['hessian']:.0f}", f"{parts['selection']:.0f}",
-            f"{(parts['selection'] + parts['fit']) / whole:.0%}",
+            f"{row['ranks']} x {row['threads'] or 'all'}", f"{row['checkpoint_bytes'] / 1e9:.2f}",
+            f"{row['anonymous_bytes'] / 2**30:.2f}" if one else "–", f"{row['planned_bytes'] / 2**30:.2f}",
+            f"{row['mapped_bytes'] / MIB:.0f}" if one else "–", f"{row['wall_seconds']:.0f}",
+            f"{row['planned_seconds']:.0f}" if one else "–", f"{parts['forward']:.0f}", f"{parts['hessian']:.0f}",
+            f"{parts['selection']:.0f} ({parts['selection'] / whole:.0%})",
         ])  # fmt: skip
     return table(head, body)
 

@@ -72,12 +72,12 @@ class Group:
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         from torch import distributed
 
-        with _reached():
-            for tensor in tensors:
-                there = tensor.to(self._device)
+        for tensor in tensors:
+            there = tensor.to(self._device)
+            with _reached():
                 distributed.all_reduce(there)
-                if there is not tensor:
-                    tensor.copy_(there)
+            if there is not tensor:
+                tensor.copy_(there)
 
     def told(self, make: Callable[[], Message]) -> Message:
         if self.rank:

@@ -327,13 +327,14 @@ def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) 
     from slimexport.environment import environment
 
     packages = environment()["packages"]
-    options = {name: str(value) for name, value in fields_of(config, "load", "calibrate", "prune").items()}
+    of_the_machine = ("model", "calibration", "device", "costs", "sizes")  # paths differ, what is there does not
+    options = fields_of(config, "load", "calibrate", "prune")
     return {
         **{f"version of {name}": str(packages.get(name)) for name in ("torch", "transformers")},
         "version of slimexport": str(environment()["slimexport"]),
         "model": loaded.source.fingerprint,
         "text": calibration.source.sha256,
-        **{f"option {name}": value for name, value in options.items() if name not in ("device", "model")},
+        **{f"option {name}": str(value) for name, value in options.items() if name not in of_the_machine},
     }
 
 
