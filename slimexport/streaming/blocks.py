@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimexport.errors import BadInputError
+from slimexport.machine.heap import give_back
 from slimexport.precisions import stays_in_float32
 from slimexport.pruning.shrink import put, stored
 from slimexport.streaming.files import TensorFiles
@@ -66,6 +67,7 @@ class StreamedBlocks:
             self._became[index] = TensorFiles(became)
         self._to_meta(index)
         self._loaded.discard(index)
+        give_back()
 
     @contextmanager
     def running(self) -> Iterator[None]:
