@@ -1,7 +1,7 @@
 """Memory that was freed goes back to the system.
 
-glibc keeps freed pieces of up to 32 MB for later; block after block of tensors of other sizes leaves holes that none fits
-in, and the process grows by a few dozen MB a block.
+glibc keeps freed pieces of up to 32 MB for later; block after block of tensors of other sizes leaves holes that none
+fits in, and the process grows by a few dozen MB a block.
 """
 
 from __future__ import annotations
