@@ -88,6 +88,7 @@ def test_kill_while_exporting(command: list[str], whole: dict[str, dict[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_at_random_moments(command: list[str], whole: dict[str, dict[str, str]], tmp_path: Path) -> None:
     """Each followed by --resume; a run that comes to its end makes place for another one."""
     rng, kills, runs = random.Random(0), 0, 0
@@ -106,7 +107,7 @@ def test_twenty_kills_at_random_moments(command: list[str], whole: dict[str, dic
         else:
             finish(start(command, out, "--resume"))
         assert result(out) == whole
-        assert (out / "report.json").is_file()
+        assert (out / "report" / "report.json").is_file()
         assert not [p for p in out.iterdir() if p.name.startswith(".")]
         runs += 1
 
