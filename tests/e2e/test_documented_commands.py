@@ -1,7 +1,7 @@
 """Every command block of the README and of docs/ is run, on a tiny model in the place of the demo model.
 
 A page is one shell session: its `sh` blocks in order, in one directory. What needs the Hub, a GPU or the network
-(another model than ours, `--device cuda`, pip, make) is not run: its words must be understood all the same.
+(another model than ours, `--device cuda`, pip, make, torchrun) is not run: its words must be understood all the same.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def blocks(page: Path) -> list[list[str]]:
 def elsewhere(words: list[str]) -> bool:
     """Whether it needs what a test has not."""
     model = len(words) > 2 and words[1] in ("run", "plan", "prune", "sweep") and re.match(r"[\w-]+/[\w.-]+$", words[2])
-    return words[0] in ("pip", "make") or bool(model) or "cuda" in words
+    return words[0] in ("pip", "make", "torchrun") or bool(model) or "cuda" in words
 
 
 def test_every_page_for_users_has_commands() -> None:
@@ -60,6 +60,8 @@ def test_every_page_for_users_has_commands() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_understood(page: Path) -> None:
     for words in (shlex.split(line) for block in blocks(page) for line in block):
+        if words[0] == "torchrun":
+            words = words[words.index("slimexport") :]
         if words[0] == "slimexport":
             main.commands[words[1]].make_context(words[1], words[2:])
         elif words[0] == "make":
