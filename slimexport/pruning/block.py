@@ -148,8 +148,6 @@ class Block:
 
     def _decided(self, make: Callable[[], Chosen]) -> Chosen:
         """What the first rank chooses, which has the sums of all."""
-        if self.settings.ranks.size == 1:
-            return make()
 
         def said() -> Message:
             chosen = make()

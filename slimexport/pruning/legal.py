@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slimexport.artifacts import BlockSizes
-from slimexport.pruning.obs import Selection
+from slimexport.pruning.obs import Selection, squared_error
 
 if TYPE_CHECKING:
     from slimexport.pruning.criteria import Site
@@ -74,8 +74,3 @@ def remove(site: Site, kept: tuple[int, ...], columns: list[int]) -> Selection:
     W = torch.zeros_like(site.W)
     W[:, columns] = site.W[:, columns]
     return Selection(kept, W, squared_error(W - site.W, site.H))
-
-
-def squared_error(difference: torch.Tensor, H: torch.Tensor) -> float:
-    """tr(D H D^T), the mean squared length of D x: D [out, in], H [in, in]."""
-    return max(float(((difference @ H) * difference).sum()), 0.0)

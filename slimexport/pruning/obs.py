@@ -422,10 +422,15 @@ def select_channels(
     return Selection(kept, state.masked(), state.error)
 
 
+def squared_error(difference: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(D H D^T), the mean squared length of D x: D [out, in], H [in, in]."""
+    return max(float(((difference @ H) * difference).sum()), 0.0)
+
+
 def mean_square(W: torch.Tensor, H: torch.Tensor) -> float:
     """tr(W H W^T), the output's mean square; of wide ones by products in float32, as those of H were."""
     if len(W) * len(H) < SINGLE_FROM**2:
-        return float(((W @ H) * W).sum())
+        return squared_error(W, H)
     single, total = W.float(), 0.0
     for start in range(0, len(H), ROWS):  # of H, which is symmetric, what is left of its diagonal counts twice
         rows = H[start:, start : start + ROWS].float()
@@ -474,8 +479,7 @@ def removal_errors(
         after = optimum_error(D, H, gone, selection.ridge)
     else:
         moved = D.any(0)  # where nothing is compensated only what went
-        some = D[:, moved]
-        after = float(((some @ H[moved][:, moved]) * some).sum())
+        after = squared_error(D[:, moved], H[moved][:, moved])
     if selection.bias is not None:
         assert mean is not None
         after += float(selection.bias @ (2 * D @ mean + selection.bias))
