@@ -27,7 +27,7 @@ import torch
 from common import RESULTS, load_rows, save_rows, table
 
 from slimexport.artifacts import read_json
-from slimexport.pruning.cost import LIBRARIES_BYTES
+from slimexport.pruning.memory import LIBRARIES_BYTES
 from slimexport.streaming.files import Wanted, write_tensors
 
 SHAPES: dict[str, dict[str, Any]] = {

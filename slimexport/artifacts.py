@@ -133,6 +133,9 @@ class PruningCost:
     flops: float
     flops_per_second: float
     device: str
+    peak_device_memory_bytes: int = 0  # of a CUDA device
+    disk_bytes: int = 0
+    hidden_states: str = "device"  # device | host | file: where those of the calibration set live
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def main() -> None:
         raise UsageError(f"slimexport {command} is one process: start it without torchrun.")
 
 
-@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "export", "verify", "gate"))
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "limits", "export", "verify", "gate"))
 @model_argument
 @output_option
 @recipe_option
@@ -237,7 +237,7 @@ def run(ctx: click.Context, model: str | None, output: Path, recipe: Path | None
     return ExitCode.PASSED if report.passed else ExitCode.GATE_FAILED
 
 
-@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune"))
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "limits"))
 @model_argument
 @recipe_option
 @common
@@ -256,7 +256,7 @@ def plan(ctx: click.Context, model: str | None, recipe: Path | None, as_json: bo
     _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.plan_text(made))
 
 
-@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune"))
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "limits"))
 @model_argument
 @output_option
 @recipe_option
@@ -372,7 +372,9 @@ def report(ctx: click.Context, directories: tuple[Path, ...], recipe: Path | Non
 
 
 @main.command(
-    cls=ConfigCommand, stages=("load", "calibrate", "prune", "export", "verify"), without=("ratio", "precision")
+    cls=ConfigCommand,
+    stages=("load", "calibrate", "prune", "limits", "export", "verify"),
+    without=("ratio", "precision"),
 )
 @model_argument
 @output_option

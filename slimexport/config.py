@@ -6,6 +6,7 @@ Built from a YAML recipe and from flags (flags win). What does not change the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,16 @@ class RunConfig(BaseModel):
     )
     damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
 
+    # limits
+    max_memory: str | None = Field(
+        default=None,
+        description="Memory that pruning may take, such as 6GB or 4GiB: with less than it likes, states go to a file.",
+    )
+    max_device_memory: str | None = Field(
+        default=None,
+        description="CUDA memory that pruning may take: with less than it likes, states go to the host.",
+    )
+
     # export
     target: tuple[str, ...] = Field(default=("onnx",), description="What to export to: onnx, genai, safetensors, gguf.")
     exporter: Literal["auto", "mobius", "transformers"] = Field(
@@ -197,6 +208,13 @@ class RunConfig(BaseModel):
             raise ValueError("Input should not be a boolean")
         return value
 
+    @field_validator("max_memory", "max_device_memory", mode="before")
+    @classmethod
+    def _limits_have_a_unit(cls, value: Any) -> Any:
+        if value is not None:
+            bytes_of(str(value))
+        return value if value is None else str(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if any(length < 1 for length in self.prompt_lengths):
@@ -248,6 +266,16 @@ class RunConfig(BaseModel):
         return 0 if self.fast or self.criterion != "slimgpt" else CURVATURE_TOKENS
 
     @property
+    def memory_limit(self) -> int | None:
+        """Bytes."""
+        return None if self.max_memory is None else bytes_of(self.max_memory)
+
+    @property
+    def device_memory_limit(self) -> int | None:
+        """Bytes."""
+        return None if self.max_device_memory is None else bytes_of(self.max_device_memory)
+
+    @property
     def provider_options(self) -> dict[str, str]:
         return parsed(self.provider_option)
 
@@ -266,6 +294,18 @@ class RunConfig(BaseModel):
             if bound is not None
         )
         return made + self.gates
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def bytes_of(text: str) -> int:
+    """6GB, 6G, 5.5GiB, 4096MB, or a number of bytes. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise ValueError(f"{text!r} is no amount of memory: 6GB, 5.5GiB, or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collection[str] = ()) -> RunConfig:

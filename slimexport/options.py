@@ -27,6 +27,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "search_evaluations", "refit", "curvature_tokens", "first_ratio", "head_weight", "round_to", "group_size_start",
         "group_size_end", "damping", "bias_compensation",
     ),
+    "limits": ("max_memory", "max_device_memory"),
     "export": (
         "target", "precision", "exporter", "provider", "provider_option", "rounding_tokens", "without_pass", "baseline",
         "baseline_cache",

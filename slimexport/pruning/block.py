@@ -15,7 +15,6 @@ from slimexport.architectures.family import Kept
 from slimexport.architectures.weights import CHANNELS, QUERY
 from slimexport.artifacts import BlockSizes, BlockTrace
 from slimexport.pruning import factor
-from slimexport.pruning.blocks import HiddenStates
 from slimexport.pruning.clock import Stopwatch
 from slimexport.pruning.coupled import coupled
 from slimexport.pruning.criteria import Criterion, Site
@@ -27,6 +26,7 @@ from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
 from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors
 from slimexport.pruning.shrink import shrink_block
+from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
 from slimexport.ranks import Message, summed
 
@@ -96,7 +96,7 @@ class Block:
             factorised=",".join(sorted(self.factorised)),
         )
 
-    def _prune_heads(self) -> tuple[list[torch.Tensor] | None, tuple[float, float]]:
+    def _prune_heads(self) -> tuple[HiddenStates | None, tuple[float, float]]:
         """The inputs of the pruned o_proj, per batch, and the errors before and after compensation."""
         whole = (self.keep.kv_groups, self.keep.heads_per_group) == (self.dense.kv_groups, self.dense.heads_per_group)
         if not self.architecture.has_heads or (whole and self.targets is None):
@@ -105,17 +105,16 @@ class Block:
         targets = None if self.targets is None else self.architecture.hidden
         width = self.dense.query_heads * self.architecture.head_dim
         moments = Moments(width, self.settings.device, targets, self.settings.ranks)
-        inputs: list[torch.Tensor] = []
+        inputs = self.settings.keep()
         project = self.work.get_submodule(name)
         for batch in range(len(self.states)):
             with self.clock.on("forward"):
-                inputs.append(inputs_of(self.work, name, self.states[batch], self._arguments(self.index, batch)))
+                states = self.states[batch]
+                x = inputs_of(self.work, name, states, self._arguments(self.index, batch))
+                inputs.append(x)
             with self.clock.on("hessian"):
-                missed = None
-                if self.targets is not None:
-                    given = project(inputs[batch])
-                    missed = self.targets.attention_lacks(batch, self.states[batch], given)
-                moments.add(inputs[batch], missed)
+                missed = None if self.targets is None else self.targets.attention_lacks(batch, states, project(x))
+                moments.add(x, missed)
         with self.clock.on("hessian"):
             H = moments.H()
         with self.clock.on("selection"):
@@ -123,8 +122,8 @@ class Block:
             self.kept = self._with_heads(chosen.kept)
             columns = self._columns_of_heads(self.kept)
             self._shrink(self.family.attention_weight, self.kept, chosen.W, chosen.bias)
-            for batch, found in enumerate(inputs):
-                inputs[batch] = found[..., columns]
+            for batch in range(len(inputs)):
+                inputs[batch] = inputs[batch][..., columns]
         return inputs, (chosen.before, chosen.after)
 
     def _choose_heads(self, name: str, H: torch.Tensor, moments: Moments, whole: bool) -> Chosen:
@@ -158,7 +157,7 @@ class Block:
         of, tensors = heard.values, heard.tensors
         return Chosen(tuple(of["kept"]), tensors["W"], tensors.get("bias"), of["before"], of["after"], of["power"])
 
-    def _prune_channels(self, attention: list[torch.Tensor] | None) -> tuple[float, float]:
+    def _prune_channels(self, attention: HiddenStates | None) -> tuple[float, float]:
         experts = self.family.experts
         whole = self.keep.channels == self.dense.channels
         # Experts are not fitted: what one of them should add is not known apart from what the others do.
@@ -230,7 +229,7 @@ class Block:
         before, after = removal_errors(W, selection, columns, H, moments.mean())
         return Chosen(selection.kept, selection.W[:, columns], selection.bias, before * power, after * power, power)
 
-    def _fit_factors(self, attention: list[torch.Tensor], targets: Targets) -> None:
+    def _fit_factors(self, attention: HiddenStates, targets: Targets) -> None:
         """The projections that make the inputs of down_proj, fitted toward the dense stream once all else is in place.
 
         The fit takes for linear what is not: it counts where it lowers the error, and is shortened where it does not.
@@ -279,7 +278,7 @@ class Block:
         self.work = working_copy(self.home, self.settings)
         self.notes.append(f"no fit of {' and '.join(names)} lowered the error")
 
-    def _given_to_down(self, batch: int, attention: list[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+    def _given_to_down(self, batch: int, attention: HiddenStates | None) -> tuple[torch.Tensor, ...]:
         """What down_proj, or the module of the experts, is given as the block is now; `attention`: the known inputs of
         its o_proj."""
         with known_attention(self.work, self.architecture, attention, batch):
@@ -287,13 +286,11 @@ class Block:
         flat = not self.family.experts and given[0].dim() == 2  # OPT flattens them
         return (given[0].unflatten(0, self.states[batch].shape[:2]),) if flat else given
 
-    def _inputs_of_down(self, batch: int, attention: list[torch.Tensor] | None) -> torch.Tensor:
+    def _inputs_of_down(self, batch: int, attention: HiddenStates | None) -> torch.Tensor:
         """[sequences, length, channels]"""
         return self._given_to_down(batch, attention)[0]
 
-    def _lacking(
-        self, batch: int, attention: list[torch.Tensor], targets: Targets, inputs: torch.Tensor
-    ) -> torch.Tensor:
+    def _lacking(self, batch: int, attention: HiddenStates, targets: Targets, inputs: torch.Tensor) -> torch.Tensor:
         """What the output of down_proj lacks as the block is now, [sequences, length, hidden] float32; `inputs`: its
         own."""
         project, down = (self.work.get_submodule(n) for n in (self.family.attention_output, self.family.ffn_output))

@@ -1,8 +1,8 @@
 """The three seams through which the engine sees a model.
 
 Where a block comes from (`BlockSource`), where the finished one goes (`BlockSink`), and where the hidden states of the
-calibration set live (`HiddenStates`). Here all three are in memory, the sink with a copy on disk so that a killed run
-can go on; `streaming.blocks` has a source that reads from disk.
+calibration set live (`states.HiddenStates`). Here source and sink are in memory, the sink with a copy on disk so that a
+killed run can go on; `streaming.blocks` has a source that reads from disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
@@ -62,14 +61,6 @@ class BlockSink(Protocol):
         ...
 
 
-class HiddenStates(Protocol):
-    """One tensor [sequences, length, width] per calibration batch."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, batch: int) -> torch.Tensor: ...
-    def __setitem__(self, batch: int, states: torch.Tensor) -> None: ...
-
-
 class ModelBlocks:
     """Blocks of a model that is in memory."""
 
@@ -89,10 +80,6 @@ class ModelBlocks:
 
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-class MemoryStates(list):
-    """Hidden states in a list, on the compute device."""
 
 
 class DirectorySink:

@@ -1,8 +1,7 @@
-"""What pruning will cost, counted from sizes, at a rate measured on this machine."""
+"""How long pruning will take, counted from sizes, at a rate measured on this machine."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,8 +10,8 @@ from slimexport.architectures.base import Architecture
 from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
-from slimexport.pruning.forward import BATCH_TOKENS
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
+from slimexport.pruning.memory import fitting
 from slimexport.pruning.obs import SINGLE_FROM
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 # Matrix products run at the measured rate; what goes with them (norms, softmax, slicing, small solves) does not.
 OVERHEAD = 1.5
-LIBRARIES_BYTES = 600_000_000  # interpreter with torch and transformers loaded
 
 
 def with_cost(
@@ -30,41 +28,34 @@ def with_cost(
 ) -> PruningPlan:
     """`plan` with an estimate of the prune stage's time and peak memory; takes about a second to measure the rate.
 
-    `streamed`: blocks come from disk one after the other.
+    `streamed`: blocks come from disk one after the other. Raises BadInputError for limits that cannot be kept.
     """
     from slimexport.loading import resolve_device
     from slimexport.pruning.stage import weighs_errors
 
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+    needs = fitting(plan, architecture, config, device, streamed=streamed)
     flops, double = _operations(plan, architecture, tokens, config.sequence_length)
-    weights = _weights(plan, architecture, config, streamed)
-    memory = weights + _memory(plan, architecture, tokens, config)
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
             more, more_double = _curvature_operations(plan, architecture, measured)
             flops, double = flops + more, double + more_double
-            kept = 2 * 4 * len(plan.blocks) * architecture.hidden**2
-            states = 4 * measured * architecture.hidden * (len(plan.blocks) + 1)
-            memory = kept + max(memory, LIBRARIES_BYTES + weights + states)
         if config.resolved_refit:
             more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
             flops, double = flops + more, double + more_double
-            memory += 4 * 4 * tokens * architecture.hidden  # the dense stream, and what it adds in one block
-            if parts := len(architecture.family.ffn_factors):
-                widest = max(kept.channels for kept in plan.blocks)
-                memory += 4 * min(tokens, factor.TOKENS) * (3 * architecture.hidden + parts * widest)
         known = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not known:
             more, more_double = _measuring_operations(architecture, tokens, config)
             flops, double = flops + more, double + more_double
-            candidates = 2 * len(PROBED_SHARES) * (len(architecture.blocks) + 1) + 1
-            memory += 4 * candidates * min(config.probe_tokens, tokens) * architecture.hidden
     single_rate, double_rate = _measure(device)
     cost = PruningCost(
         seconds=round(OVERHEAD * (flops / single_rate + double / double_rate), 1),
-        peak_memory_bytes=memory,
+        peak_memory_bytes=needs.host,
+        peak_device_memory_bytes=needs.device,
+        disk_bytes=needs.disk,
+        hidden_states=needs.place,
         flops=flops + double,
         flops_per_second=single_rate,
         device=str(device),
@@ -160,39 +151,6 @@ def _solve(n: int, out: int, removed: int) -> tuple[float, float]:
     the other, by the number of inputs."""
     flops = n**3 + 2 * removed * n * (removed + 2 * out) + out * n**2
     return (flops, 0.0) if n >= SINGLE_FROM else (0.0, flops)
-
-
-def _memory(plan: PruningPlan, architecture: Architecture, tokens: int, config: RunConfig) -> int:
-    """Hidden states and the inputs of one block's heads in float32, and the largest of what comes after each other: a
-    batch on its way through the FFN, H with its inverse, the matrix while columns go."""
-    columns = max(_columns(b, own) for own, b in zip(architecture.by_block, plan.dense, strict=True))
-    channels = max(b.channels for b in plan.dense)
-    widest, out = max(columns, channels), architecture.hidden
-    states = 4 * tokens * (out + columns)
-    batch = 4 * min(tokens, BATCH_TOKENS["cpu"]) * (4 * out + 3 * channels * architecture.active_experts)
-    double = widest < SINGLE_FROM or bool(config.resolved_refit)  # the re-fit's system is float64
-    solved = max(
-        12 * widest**2 + batch,  # H in float64, and a batch's part of it
-        (32 if double else 20) * widest**2 + 8 * out * widest,
-        12 * widest**2 + 32 * out * widest,
-    )
-    # All experts of a block are looked at together, and then solved one by one.
-    others = (architecture.experts - 1) * 8 * channels**2
-    return LIBRARIES_BYTES + states + solved + others
-
-
-def _weights(plan: PruningPlan, architecture: Architecture, config: RunConfig, streamed: bool) -> int:
-    """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, what
-    it becomes, and the next one, which is read meanwhile; and of a copy to compute with, where that is in another
-    precision."""
-    dense = plan.dense_estimates
-    if not streamed:
-        return dense.bytes
-    each = dense.bytes // dense.parameters
-    blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
-              for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
-    copies = 0 if each == 4 and config.dtype in ("auto", "float32") else 4 * max(blocks)
-    return each * (dense.parameters - sum(blocks) + 3 * max(blocks)) + copies
 
 
 def _scored(sizes: BlockSizes, own: Architecture) -> float:

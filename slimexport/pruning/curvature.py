@@ -11,23 +11,44 @@ loaded twice, one block at a time, and no weight's gradient is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
-from slimexport.pruning.blocks import BlockSource, HiddenStates
+from slimexport.pruning.blocks import BlockSource
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
 from slimexport.pruning.hessian import check_finite
+from slimexport.pruning.states import HiddenStates
 
 DAMPING = 0.1  # of G, as a share of its mean diagonal: a few thousand tokens say little about the directions below it
 
 BlockCurvature = Mapping[str, torch.Tensor]
 """Name of an output matrix -> G, float32 [out, out] on the CPU."""
+
+
+class _Kept(Sequence[BlockCurvature]):
+    """Of all blocks, their matrices wherever they are kept."""
+
+    def __init__(self, names: Sequence[Sequence[str]], matrices: HiddenStates):
+        """`matrices`: of the blocks' `names`, the last block's first, as they are measured."""
+        self._numbers: list[dict[str, int]] = []
+        end = len(matrices)
+        for of_block in names:
+            end -= len(of_block)
+            self._numbers.append({name: end + i for i, name in enumerate(of_block)})
+        self._matrices = matrices
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, block: Any) -> Any:
+        return {name: self._matrices[number] for name, number in self._numbers[block].items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ def measure_curvature(
     scores: Callable[[torch.Tensor], torch.Tensor],
     architecture: Architecture,
     settings: Settings,
-) -> list[BlockCurvature]:
+) -> Sequence[BlockCurvature]:
     """G of the two outputs of every block of the dense model.
 
     Args:
@@ -75,24 +96,25 @@ def measure_curvature(
     """
     batches = range(len(states))
     tokens = sum(states[batch].shape[0] * states[batch].shape[1] for batch in batches)
-    before: list[list[torch.Tensor]] = []
+    before: list[HiddenStates] = []
     with torch.no_grad():
         for index in range(len(source)):
-            before.append([states[batch] for batch in batches])
+            before.append(settings.keep(states[batch] for batch in batches))
             work = working_copy(source.load(index), settings)
             for batch in batches:
                 states[batch] = output(work(states[batch], **arguments(index, batch)))
                 check_finite(states[batch], index, settings.dtype)
             source.release(index)
-    gradients = [scores(states[batch]) for batch in batches]
-    found: list[BlockCurvature] = []
+    gradients = settings.keep(scores(states[batch]) for batch in batches)
+    found = settings.keep.of_the_host()()
     for index in reversed(range(len(source))):
         work = working_copy(source.load(index), settings)
         names = architecture.by_block[index].outputs
         G = {name: torch.zeros(architecture.hidden, architecture.hidden, device=settings.device) for name in names}
-        for batch, entering in zip(batches, before.pop(), strict=True):
+        states_before = before.pop()
+        for batch in batches:
             with torch.enable_grad(), _repeatable(settings.device):
-                entering = entering.detach().requires_grad_()
+                entering = states_before[batch].detach().requires_grad_()
                 seen = watch(work, names, entering, arguments(index, batch))
                 wanted = [entering, *(seen.outputs[name] for name in names)]
                 gradients[batch], *by_output = torch.autograd.grad(seen.output, wanted, gradients[batch])
@@ -105,8 +127,9 @@ def measure_curvature(
                 "use --dtype float32 (or bfloat16)."
             )
         source.release(index)
-        found.append({name: (total / tokens).cpu() for name, total in G.items()})
-    return found[::-1]
+        for total in G.values():
+            found.append((total / tokens).cpu())
+    return _Kept([own.outputs for own in architecture.by_block], found)
 
 
 def _repeatable(device: torch.device) -> AbstractContextManager[None]:

@@ -19,12 +19,13 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockTrace, PruningPlan
 from slimexport.environment import peak_memory_bytes
 from slimexport.pruning.block import Block
-from slimexport.pruning.blocks import BlockSink, BlockSource, HiddenStates, MemoryStates
+from slimexport.pruning.blocks import BlockSink, BlockSource
 from slimexport.pruning.clock import Stopwatch
 from slimexport.pruning.criteria import Criterion
 from slimexport.pruning.curvature import BlockCurvature
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
 from slimexport.pruning.hessian import solvable
+from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
 
 
@@ -64,7 +65,7 @@ def prune_blocks(
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
-    dense = MemoryStates(states[batch] for batch in range(len(states))) if settings.refit else None
+    dense = settings.keep(states[batch] for batch in range(len(states))) if settings.refit else None
     for index in range(len(source)):
         home = source.load(index)
         clock = Stopwatch(settings.device)
@@ -115,7 +116,7 @@ def _advance(states: HiddenStates, index: int, block: nn.Module, arguments: Argu
 def _dense_pass(
     index: int,
     home: nn.Module,
-    dense: MemoryStates,
+    dense: HiddenStates,
     arguments: Arguments,
     architecture: Architecture,
     settings: Settings,
@@ -124,7 +125,9 @@ def _dense_pass(
     """Moves the dense stream through the block while it is still dense. What a block without heads does in their place
     is not known apart from the rest: there is nothing to fit its channels toward."""
     family, work = architecture.family, working_copy(home, settings)
-    targets = Targets(list(dense), architecture.residual_multiplier, family.outputs_normed)
+    before = settings.keep(dense[batch] for batch in range(len(dense)))
+    none = (settings.keep(), settings.keep())
+    targets = Targets(before, *none, architecture.residual_multiplier, family.outputs_normed)
     for batch in range(len(dense)):
         seen = watch(work, architecture.outputs, dense[batch], arguments(index, batch))
         dense[batch] = seen.output

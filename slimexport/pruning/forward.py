@@ -14,7 +14,7 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
-from slimexport.pruning.blocks import MemoryStates
+from slimexport.pruning.states import ON_THE_DEVICE, HiddenStates, Keeper
 from slimexport.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Settings:
     seed: int = 0
     biases: bool = True  # whether what a criterion compensates by a bias is kept
     ranks: Ranks = ALONE  # that share the calibration set
+    keep: Keeper = ON_THE_DEVICE  # where what comes by batches lives between the passes
+    batch_tokens: int = BATCH_TOKENS["cpu"]  # in a forward call
 
 
 _NO_CACHE: dict[str, Any] = {
@@ -57,7 +59,7 @@ def first_states(
     settings: Settings,
     *,
     whole: bool = False,
-) -> tuple[MemoryStates, Arguments]:
+) -> tuple[HiddenStates, Arguments]:
     """Hidden states before block 0, and what each block is called with.
 
     The decoder runs with its blocks replaced by recorders: embedding, masks and rotary tables come from the model's own
@@ -72,12 +74,12 @@ def first_states(
     decoder = model.get_submodule(architecture.family.decoder)
     blocks = list(model.get_submodule(architecture.family.blocks))
     embed = model.get_input_embeddings()
-    size = len(input_ids) if whole else max(1, BATCH_TOKENS[settings.device.type] // input_ids.shape[1])
+    size = len(input_ids) if whole else max(1, settings.batch_tokens // input_ids.shape[1])
     if ranks.size > 1:
         if len(input_ids) < ranks.size:
             raise BadInputError(f"{len(input_ids)} calibration sequences are too few for {ranks.size} ranks.")
         size = min(size, len(input_ids) // ranks.size)
-    states = MemoryStates()
+    states = settings.keep()
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []
 
@@ -175,7 +177,7 @@ def watch(block: nn.Module, names: Sequence[str], states: torch.Tensor, argument
 
 @contextmanager
 def known_attention(
-    block: nn.Module, architecture: Architecture, inputs: Sequence[torch.Tensor] | None, batch: int
+    block: nn.Module, architecture: Architecture, inputs: HiddenStates | None, batch: int
 ) -> Iterator[None]:
     """Within it, the attention of `block` is o_proj on inputs already known: heads do not see each other, so removing
     some leaves the others' outputs as they were, and softmax(QK)V need not be computed a second time."""

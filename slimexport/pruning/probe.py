@@ -19,6 +19,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.pruning.forward import instead
 from slimexport.pruning.grid import POSITIONS
 from slimexport.pruning.matrices import matrix, set_matrix
+from slimexport.pruning.states import Keeper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,26 +59,40 @@ def replaced(block: nn.Module, name: str, cut: Cut | None) -> Iterator[None]:
 class Candidates:
     """Hidden states [sequences, length, hidden] of the dense model and of every candidate, before the same block."""
 
-    def __init__(self, dense: torch.Tensor):
+    def __init__(self, dense: torch.Tensor, keep: Keeper = Keeper()):
         self.dense = dense
-        self.states: dict[Hashable, torch.Tensor] = {}
+        self._states = keep()
+        self._numbers: dict[Hashable, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, name: Hashable) -> torch.Tensor:
+        return self._states[self._numbers[name]]
+
+    def __setitem__(self, name: Hashable, states: torch.Tensor) -> None:
+        if name in self._numbers:
+            self._states[self._numbers[name]] = states
+        else:
+            self._numbers[name] = len(self._states)
+            self._states.append(states)
 
     def branch(self, name: Hashable, changed: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """A new candidate: the dense states through a changed block. To be called before `advance` of that block."""
-        self.states[name] = changed(self.dense)
+        self[name] = changed(self.dense)
 
     def advance(self, block: Callable[[torch.Tensor], torch.Tensor], fresh: set[Hashable] | None = None) -> None:
         """All go through the dense block, but those in `fresh`, which have passed their changed one already."""
         self.dense = block(self.dense)
-        for name, states in self.states.items():
+        for name in self._numbers:
             if name not in (fresh or ()):
-                self.states[name] = block(states)
+                self[name] = block(self[name])
 
     def divergences(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> dict[Hashable, float]:
         """KL(dense || candidate), mean over positions, nats per token."""
         dense = logits(self.dense).log_softmax(-1)
         shares = dense.exp()
-        return {name: divergence(dense, logits(states), shares) for name, states in self.states.items()}
+        return {name: divergence(dense, logits(self[name]), shares) for name in self._numbers}
 
 
 def divergence(dense: torch.Tensor, logits: torch.Tensor, shares: torch.Tensor | None = None) -> float:

@@ -22,7 +22,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable, HeadCost, JointCost
 from slimexport.errors import BadInputError
 from slimexport.pruning import grid
-from slimexport.pruning.blocks import BlockSource, HiddenStates
+from slimexport.pruning.blocks import BlockSource
 from slimexport.pruning.curvature import BlockCurvature, Weighting, unweighted, weighted
 from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Settings, output, watch, working_copy
@@ -31,6 +31,7 @@ from slimexport.pruning.hessian import Moments, check_finite, solvable
 from slimexport.pruning.matrices import matrix
 from slimexport.pruning.obs import DampedInverse, Eliminator, solved, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
+from slimexport.pruning.states import HiddenStates
 
 CURVE_STEP = 64  # channels that go at once where only the error's curve is wanted
 
@@ -77,11 +78,12 @@ def measure_costs(
         keep: given the curves of every block with all cuts that are searched over; None: only probed ones are made.
     """
     started = time.monotonic()
-    candidates = Candidates(probes)
+    candidates = Candidates(probes, settings.keep)
     levels = range(len(grid.PROBED_SHARES))
     joint = [(name, level) for name in (architecture.family.attention_output, architecture.family.ffn_output)
              for level in levels]  # fmt: skip
-    candidates.states.update(dict.fromkeys(joint, probes))
+    for name_and_level in joint:
+        candidates[name_and_level] = probes
     curves: list[tuple[Curve, Curve]] = []
     family = architecture.family
     names = (family.attention_output, family.ffn_output)
@@ -133,13 +135,12 @@ def measure_costs(
             for level in levels:
                 cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
                 with replaced(work, name, cut):
-                    states_ = candidates.states[name, level]
-                    candidates.states[name, level] = output(work(states_, **probe_arguments(index)))
+                    candidates[name, level] = output(work(candidates[name, level], **probe_arguments(index)))
                 fresh.add((name, level))
         candidates.advance(lambda x: output(work(x, **probe_arguments(index))), fresh)  # noqa: B023
         source.release(index)
         curves.append((replace(pair[0], cuts={}), replace(pair[1], cuts={})))
-        progress(index + 1, len(source), f"{len(candidates.states)} candidates")
+        progress(index + 1, len(source), f"{len(candidates)} candidates")
     measured = candidates.divergences(logits)
     if not all(math.isfinite(cost) for cost in measured.values()):
         raise BadInputError("The model's output on the probe tokens is not finite: use --dtype float32.")

@@ -19,16 +19,17 @@ from slimexport.precisions import stays_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
-from slimexport.pruning.blocks import BlockSink, BlockSource, MemoryStates, ModelBlocks, NullSink, SharedSink
+from slimexport.pruning.blocks import BlockSink, BlockSource, ModelBlocks, NullSink, SharedSink
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
-from slimexport.pruning.forward import Settings, first_states
+from slimexport.pruning.forward import BATCH_TOKENS, Settings, first_states
 from slimexport.pruning.gradients import check_differentiable, collect_gradients
 from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH, centred
 from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
+from slimexport.pruning.states import Room
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 from slimexport.ranks import ALONE, Ranks
 from slimexport.streaming.blocks import StreamedBlocks
@@ -105,13 +106,14 @@ def prune_model(
     curvature: Sequence[BlockCurvature] | None = None,
     sink: BlockSink | None = None,
     ranks: Ranks = ALONE,
+    room: Room = Room(),
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> PrunedModel:
     """Prunes `loaded.model` in place (its tensors become the smaller ones, in the precision they are saved in).
 
     With ratio 0 every tensor stays what it is, bit for bit, and the calibration set is not touched. `curvature` is what
     `curvature_of` gives, None: it is measured here. Where the blocks of `loaded` are on disk, the finished ones are in
-    the files of `sink`, which has to have some.
+    the files of `sink`, which has to have some. `room`: where hidden states live.
 
     Of several `ranks`, which all have the same plan and calibration set, each takes its part of the latter; sink,
     curvature, trace and the pruned model count on the first one alone.
@@ -130,7 +132,7 @@ def prune_model(
     trace: tuple[BlockTrace, ...] = ()
     scale = 1.0
     if plan.blocks != plan.dense:
-        alone = settings_of(config, device, stored)
+        alone = settings_of(config, device, stored, room)
         settings = dataclasses.replace(alone, ranks=ranks)
         if loaded.files is not None and sink is None and ranks.rank == 0:
             raise ValueError("blocks that are not in memory need a sink")
@@ -141,7 +143,7 @@ def prune_model(
                 model, loaded.architecture, calibration.input_ids, device=device, dtype=settings.dtype
             )
         if curvature is None and ranks.rank == 0:
-            curvature = curvature_of(loaded, calibration, config)
+            curvature = curvature_of(loaded, calibration, config, room)
         ids, norm = calibration.input_ids, _scalable_norm(loaded)
         aside = readout.held_out(*ids.shape) if settings.refit and norm else []
         used = [i for i in range(len(ids)) if i not in aside]
@@ -178,7 +180,8 @@ def _scalable_norm(loaded: LoadedModel) -> str | None:
 
 def _unseen(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor, settings: Settings) -> HeldOut:
     states, arguments = first_states(model, architecture, ids, settings)
-    return HeldOut(MemoryStates(states), MemoryStates(states), arguments)
+    copy = settings.keep(states[batch] for batch in range(len(states)))
+    return HeldOut(states, copy, arguments)
 
 
 @torch.no_grad()
@@ -195,6 +198,7 @@ def measure_model(
     *,
     curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
+    room: Room = Room(),
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
     """What each size of each block's heads and channels costs `loaded.model`, which is left as it is.
@@ -204,7 +208,7 @@ def measure_model(
     """
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored)
+    settings = settings_of(config, device, stored, room)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     chosen = _probed(ids, config)
@@ -212,9 +216,9 @@ def measure_model(
     states, arguments = first_states(model, architecture, ids[known], settings)
     probes, probe_arguments = first_states(model, architecture, _pieces(ids, chosen), settings, whole=True)
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
-    keep = None if supernet is None else SupernetWriter(supernet, stored)
+    writer = None if supernet is None else SupernetWriter(supernet, stored)
     if curvature is None:
-        curvature = curvature_of(loaded, calibration, config)
+        curvature = curvature_of(loaded, calibration, config, room)
     table = measure_costs(
         source=blocks_of(loaded, stored),
         states=states,
@@ -227,11 +231,11 @@ def measure_model(
         round_to=config.round_to,
         identity=identity,
         curvature=curvature,
-        keep=keep,
+        keep=writer,
         progress=progress,
     )
-    if keep is not None:
-        keep.finish(identity)
+    if writer is not None:
+        writer.finish(identity)
     return table
 
 
@@ -242,7 +246,9 @@ def weighs_errors(config: RunConfig) -> bool:
     return bool(config.resolved_curvature_tokens) and (weighs or measures)
 
 
-def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig) -> Sequence[BlockCurvature]:
+def curvature_of(
+    loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, room: Room = Room()
+) -> Sequence[BlockCurvature]:
     """What `loaded.model`, which is dense, minds of errors in its blocks' outputs; nothing where that is not wanted.
 
     Raises BadInputError for a model that was made under `torch.inference_mode()`.
@@ -251,7 +257,7 @@ def curvature_of(loaded: LoadedModel, calibration: CalibrationSet, config: RunCo
         return ()
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored)
+    settings = settings_of(config, device, stored, room)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     for name, parameter in model.named_parameters():
@@ -344,7 +350,7 @@ def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict
     return known if text is None else {**known, "text": text}
 
 
-def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype) -> Settings:
+def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype, room: Room = Room()) -> Settings:
     return Settings(
         device=device,
         dtype=_compute_dtype(config, device, stored),
@@ -354,6 +360,8 @@ def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype) ->
         refit=config.resolved_refit,
         seed=config.seed,
         biases=config.bias_compensation != "off",
+        keep=room.keep,
+        batch_tokens=room.batch_tokens or BATCH_TOKENS[device.type],
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+
+from slimexport.pruning.states import HiddenStates
 
 SINK = 8.0  # times the median size of the residual: above it a token is an attention sink
 
@@ -17,11 +19,11 @@ class Targets:
     fitted toward what the same one gives in the dense stream, and not toward what the residual lacks.
     """
 
-    before: list[torch.Tensor]
+    before: HiddenStates
+    attention: HiddenStates
+    ffn: HiddenStates
     multiplier: float = 1.0
     normed: bool = False
-    attention: list[torch.Tensor] = field(default_factory=list)
-    ffn: list[torch.Tensor] = field(default_factory=list)
 
     def attention_lacks(self, batch: int, states: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """What o_proj, which gives `given`, lacks to make the residual after it what it is in the dense stream, or to

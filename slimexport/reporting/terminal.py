@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
+from slimexport.artifacts import ExportArtifact, PruningCost, PruningPlan, ShrunkCheckpoint, VerificationReport
 from slimexport.progress import seconds
 from slimexport.reporting import view
 from slimexport.reporting.schema import Report
@@ -37,9 +37,17 @@ def plan_text(plan: PruningPlan) -> str:
         lines.append(
             f"pruning takes about {seconds(plan.cost.seconds)} on {plan.cost.device} "
             f"({plan.cost.flops / 1e12:.3g} TFLOP, {plan.cost.flops_per_second / 1e9:.3g} GFLOP/s measured now) "
-            f"and {plan.cost.peak_memory_bytes / 1e9:.1f} GB of memory"
+            f"and {_memory(plan.cost)}"
         )
     return "\n".join([*lines, *plan.notes])
+
+
+def _memory(cost: PruningCost) -> str:
+    parts = [f"{cost.peak_memory_bytes / 1e9:.1f} GB of memory"]
+    if cost.peak_device_memory_bytes:
+        parts.append(f"{cost.peak_device_memory_bytes / 1e9:.1f} GB of device memory")
+    where = {"host": ", hidden states in the memory of the host", "file": ", hidden states in a file"}
+    return f"{', '.join(parts)}, {cost.disk_bytes / 1e9:.1f} GB of disk{where.get(cost.hidden_states, '')}"
 
 
 def checkpoint_text(checkpoint: ShrunkCheckpoint, output: Path) -> str:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
     from slimexport.pruning.allocation import SearchSettings
     from slimexport.pruning.curvature import BlockCurvature
+    from slimexport.pruning.stage import PrunedModel
+    from slimexport.pruning.states import Room
 
 
 def plan_stage(
@@ -135,10 +137,12 @@ def measured_costs(
     progress: Progress,
     curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
+    room: Room | None = None,
 ) -> CostTable:
     """The costs in `config.costs` or `place`, else measured now and kept in both; `supernet` is made in the same pass,
     where it is wanted and not there yet."""
     from slimexport.pruning.stage import cost_identity, measure_model
+    from slimexport.pruning.states import Room
     from slimexport.pruning.supernet import read_grids
 
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
@@ -151,8 +155,9 @@ def measured_costs(
     if table is None or (supernet is not None and read_grids(supernet, identity) is None):
         with progress.stage("measure"):
             measured = measure_model(
-                loaded, calibration, config, curvature=curvature, supernet=supernet, progress=progress.update
-            )
+                loaded, calibration, config,
+                curvature=curvature, supernet=supernet, room=room or Room(), progress=progress.update,
+            )  # fmt: skip
         table = table or measured
     if config.costs is not None and not config.costs.expanduser().exists():
         write_json(config.costs.expanduser(), to_dict(table))
@@ -168,6 +173,7 @@ def measured_plan(
     config: RunConfig,
     progress: Progress,
     curvature: Sequence[BlockCurvature] | None = None,
+    room: Room | None = None,
 ) -> PruningPlan:
     """The plan of an allocation that needs costs, and, where it does so, searches with them.
 
@@ -178,10 +184,10 @@ def measured_plan(
 
     stored = save_dtype_of(config, loaded)
     if not allocations.searches(allocations.registry.get(config.resolved_allocation)):
-        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature)
+        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, room=room)
         return plan_stage(config, loaded.architecture, stored, costs)
     supernet, state = directory / WORK / "supernet", directory / WORK / "search.json"
-    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, supernet)
+    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, supernet, room)
     with progress.stage("search"):
         search = search_settings(
             loaded, calibration, config, supernet=supernet, state=state, progress=progress.update
@@ -205,9 +211,10 @@ def prune_stage(
     """
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.environment import environment
-    from slimexport.loading import load_model
+    from slimexport.loading import load_model, resolve_device
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.blocks import DirectorySink
+    from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import (
         check_criterion,
         cost_identity,
@@ -218,6 +225,8 @@ def prune_stage(
         save_dtype_of,
         weighs_errors,
     )
+    from slimexport.pruning.states import Keeper, Room
+    from slimexport.stages.room import with_less
 
     directory.check_free(force=force, resume=resume)
     if force:
@@ -240,6 +249,9 @@ def prune_stage(
         check_exportable(loaded.model.config, loaded.tokenizer, loaded.architecture, config)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
+    device = resolve_device(config.device)
+    streamed = loaded.files is not None
+    needs = fitting(plan_made, loaded.architecture, config, device, streamed=streamed, ranks=ranks.size)
     if allocations.needs_costs(allocation):
         known_costs(config.costs, cost_identity(loaded.source.fingerprint, config, None))
     with progress.stage("calibrate"):
@@ -263,14 +275,22 @@ def prune_stage(
     directory.save(environment=environment(cuda=True), source=to_dict(loaded.source))
     if not resume:
         remove(directory / WORK)
+    (directory / WORK).mkdir(exist_ok=True)
+    room = Room(Keeper(needs.place, device, directory / WORK))
+    if needs.place != "device":
+        where = "the memory of the host" if needs.place == "host" else f"a file in {directory / WORK}"
+        progress.note(f"hidden states live in {where}")
     curvature: Sequence[BlockCurvature] = ()
     spent = [time.monotonic()]
     if weighs_errors(config) and (config.ratio or plan_made.blocks != plan_made.dense):
         with progress.stage("curvature"):
-            curvature = curvature_of(loaded, calibration, config)
+            curvature = with_less(lambda some: curvature_of(loaded, calibration, config, some), room, progress)
     spent.append(time.monotonic())
     if allocations.needs_costs(allocation) and config.ratio:
-        plan_made = measured_plan(directory.path, loaded, calibration, config, progress, curvature)
+        plan_made = with_less(
+            lambda some: measured_plan(directory.path, loaded, calibration, config, progress, curvature, some),
+            room, progress,
+        )  # fmt: skip
     spent.append(time.monotonic())
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
@@ -291,10 +311,16 @@ def prune_stage(
         sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=True)
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
-        pruned = prune_model(
-            loaded, plan_made, calibration, config,
-            curvature=curvature, sink=sink, ranks=ranks, progress=progress.update,
-        )  # fmt: skip
+        fresh = [loaded]  # blocks that were shrunk in place are read again before another try
+
+        def pruning(room: Room) -> PrunedModel:
+            of = fresh.pop() if fresh else prepare(load_model(config, streamed=streamed), config)
+            return prune_model(
+                of, plan_made, calibration, config,
+                curvature=curvature, sink=sink, ranks=ranks, room=room, progress=progress.update,
+            )  # fmt: skip
+
+        pruned = with_less(pruning, room, progress, again=ranks.size == 1)
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, loaded, config)
     weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
@@ -308,8 +334,10 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
     """The prune stage of a rank that is not the first: it reads the same model and text, is told the plan, and puts its
     part of the calibration set through the blocks. It writes nothing."""
     from slimexport.calibration import calibrate
-    from slimexport.loading import load_model
+    from slimexport.loading import load_model, resolve_device
+    from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import prepare, prune_model
+    from slimexport.pruning.states import Keeper, Room
 
     if ranks.told(Message).values["done"]:
         return
@@ -319,7 +347,9 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
     plan = from_dict(PruningPlan, ranks.told(Message).values["plan"], "the plan of rank 0")
     if plan.blocks != plan.dense:
         loaded = prepare(loaded, config)
-    prune_model(loaded, plan, calibration, config, ranks=ranks)
+    device, streamed = resolve_device(config.device), loaded.files is not None
+    needs = fitting(plan, loaded.architecture, config, device, streamed=streamed, ranks=ranks.size)
+    prune_model(loaded, plan, calibration, config, ranks=ranks, room=Room(Keeper(needs.place, device)))
 
 
 def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:

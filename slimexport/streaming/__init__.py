@@ -3,5 +3,4 @@
 files.py    tensors of safetensors files, read and written one at a time
 model.py    a model of which only embedding, final norm and head are in memory
 blocks.py   its blocks, one after the other: a `pruning.blocks.BlockSource`
-states.py   hidden states in a file: `pruning.blocks.HiddenStates`
 """

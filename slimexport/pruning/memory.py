@@ -1,0 +1,197 @@
+"""What memory pruning will take, counted from sizes, and where hidden states are to live so that it keeps a limit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slimexport.architectures.base import Architecture
+from slimexport.artifacts import PruningPlan
+from slimexport.errors import BadInputError
+from slimexport.machine.memory import free_bytes
+from slimexport.pruning import factor
+from slimexport.pruning.forward import BATCH_TOKENS
+from slimexport.pruning.grid import COST_SEQUENCES, PROBED_SHARES
+from slimexport.pruning.obs import SINGLE_FROM
+from slimexport.pruning.states import Place
+
+if TYPE_CHECKING:
+    import torch
+
+    from slimexport.config import RunConfig
+
+LIBRARIES_BYTES = 600_000_000  # interpreter with torch and transformers loaded
+CUDA_BYTES = 1_000_000_000  # of a process that has opened a CUDA device: its libraries, and the context on the device
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peaks in bytes, with the hidden states in `place`."""
+
+    place: Place
+    host: int  # of the process, with its libraries
+    device: int  # of the CUDA device; 0 without one
+    disk: int
+
+
+def fitting(
+    plan: PruningPlan,
+    architecture: Architecture,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    streamed: bool,
+    ranks: int = 1,
+) -> Needs:
+    """What pruning needs, with the hidden states as near as the limits of `config` allow; without a limit, what is free
+    now counts, and is never a reason to refuse.
+
+    Raises BadInputError where no place keeps the limits, with what would.
+    """
+    places: tuple[Place, ...] = ("device", "file") if device.type == "cpu" else ("device", "host", "file")
+    tried = [needs(plan, architecture, config, device, place, streamed=streamed, ranks=ranks) for place in places]
+    free_host, free_device = free_bytes(device)
+    asked_host, asked_device = config.memory_limit, config.device_memory_limit
+    for found in tried:
+        if found.host <= (asked_host or free_host) and found.device <= (asked_device or free_device):
+            return found
+    for flag, limit, of in (("max-memory", asked_host, "host"), ("max-device-memory", asked_device, "device")):
+        least = min(getattr(found, of) for found in tried)
+        if limit is not None and least > limit:
+            more = "" if streamed or of == "device" else " (this model cannot be read block by block)"
+            raise BadInputError(
+                f"Pruning needs {least / 1e9:.2f} GB of {'device ' if of == 'device' else ''}memory even with hidden "
+                f"states {'in a file' if of == 'host' else 'off the device'}{more}: "
+                f"--{flag} {limit / 1e9:.2f} GB cannot be kept."
+            )
+    kept = [f for f in tried if f.host <= (asked_host or math.inf) and f.device <= (asked_device or math.inf)]
+    if not kept:  # each limit could be kept alone
+        least = min(tried, key=lambda found: found.host)
+        raise BadInputError(
+            f"Both limits cannot be kept: with hidden states {_where(least.place)} pruning needs "
+            f"{least.host / 1e9:.2f} GB of memory and {least.device / 1e9:.2f} GB of device memory."
+        )
+    return min(kept, key=lambda found: found.host)
+
+
+def needs(
+    plan: PruningPlan,
+    architecture: Architecture,
+    config: RunConfig,
+    device: torch.device,
+    place: Place,
+    *,
+    streamed: bool,
+    ranks: int = 1,
+) -> Needs:
+    """`streamed`: blocks come from disk one after the other; `ranks`: processes that share the calibration set."""
+    from slimexport.pruning.stage import weighs_errors
+
+    cuda = device.type == "cuda"
+    weights, copies = _weights(plan, architecture, config, streamed, cuda)
+    held = computing = curvature = 0
+    if plan.blocks != plan.dense:
+        tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+        own = -(-tokens // ranks)
+        batch = min(own, BATCH_TOKENS[device.type])
+        width = _element(plan, config, cuda)
+        out, blocks = architecture.hidden, len(plan.blocks)
+        probes = min(config.probe_tokens, tokens)
+        phases = [_pruning(plan, architecture, config, own, batch, width)]
+        if weighs_errors(config):
+            curvature = 2 * 4 * blocks * out**2
+            measured = min(config.resolved_curvature_tokens, tokens)
+            backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width)
+            phases.append((width * measured * out * (blocks + 2), backwards))
+        known = config.costs is not None and config.costs.exists()
+        if config.resolved_allocation in ("sensitivity", "search") and not known:
+            candidates = 2 * len(PROBED_SHARES) * (blocks + 1) + 1
+            seen = min(tokens, COST_SEQUENCES * config.sequence_length)
+            passed = _batch(plan, architecture, max(min(seen, batch), probes), width)
+            phases.append((width * out * (candidates * probes + seen), _solving(plan, architecture, passed, True)))
+        # A batch of what is elsewhere is here while it is computed with, before and after.
+        here = 0 if place == "device" else 2 * width * batch * (out + _widest(plan, architecture)[0])
+        computing = here + max(work + (of if place == "device" else 0) for of, work in phases)
+        held = max(of for of, _ in phases)
+    on_host = (curvature if place != "file" else 0) + (held if place == "host" else 0)
+    host = LIBRARIES_BYTES + weights + on_host + ((CUDA_BYTES + copies) if cuda else (copies + computing))
+    shrunk = plan.estimates.bytes
+    return Needs(
+        place=place,
+        host=host,
+        device=(CUDA_BYTES // 2 + copies + computing) if cuda else 0,
+        disk=2 * shrunk + (held + curvature if place == "file" else 0),
+    )
+
+
+def _where(place: Place) -> str:
+    return {"device": "on the device", "host": "in the memory of the host", "file": "in a file"}[place]
+
+
+def _pruning(
+    plan: PruningPlan, architecture: Architecture, config: RunConfig, tokens: int, batch: int, width: int
+) -> tuple[int, int]:
+    """While blocks are pruned: hidden states and the inputs of one block's heads, with a re-fit the dense stream and
+    what it adds in one block; and what is computed with."""
+    columns, channels = _widest(plan, architecture)
+    out, refit = architecture.hidden, bool(config.resolved_refit)
+    held = width * tokens * (out + columns + (4 * out if refit else 0))
+    work = _solving(plan, architecture, _batch(plan, architecture, batch, width), refit)
+    parts = len(architecture.family.ffn_factors)
+    if refit and parts:
+        kept = max(b.channels for b in plan.blocks)
+        work += 4 * min(tokens, factor.TOKENS) * (3 * out + parts * kept)
+    # All experts of a block are looked at together, and then solved one by one.
+    return held, work + (architecture.experts - 1) * 8 * channels**2
+
+
+def _batch(plan: PruningPlan, architecture: Architecture, tokens: int, width: int) -> int:
+    """A batch on its way through the FFN."""
+    channels = _widest(plan, architecture)[1]
+    return width * tokens * (4 * architecture.hidden + 3 * channels * architecture.active_experts)
+
+
+def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: bool) -> int:
+    """The largest of what comes after each other: a batch while H is added up, H with its inverse, the matrix while
+    columns go. `double`: in float64 however wide (a re-fit's system is)."""
+    widest, out = max(_widest(plan, architecture)), architecture.hidden
+    return max(
+        12 * widest**2 + batch,  # H in float64, and a batch's part of it
+        (32 if double or widest < SINGLE_FROM else 20) * widest**2 + 8 * out * widest,
+        12 * widest**2 + 32 * out * widest,
+    )
+
+
+def _widest(plan: PruningPlan, architecture: Architecture) -> tuple[int, int]:
+    """Inputs of o_proj and of down_proj, at most."""
+    columns = [b.query_heads * own.head_dim if own.has_heads else 0
+               for own, b in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
+    return max(columns), max(b.channels for b in plan.dense)
+
+
+def _element(plan: PruningPlan, config: RunConfig, cuda: bool) -> int:
+    """Bytes of a number in the forward passes."""
+    if config.dtype == "auto":
+        return _stored(plan) if cuda else 4
+    return 4 if config.dtype == "float32" else 2
+
+
+def _stored(plan: PruningPlan) -> int:
+    return plan.dense_estimates.bytes // plan.dense_estimates.parameters
+
+
+def _weights(
+    plan: PruningPlan, architecture: Architecture, config: RunConfig, streamed: bool, cuda: bool
+) -> tuple[int, int]:
+    """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, what
+    it becomes, and the next one, which is read meanwhile. And of the copies to compute with, of a block as it is and as
+    it becomes, where those are on a device or in another precision."""
+    dense, each = plan.dense_estimates, _stored(plan)
+    blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
+              for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
+    width = _element(plan, config, cuda)
+    copies = 2 * width * max(blocks) if cuda else (0 if each == width else width * max(blocks))
+    if not streamed:
+        return dense.bytes, copies
+    return each * (dense.parameters - sum(blocks) + 3 * max(blocks)), copies

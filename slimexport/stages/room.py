@@ -1,0 +1,40 @@
+"""When the device runs out of memory: the same again with fewer tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from slimexport.errors import BadInputError
+from slimexport.progress import Progress
+from slimexport.pruning.forward import BATCH_TOKENS
+from slimexport.pruning.states import Room
+
+T = TypeVar("T")
+FEWEST_TOKENS = 512  # below that it is not the batch that does not fit
+
+
+def with_less(run: Callable[[Room], T], room: Room, progress: Progress, *, again: bool = True) -> T:
+    """`run` in this room, and with half as many tokens in a forward call whenever the device runs out of memory.
+
+    Raises BadInputError where it does so with FEWEST_TOKENS too, or at once if not `again`.
+    """
+    tokens = room.batch_tokens or BATCH_TOKENS[room.keep.device.type]
+    while True:
+        try:
+            return run(room)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        if not again or tokens <= FEWEST_TOKENS:
+            raise BadInputError(
+                f"{room.keep.device} ran out of memory ({reason}), with {tokens} tokens in a forward call: "
+                "give --max-device-memory, fewer --calibration-tokens, a shorter --sequence-length, or --device cpu."
+            )
+        tokens = max(tokens // 2, FEWEST_TOKENS)
+        room = replace(room, batch_tokens=tokens)
+        if room.keep.device.type == "cuda":
+            torch.cuda.empty_cache()
+        progress.note(f"{room.keep.device} ran out of memory: going on with {tokens} tokens in a forward call")
