@@ -317,7 +317,7 @@ class Block:
     ) -> torch.Tensor:
         """W [out, in] float64, fitted toward the dense stream where there is one."""
         W = ffn_matrices(self.home.get_submodule(name))[expert].to(self.settings.device, torch.float64)
-        check_finite(H, self.index, self.settings.dtype)
+        check_finite(H.diagonal(), self.index, self.settings.dtype)
         return W if targets is None else refit(W, H, moments.C(), self.settings.refit)
 
     def _site(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     from slimexport.config import RunConfig
 
-# Matrix products run at the measured rate; what goes with them (norms, softmax, slicing, small solves) does not.
-OVERHEAD = 1.5
+# Large matrix products run at the measured rate, but for what goes with them (norms, softmax, slicing). Factors and
+# eliminations move as much as they compute. Both as found for 1.1 B parameters on two cores (benchmarks/scale.py).
+OVERHEAD, SOLVING = 1.15, 2.6
+# Reading, checking and hashing the model, writing it twice, reloading it in a fresh process; found there as well.
+STARTING, PER_BYTE = 8.0, 8e-9
 
 
 def with_cost(
@@ -36,52 +39,72 @@ def with_cost(
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     needs = fitting(plan, architecture, config, device, streamed=streamed)
-    flops, double = _operations(plan, architecture, tokens, config.sequence_length)
+    work = _operations(plan, architecture, tokens, config.sequence_length)
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
-            more, more_double = _curvature_operations(plan, architecture, measured)
-            flops, double = flops + more, double + more_double
+            work += _curvature_operations(plan, architecture, measured)
         if config.resolved_refit:
-            more, more_double = _refit_operations(plan, architecture, tokens, config.sequence_length)
-            flops, double = flops + more, double + more_double
+            work += _refit_operations(plan, architecture, tokens, config.sequence_length)
         known = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not known:
-            more, more_double = _measuring_operations(architecture, tokens, config)
-            flops, double = flops + more, double + more_double
+            work += _measuring_operations(architecture, tokens, config)
     single_rate, double_rate = _measure(device)
     cost = PruningCost(
-        seconds=round(OVERHEAD * (flops / single_rate + double / double_rate), 1),
+        seconds=round(
+            STARTING
+            + PER_BYTE * plan.dense_estimates.bytes
+            + OVERHEAD * work.products / single_rate
+            + SOLVING * (work.solves / single_rate + work.solves_in_double / double_rate),
+            1,
+        ),
         peak_memory_bytes=needs.host,
         peak_device_memory_bytes=needs.device,
         disk_bytes=needs.disk,
         hidden_states=needs.place,
-        flops=flops + double,
+        flops=work.products + work.solves + work.solves_in_double,
         flops_per_second=single_rate,
         device=str(device),
     )
     return replace(plan, cost=cost)
 
 
-def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
-    """FLOPs in the precision of the forward passes, and in float64."""
-    single = double = 0.0
+@dataclass(frozen=True)
+class Operations:
+    """FLOPs: of products of large matrices, and of factors, inverses and eliminations, in float32 and in float64."""
+
+    products: float = 0.0
+    solves: float = 0.0
+    solves_in_double: float = 0.0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(
+            self.products + other.products,
+            self.solves + other.solves,
+            self.solves_in_double + other.solves_in_double,
+        )
+
+    def times(self, count: int) -> Operations:
+        return Operations(count * self.products, count * self.solves, count * self.solves_in_double)
+
+
+def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> Operations:
+    """Of the passes through the blocks, of H and of what is solved by it."""
+    products, solves = 0.0, Operations()
     hidden = architecture.hidden
     for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
         heads, channels = _columns(dense, own), dense.channels
         scores = 2 * tokens * length * _scored(dense, own)  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
-            single += 2 * tokens * own.attention_parameters(dense) + scores + 2 * tokens * heads**2
-            solves = _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
-            single, double = single + solves[0], double + solves[1]
+            products += 2 * tokens * own.attention_parameters(dense) + scores + tokens * heads**2
+            solves += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
         if channels != kept.channels:
             # A token goes to some of the experts, and each of these has an H of its own.
             active = architecture.active_experts
-            single += 2 * tokens * _channel_parameters(own) * channels + 2 * tokens * active * channels**2
-            solves = _solve(channels, hidden, channels - kept.channels)
-            single, double = single + architecture.experts * solves[0], double + architecture.experts * solves[1]
-        single += 2 * tokens * _passed(own, kept) + scores
-    return single, double
+            products += 2 * tokens * _channel_parameters(own) * channels + tokens * active * channels**2
+            solves += _solve(channels, hidden, channels - kept.channels).times(architecture.experts)
+        products += 2 * tokens * _passed(own, kept) + scores
+    return Operations(products) + solves
 
 
 def _channel_parameters(architecture: Architecture) -> float:
@@ -95,9 +118,9 @@ def _passed(architecture: Architecture, sizes: BlockSizes) -> float:
     return met + architecture.left_dense_parameters(sizes)
 
 
-def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> tuple[float, float]:
-    """FLOPs of the dense stream, of what it is compared with, and of what is missing times the inputs; and those of
-    fitting what makes the FFN's inputs. In the precision of the forward passes, and in float64."""
+def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> Operations:
+    """Of the dense stream, of what it is compared with, and of what is missing times the inputs; and those of fitting
+    what makes the FFN's inputs."""
     single = double = 0.0
     for own, dense in zip(architecture.by_block, plan.dense, strict=True):
         inputs = _columns(dense, own) + dense.channels
@@ -112,23 +135,23 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
             single += 2 * fitted / factor.EVERY * (parts * kept.channels**2 + architecture.hidden**2)
             double += 2 * (parts * kept.channels**3 + architecture.hidden**3)
             double += 2 * factor.STEPS * parts * matrix * (kept.channels + architecture.hidden)
-    return single, double
+    return Operations(single, 0.0, double)
 
 
-def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> tuple[float, float]:
-    """FLOPs of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in
-    float64, of two Cholesky factors a block and of what they multiply, there and back."""
+def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> Operations:
+    """Of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in float64,
+    of two Cholesky factors a block and of what they multiply, there and back."""
     hidden = architecture.hidden
     each = list(zip(architecture.by_block, plan.dense, strict=True))
     blocks = sum(_passed(own, dense) + 2 * hidden**2 / 3 for own, dense in each)
     columns = sum(_columns(dense, own) + dense.channels for own, dense in each)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
-    return 6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, double
+    return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, double)
 
 
-def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> tuple[float, float]:
-    """FLOPs of measuring costs, in the precision of the forward passes and in float64."""
-    single = double = 0.0
+def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> Operations:
+    """Of measuring costs."""
+    single, solves = 0.0, Operations()
     probes = min(config.probe_tokens, tokens)
     known = min(tokens, COST_SEQUENCES * config.sequence_length)
     each = 2 * len(PROBED_SHARES)  # candidates that every block adds, and as many that go through all
@@ -136,21 +159,19 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
         heads = _columns(dense, own)
         passed = known + probes * (1 + each * (index + 2))
         single += 2 * passed * (_passed(own, dense) + config.sequence_length * _scored(dense, own))
-        single += 2 * known * (heads**2 + architecture.active_experts * dense.channels**2)
-        of_heads = _solve(heads, architecture.hidden, heads)
-        of_channels = _solve(dense.channels, architecture.hidden, dense.channels)
-        single += of_heads[0] + architecture.experts * of_channels[0]
-        double += of_heads[1] + architecture.experts * of_channels[1]
+        single += known * (heads**2 + architecture.active_experts * dense.channels**2)
+        solves += _solve(heads, architecture.hidden, heads)
+        solves += _solve(dense.channels, architecture.hidden, dense.channels).times(architecture.experts)
     candidates = each * (len(architecture.blocks) + 1) + 1
     single += 2 * candidates * probes / POSITIONS * architecture.vocab * architecture.hidden
-    return single, double
+    return Operations(single) + solves
 
 
-def _solve(n: int, out: int, removed: int) -> tuple[float, float]:
-    """FLOPs of Cholesky and inverse of H, of the eliminations and of the errors, in float32 and in float64: the one or
-    the other, by the number of inputs."""
+def _solve(n: int, out: int, removed: int) -> Operations:
+    """Of Cholesky and inverse of H, of the eliminations and of the errors, in float32 or in float64 by the number of
+    inputs."""
     flops = n**3 + 2 * removed * n * (removed + 2 * out) + out * n**2
-    return (flops, 0.0) if n >= SINGLE_FROM else (0.0, flops)
+    return Operations(solves=flops) if n >= SINGLE_FROM else Operations(solves_in_double=flops)
 
 
 def _scored(sizes: BlockSizes, own: Architecture) -> float:

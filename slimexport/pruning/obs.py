@@ -93,9 +93,10 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
     """
     n, scale = len(H), diagonal.rsqrt()
     scaled = torch.empty(n, n, dtype=torch.float32, device=H.device)
+    single = scale.float()
     for start in range(0, n, ROWS):
         rows = slice(start, start + ROWS)
-        scaled[rows] = H[rows] * scale[rows, None] * scale
+        scaled[rows].copy_(H[rows]).mul_(single[rows, None]).mul_(single)
     scaled.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
     del scaled
@@ -108,7 +109,9 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
     back = scale[:, None] * (H @ x + (diagonal - H.diagonal())[:, None] * x)
     if not float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()):  # NaN is not accurate enough either
         return None
-    return inverse.mul_(scale.float()[:, None]).mul_(scale.float())
+    for start in range(0, n, ROWS):  # of which the second product finds in the cache what the first has left there
+        inverse[start : start + ROWS].mul_(single[start : start + ROWS, None]).mul_(single)
+    return inverse
 
 
 # -------------------------------------------------------------------------------------------------------------- re-fit

@@ -169,7 +169,7 @@ def measure_costs(
 def _checked(moments: Moments, index: int, settings: Settings) -> torch.Tensor:
     """H, which is finite."""
     H = moments.H()
-    check_finite(H, index, settings.dtype)
+    check_finite(H.diagonal(), index, settings.dtype)
     return H
 
 

@@ -172,6 +172,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "max_latency_runs": (["--max-latency-runs", "20"], 20),
     "threads": (["--threads", "2"], 2),
     "max_perplexity_ratio": (["--max-perplexity-ratio", "1.5"], 1.5),
+    "max_memory": (["--max-memory", "6GB"], "6GB"),
+    "max_device_memory": (["--max-device-memory", "24GiB"], "24GiB"),
     "max_kl": (["--max-kl", "0.2"], 0.2),
     "min_speedup": (["--min-speedup", "1.2"], 1.2),
     "max_latency_ms": (["--max-latency-ms", "20"], 20.0),
