@@ -44,6 +44,7 @@ TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "speed": ("speed.json", speed.render),
     "operators": ("operators.json", operators.render),
     "scale": ("scale.json", scale.render),
+    "floor": ("scale_floor.json", scale.render_floor),
     "rounding": ("rounding.json", rounding.render),
     "gate-noise": ("gate_noise.json", gate_noise.render),
     "task-agreement": ("task_agreement.json", task_agreement.render),

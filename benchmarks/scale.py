@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --work DIR [--shape llama-1.1b] [--blocks 4,8,16] [--tokens 16384]    # resumable
     python benchmarks/scale.py --work DIR --blocks 4 --tokens 8192 --ranks 1,2 --threads 1           # several processes
+    python benchmarks/scale.py --floor                                                               # on GPUs, on paper
     python benchmarks/scale.py --render                                                              # from the JSON
 
 Each row is `slimexport prune --fast` in a process of its own: how much memory it has of its own (RssAnon of /proc) and
@@ -41,6 +42,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LENGTH = 512
+# By NVIDIA's data sheets: dense FLOP/s in units of 1e12, in bfloat16 (tensor cores) and in float32 without them, as TF32
+# has too few digits for H; GB/s that a GPU can send to others in its machine (NVLink, one direction), and to those in
+# other machines (its own port of a DGX). https://www.nvidia.com/en-us/data-center/a100/ (and h100, h200)
+GPUS = {"A100": (312.0, 19.5, 300.0, 25.0), "H100 or H200 (SXM)": (989.0, 67.0, 450.0, 50.0)}
+IN_A_MACHINE = 8
+PAPER_TOKENS, PAPER_LENGTH = 128 * 2048, 2048
 # What `slimexport prune` imports before it reads a weight.
 LIBRARIES = "import slimexport.cli, slimexport.pruning.stage, slimexport.checkpoint.save, transformers, accelerate"
 LLAMA = "from transformers.models.llama import modeling_llama"
@@ -58,7 +65,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each process; default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--floor", action="store_true", help="counted from the shape, for the paper's calibration set")
     options, more = parser.parse_known_args()
+    if options.floor:
+        shape = "llama-7b"
+        save_rows(RESULTS / "scale_floor.json", [floor(shape, gpu) for gpu in GPUS])
+        print(render_floor(load_rows(RESULTS / "scale_floor.json")))
+        return
     rows = load_rows(options.out)
     if not options.render:
         for blocks in map(int, options.blocks.split(",")):
@@ -110,6 +123,48 @@ def measured(work: Path, key: Mapping[str, Any], more: list[str]) -> dict[str, A
         "wall_seconds": round(took["seconds"], 1),
         "seconds": {name: round(value, 2) for name, value in parts.items()},
     }
+
+
+def floor(shape: str, gpu: str) -> dict[str, Any]:
+    """Seconds that the counted operations take at the rates of the data sheet, and the memory that `plan` asks for."""
+    from transformers import LlamaConfig
+
+    from slimexport.architectures import architecture_of
+    from slimexport.config import RunConfig
+    from slimexport.pruning.cost import counted
+    from slimexport.pruning.memory import needs
+    from slimexport.pruning.planner import make_plan
+
+    architecture = architecture_of(LlamaConfig(**SHAPES[shape], tie_word_embeddings=False), shape)
+    plan = make_plan(architecture, ratio=0.25, criterion="slimgpt", allocation="incremental", layout="per_layer",
+                     round_to=32, stored_dtype="bfloat16")  # fmt: skip
+    work = counted(plan, architecture, PAPER_TOKENS, PAPER_LENGTH)
+    config = RunConfig(model=shape, fast=True, calibration_tokens=PAPER_TOKENS, sequence_length=PAPER_LENGTH)
+    half, single, near, far = (rate * 1e12 for rate in GPUS[gpu])
+    # H of every block in float64 once around a ring, and the matrices that the first rank tells (float64 too).
+    summed = 8 * sum(sum(n**2 for n in (b.query_heads * architecture.head_dim, b.channels)) for b in plan.dense)
+    told = 8 * architecture.hidden * sum(b.query_heads * architecture.head_dim + b.channels for b in plan.blocks)
+    shared, alone = work.passes / half + work.moments / single, work.solves / single
+
+    def of(ranks: int) -> float:
+        speed = (near if ranks <= IN_A_MACHINE else far) / 1e3
+        return shared / ranks + alone + (2 * summed + told) / speed
+
+    places = {place: needs(plan, architecture, config, torch.device("cuda"), place, streamed=True)
+              for place in ("device", "host", "file")}  # fmt: skip
+    return {
+        "shape": shape,
+        "gpu": gpu,
+        "tokens": PAPER_TOKENS,
+        "flops": {"forward": work.passes, "hessian": work.moments, "selection": work.solves},
+        "seconds": {
+            "forward": work.passes / half, "hessian": work.moments / single, "selection": work.solves / single,
+        },
+        "moved_bytes": 2 * summed + told,
+        "seconds_of_ranks": {str(ranks): of(ranks) for ranks in (8, 64)},
+        "device_bytes": {place: found.device for place, found in places.items()},
+        "host_bytes": {place: found.host for place, found in places.items()},
+    }  # fmt: skip
 
 
 def make(place: Path, sizes: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -183,6 +238,21 @@ def render(rows: list[dict[str, Any]]) -> str:
             f"{row['planned_seconds']:.0f}" if one else "–", f"{parts['forward']:.0f}", f"{parts['hessian']:.0f}",
             f"{parts['selection']:.0f} ({parts['selection'] / whole:.0%})",
         ])  # fmt: skip
+    return table(head, body)
+
+
+def render_floor(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "tokens", "GPU", "forward (s)", "H (s)", "selection (s)", "together", "8 GPUs", "64 GPUs",
+            "device memory (GiB)", "with states on the host"]  # fmt: skip
+    body = [
+        [
+            f"{row['shape']}, bfloat16", str(row["tokens"]), row["gpu"],
+            *(f"{row['seconds'][part]:.1f}" for part in ("forward", "hessian", "selection")),
+            f"{sum(row['seconds'].values()):.0f}", *(f"{s:.1f}" for s in row["seconds_of_ranks"].values()),
+            *(f"{row['device_bytes'][place] / 2**30:.1f}" for place in ("device", "host")),
+        ]
+        for row in rows
+    ]  # fmt: skip
     return table(head, body)
 
 

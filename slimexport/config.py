@@ -142,6 +142,10 @@ class RunConfig(BaseModel):
     without_pass: tuple[Literal["gate_up", "last_logits", "unread"], ...] = Field(
         default=(), description="A pass over the graph to leave out."
     )
+    verify: Literal["full", "light"] = Field(
+        default="full",
+        description="light, for models beyond the memory: one prompt, accuracy in torch block by block, no latency.",
+    )
     baseline: bool = Field(default=True, description="Export and measure the dense model beside the shrunk one.")
     baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
 
@@ -225,6 +229,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"a task is named twice: {', '.join(named)}")
         if self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
+        if self.verify == "light" and self.tasks:
+            raise ValueError("tasks are asked of whole models in memory: they need verify full")
         if self.sizes is not None and self.allocation not in ("auto", "explicit"):
             raise ValueError(
                 f"sizes are given, which allocation {self.allocation!r} does not read: leave one of them out"

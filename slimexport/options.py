@@ -29,7 +29,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     ),
     "limits": ("max_memory", "max_device_memory"),
     "export": (
-        "target", "precision", "exporter", "provider", "provider_option", "rounding_tokens", "without_pass", "baseline",
+        "target", "precision", "exporter", "provider", "provider_option", "rounding_tokens", "without_pass", "verify",
+        "baseline",
         "baseline_cache",
     ),
     "verify": (

@@ -143,10 +143,13 @@ def _modelling_file(tables: dict[str, dict[str, Any]]) -> str:
     return source
 
 
-def check_round_trip(model: PreTrainedModel, directory: Path, seed: int, blocks: BlockSource | None = None) -> float:
+def check_round_trip(
+    model: PreTrainedModel, directory: Path, seed: int, blocks: BlockSource | None = None, *, whole: bool = True
+) -> float:
     """Loads `directory` in a fresh process and compares logits with those of `model` (CPU, stored precision).
 
-    `blocks` are those of the model that are not in memory.
+    `blocks` are those of the model that are not in memory. The fresh process loads the model as `load` does, or, where
+    it is not to have it in memory as a `whole`, block by block.
 
     Returns the largest absolute difference, which is 0.0; raises NotReproducedError where it is not.
     """
@@ -161,9 +164,10 @@ def check_round_trip(model: PreTrainedModel, directory: Path, seed: int, blocks:
         given, made = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
         save_file({"ids": ids}, given)
         threads = torch.get_num_threads()
+        words = [*map(str, (directory, given, made, threads)), *([] if whole else ["streamed"])]
         result = subprocess.run(
             # -P: the user's working directory is no place to import from
-            [sys.executable, "-P", "-m", "slimexport.checkpoint.probe", *map(str, (directory, given, made, threads))],
+            [sys.executable, "-P", "-m", "slimexport.checkpoint.probe", *words],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if result.returncode:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
@@ -39,7 +39,7 @@ def with_cost(
     device = resolve_device(config.device)
     tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
     needs = fitting(plan, architecture, config, device, streamed=streamed)
-    work = _operations(plan, architecture, tokens, config.sequence_length)
+    work = counted(plan, architecture, tokens, config.sequence_length)
     if plan.blocks != plan.dense:
         if weighs_errors(config):
             measured = min(config.resolved_curvature_tokens, tokens)
@@ -49,21 +49,21 @@ def with_cost(
         known = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not known:
             work += _measuring_operations(architecture, tokens, config)
-    single_rate, double_rate = _measure(device)
+    rates = _measure(device, _compute_dtype(plan, config, device))
     cost = PruningCost(
         seconds=round(
             STARTING
             + PER_BYTE * plan.dense_estimates.bytes
-            + OVERHEAD * work.products / single_rate
-            + SOLVING * (work.solves / single_rate + work.solves_in_double / double_rate),
+            + OVERHEAD * (work.passes / rates.passes + work.moments / rates.single)
+            + SOLVING * (work.solves / rates.single + work.solves_in_double / rates.double),
             1,
         ),
         peak_memory_bytes=needs.host,
         peak_device_memory_bytes=needs.device,
         disk_bytes=needs.disk,
         hidden_states=needs.place,
-        flops=work.products + work.solves + work.solves_in_double,
-        flops_per_second=single_rate,
+        flops=work.total,
+        flops_per_second=rates.passes,
         device=str(device),
     )
     return replace(plan, cost=cost)
@@ -71,40 +71,44 @@ def with_cost(
 
 @dataclass(frozen=True)
 class Operations:
-    """FLOPs: of products of large matrices, and of factors, inverses and eliminations, in float32 and in float64."""
+    """FLOPs, by the precision that they are done in: the forward passes' own; float32 (H; factors, inverses and
+    eliminations of wide matrices); and float64 (those of others)."""
 
-    products: float = 0.0
+    passes: float = 0.0
+    moments: float = 0.0
     solves: float = 0.0
     solves_in_double: float = 0.0
 
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
     def __add__(self, other: Operations) -> Operations:
-        return Operations(
-            self.products + other.products,
-            self.solves + other.solves,
-            self.solves_in_double + other.solves_in_double,
-        )
+        return Operations(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, count: int) -> Operations:
-        return Operations(count * self.products, count * self.solves, count * self.solves_in_double)
+        return Operations(*(count * value for value in astuple(self)))
 
 
-def _operations(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> Operations:
-    """Of the passes through the blocks, of H and of what is solved by it."""
-    products, solves = 0.0, Operations()
+def counted(plan: PruningPlan, architecture: Architecture, tokens: int, length: int) -> Operations:
+    """Of the passes of `tokens` in sequences of `length` through the blocks, of H and of what is solved by it."""
+    passes, moments, solves = 0.0, 0.0, Operations()
     hidden = architecture.hidden
     for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
         heads, channels = _columns(dense, own), dense.channels
         scores = 2 * tokens * length * _scored(dense, own)  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
-            products += 2 * tokens * own.attention_parameters(dense) + scores + tokens * heads**2
+            passes += 2 * tokens * own.attention_parameters(dense) + scores
+            moments += tokens * heads**2
             solves += _solve(heads, hidden, heads - kept.query_heads * architecture.head_dim)
         if channels != kept.channels:
             # A token goes to some of the experts, and each of these has an H of its own.
             active = architecture.active_experts
-            products += 2 * tokens * _channel_parameters(own) * channels + tokens * active * channels**2
+            passes += 2 * tokens * _channel_parameters(own) * channels
+            moments += tokens * active * channels**2
             solves += _solve(channels, hidden, channels - kept.channels).times(architecture.experts)
-        products += 2 * tokens * _passed(own, kept) + scores
-    return Operations(products) + solves
+        passes += 2 * tokens * _passed(own, kept) + scores
+    return Operations(passes, moments) + solves
 
 
 def _channel_parameters(architecture: Architecture) -> float:
@@ -135,23 +139,23 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
             single += 2 * fitted / factor.EVERY * (parts * kept.channels**2 + architecture.hidden**2)
             double += 2 * (parts * kept.channels**3 + architecture.hidden**3)
             double += 2 * factor.STEPS * parts * matrix * (kept.channels + architecture.hidden)
-    return Operations(single, 0.0, double)
+    return Operations(single, 0.0, 0.0, double)
 
 
 def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> Operations:
-    """Of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and, in float64,
-    of two Cholesky factors a block and of what they multiply, there and back."""
+    """Of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and of two
+    Cholesky factors a block in float64 and of what they multiply, there and back."""
     hidden = architecture.hidden
     each = list(zip(architecture.by_block, plan.dense, strict=True))
     blocks = sum(_passed(own, dense) + 2 * hidden**2 / 3 for own, dense in each)
     columns = sum(_columns(dense, own) + dense.channels for own, dense in each)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
-    return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, double)
+    return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, 0.0, double)
 
 
 def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> Operations:
     """Of measuring costs."""
-    single, solves = 0.0, Operations()
+    single, moments, solves = 0.0, 0.0, Operations()
     probes = min(config.probe_tokens, tokens)
     known = min(tokens, COST_SEQUENCES * config.sequence_length)
     each = 2 * len(PROBED_SHARES)  # candidates that every block adds, and as many that go through all
@@ -159,12 +163,12 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
         heads = _columns(dense, own)
         passed = known + probes * (1 + each * (index + 2))
         single += 2 * passed * (_passed(own, dense) + config.sequence_length * _scored(dense, own))
-        single += known * (heads**2 + architecture.active_experts * dense.channels**2)
+        moments += known * (heads**2 + architecture.active_experts * dense.channels**2)
         solves += _solve(heads, architecture.hidden, heads)
         solves += _solve(dense.channels, architecture.hidden, dense.channels).times(architecture.experts)
     candidates = each * (len(architecture.blocks) + 1) + 1
     single += 2 * candidates * probes / POSITIONS * architecture.vocab * architecture.hidden
-    return Operations(single) + solves
+    return Operations(single, moments) + solves
 
 
 def _solve(n: int, out: int, removed: int) -> Operations:
@@ -185,17 +189,36 @@ def _columns(sizes: BlockSizes, own: Architecture) -> int:
     return sizes.query_heads * own.head_dim if own.has_heads else 0
 
 
-def _measure(device: torch.device, size: int = 1024) -> tuple[float, float]:
-    """FLOP/s of a square product in float32 and in float64, the best of a few."""
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s: of the forward passes, in float32, in float64."""
+
+    passes: float
+    single: float
+    double: float
+
+
+def _compute_dtype(plan: PruningPlan, config: RunConfig, device: torch.device) -> torch.dtype:
     import torch
 
-    rates = []
-    for dtype in (torch.float32, torch.float64):
+    from slimexport.pruning.stage import compute_dtype
+
+    wide = plan.dense_estimates.bytes >= 4 * plan.dense_estimates.parameters
+    return compute_dtype(config, device, torch.float32 if wide else torch.bfloat16)
+
+
+def _measure(device: torch.device, passes: torch.dtype) -> Rates:
+    """Of a square product, the best of a few."""
+    import torch
+
+    size = 1024 if device.type == "cpu" else 4096
+    found = {}
+    for dtype in dict.fromkeys((passes, torch.float32, torch.float64)):
         a = torch.randn(size, size, dtype=dtype, device=device)
         best = float("inf")
         for _ in range(6):
             start = time.perf_counter()
             (a @ a).sum().item()  # item() waits for the device
             best = min(best, time.perf_counter() - start)
-        rates.append(2 * size**3 / best)
-    return rates[0], rates[1]
+        found[dtype] = 2 * size**3 / best
+    return Rates(found[passes], found[torch.float32], found[torch.float64])

@@ -115,7 +115,13 @@ def working_copy(home: nn.Module, settings: Settings) -> nn.Module:
     parameter = next(home.parameters())
     if parameter.dtype == settings.dtype and parameter.device == settings.device:
         return home
-    return copy.deepcopy(home).to(device=settings.device, dtype=settings.dtype)
+    made: dict[int, Any] = {}  # each tensor goes where it is to be at once; without a copy of it where it was
+    for tensor in (*home.parameters(), *home.buffers()):
+        dtype = settings.dtype if tensor.is_floating_point() else tensor.dtype
+        there = tensor.detach().to(settings.device, dtype, non_blocking=True)
+        there = there.clone() if there.data_ptr() == tensor.data_ptr() else there
+        made[id(tensor)] = nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+    return copy.deepcopy(home, made)
 
 
 def output(result: Any) -> torch.Tensor:

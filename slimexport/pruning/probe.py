@@ -67,6 +67,9 @@ class Candidates:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
     def __getitem__(self, name: Hashable) -> torch.Tensor:
         return self._states[self._numbers[name]]
 
@@ -104,9 +107,9 @@ def divergence(dense: torch.Tensor, logits: torch.Tensor, shares: torch.Tensor |
 
 
 def output_logits(
-    model: PreTrainedModel, architecture: Architecture, device: torch.device
+    model: PreTrainedModel, architecture: Architecture, device: torch.device, *, every: int = POSITIONS
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hidden states after the last block [s, t, hidden] -> float32 logits [s, t // POSITIONS, vocab].
+    """Hidden states after the last block [s, t, hidden] -> float32 logits [s, t // every, vocab].
 
     The model's own code is run with its blocks passed by, so that final norm, scaling and soft caps are the family's;
     in float32, since logits rounded to bfloat16 differ by more than a small cut costs.
@@ -114,7 +117,7 @@ def output_logits(
     blocks = list(model.get_submodule(architecture.family.blocks))
 
     def logits(states: torch.Tensor) -> torch.Tensor:
-        keep = torch.arange(POSITIONS - 1, states.shape[1], POSITIONS)
+        keep = torch.arange(every - 1, states.shape[1], every)
         home = next(model.parameters()).device
         states = states.to(home, torch.float32)
         with _after_the_last(blocks, states, architecture), _in_float32(model, blocks):

@@ -10,6 +10,7 @@ the sum of its parts. Only forward passes are needed, and one pass over the weig
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockCosts, BlockSizes, ChannelCost, CostTable, HeadCost, JointCost
@@ -32,6 +34,7 @@ from slimexport.pruning.matrices import matrix
 from slimexport.pruning.obs import DampedInverse, Eliminator, solved, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
 from slimexport.pruning.states import HiddenStates
+from slimexport.ranks import Message, Ranks
 
 CURVE_STEP = 64  # channels that go at once where only the error's curve is wanted
 
@@ -69,79 +72,66 @@ def measure_costs(
     keep: Keeper | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
-    """One pass over the dense blocks of `source`, which are left as they are.
+    """One pass over the dense blocks of `source`, which are left as they are. Of several ranks the first makes the
+    curves, and each passes its part of the candidates on; all have the table in the end.
 
     Args:
-        states: hidden states before block 0 that H is taken from, per batch; overwritten.
+        states: hidden states before block 0 that H is taken from, per batch; overwritten. Only the first rank's count.
         probes: [sequences, length, hidden] before block 0, of the windows whose output is compared.
         curvature: of every block's outputs, to weight errors by, as the criterion will; none: all count alike.
         keep: given the curves of every block with all cuts that are searched over; None: only probed ones are made.
     """
     started = time.monotonic()
-    candidates = Candidates(probes, settings.keep)
-    levels = range(len(grid.PROBED_SHARES))
-    joint = [(name, level) for name in (architecture.family.attention_output, architecture.family.ffn_output)
-             for level in levels]  # fmt: skip
-    for name_and_level in joint:
-        candidates[name_and_level] = probes
-    curves: list[tuple[Curve, Curve]] = []
-    family = architecture.family
+    ranks, family = settings.ranks, architecture.family
     names = (family.attention_output, family.ffn_output)
+    candidates = Candidates(probes, settings.keep)
+    order: list[Any] = []  # of all candidates, on whatever rank
+
+    def mine(candidate: Any) -> bool:
+        """Candidates are dealt out to the ranks, one by one; to be asked once, in the same order, by all."""
+        order.append(candidate)
+        return (len(order) - 1) % ranks.size == ranks.rank
+
+    levels = range(len(grid.PROBED_SHARES))
+    for joint in [(name, level) for name in names for level in levels]:
+        if mine(joint):
+            candidates[joint] = probes
+    curves: list[tuple[Curve, Curve]] = []
     for index in range(len(source)):
-        work, own = working_copy(source.load(index), settings), architecture.by_block[index]
-        dense = architecture.blocks[index]
-        heads = Moments(dense.query_heads * architecture.head_dim, settings.device)
-        channels = [Moments(dense.channels, settings.device) for _ in range(architecture.experts)]
-        for batch in range(len(states)):
-            seen = watch(work, own.outputs, states[batch], arguments(index, batch))
-            if own.has_heads:
-                heads.add(seen.inputs[family.attention_output][0])
-            if own.has_channels:
-                add_ffn_inputs(channels, work.get_submodule(family.ffn_output), seen.inputs[family.ffn_output])
-            states[batch] = seen.output
-        minded = curvature[index] if curvature else {}
-        searched = keep is not None
-        with solvable(index):
-            weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
-            of_heads = _nothing_to_cut((dense.kv_groups, dense.heads_per_group))
-            of_channels = _nothing_to_cut(dense.channels)
-            if own.has_heads:
-                H = _checked(heads, index, settings)
-                W = matrix(work.get_submodule(family.attention_output))
-                of_heads, _ = solved(
-                    H, settings.damping,
-                    lambda found: head_curve(W, found, dense, own, weightings[0], searched=searched),  # noqa: B023
-                )  # fmt: skip
-            if own.has_channels:
-                each = [_checked(moments, index, settings) for moments in channels]
-                of_channels = joined([
-                    solved(
-                        H, settings.damping,
-                        lambda found: channel_curve(V, found, dense, round_to, weightings[1], searched=searched),  # noqa: B023
-                    )[0]
-                    for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), each, strict=True)
-                ], [moments.tokens for moments in channels])  # fmt: skip
-            pair = (of_heads, of_channels)
+        work = working_copy(source.load(index), settings)
+
+        def made(index: int = index, work: nn.Module = work) -> tuple[Curve, Curve]:
+            minded = curvature[index] if curvature else {}
+            return _curves(
+                index, work, states, arguments, architecture, settings, round_to, minded, searched=keep is not None
+            )
+
+        pair = _told(ranks, made, settings.device)
         if keep is not None:
             keep(index, *pair)
         fresh: set[Any] = set()
         for name, curve in zip(names, pair, strict=True):
             for size in curve.probed:
                 key = (index, name, size)
-                with replaced(work, name, curve.cuts[size]):
-                    candidates.branch(key, lambda x: output(work(x, **probe_arguments(index))))  # noqa: B023
-                fresh.add(key)
+                if mine(key):
+                    with replaced(work, name, curve.cuts[size]):
+                        candidates.branch(key, lambda x: output(work(x, **probe_arguments(index))))  # noqa: B023
+                    fresh.add(key)
         for name, curve in zip(names, pair, strict=True):
             for level in levels:
-                cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
-                with replaced(work, name, cut):
-                    candidates[name, level] = output(work(candidates[name, level], **probe_arguments(index)))
-                fresh.add((name, level))
+                if (name, level) in candidates:
+                    cut = curve.cuts[curve.probed[min(level, len(curve.probed) - 1)]] if curve.probed else None
+                    with replaced(work, name, cut):
+                        candidates[name, level] = output(work(candidates[name, level], **probe_arguments(index)))
+                    fresh.add((name, level))
         candidates.advance(lambda x: output(work(x, **probe_arguments(index))), fresh)  # noqa: B023
         source.release(index)
         curves.append((replace(pair[0], cuts={}), replace(pair[1], cuts={})))
-        progress(index + 1, len(source), f"{len(candidates)} candidates")
-    measured = candidates.divergences(logits)
+        progress(index + 1, len(source), f"{len(order)} candidates")
+    own = candidates.divergences(logits)
+    found = torch.tensor([own.get(candidate, 0.0) for candidate in order], dtype=torch.float64)
+    ranks.add_up([found])
+    measured = dict(zip(order, found.tolist(), strict=True))
     if not all(math.isfinite(cost) for cost in measured.values()):
         raise BadInputError("The model's output on the probe tokens is not finite: use --dtype float32.")
     blocks = []
@@ -164,6 +154,82 @@ def measure_costs(
         joint_heads=_joint(measured, family.attention_output, [head.probed for head, _ in curves]),
         joint_channels=_joint(measured, family.ffn_output, [channel.probed for _, channel in curves]),
     )
+
+
+def _curves(
+    index: int,
+    work: nn.Module,
+    states: HiddenStates,
+    arguments: Callable[[int, int], dict[str, Any]],
+    architecture: Architecture,
+    settings: Settings,
+    round_to: int,
+    minded: BlockCurvature,
+    *,
+    searched: bool,
+) -> tuple[Curve, Curve]:
+    """Of the heads and the channels of one block; its `states` move on through it."""
+    own, dense, family = architecture.by_block[index], architecture.blocks[index], architecture.family
+    heads = Moments(dense.query_heads * architecture.head_dim, settings.device)
+    channels = [Moments(dense.channels, settings.device) for _ in range(architecture.experts)]
+    for batch in range(len(states)):
+        seen = watch(work, own.outputs, states[batch], arguments(index, batch))
+        if own.has_heads:
+            heads.add(seen.inputs[family.attention_output][0])
+        if own.has_channels:
+            add_ffn_inputs(channels, work.get_submodule(family.ffn_output), seen.inputs[family.ffn_output])
+        states[batch] = seen.output
+    of_heads = _nothing_to_cut((dense.kv_groups, dense.heads_per_group))
+    of_channels = _nothing_to_cut(dense.channels)
+    with solvable(index):
+        names = (family.attention_output, family.ffn_output)
+        weightings = [Weighting.of(minded.get(name), settings.device) for name in names]
+        if own.has_heads:
+            H = _checked(heads, index, settings)
+            W = matrix(work.get_submodule(family.attention_output))
+            of_heads, _ = solved(
+                H, settings.damping,
+                lambda found: head_curve(W, found, dense, own, weightings[0], searched=searched),
+            )  # fmt: skip
+        if own.has_channels:
+            each = [_checked(moments, index, settings) for moments in channels]
+            of_channels = joined([
+                solved(
+                    H, settings.damping,
+                    lambda found: channel_curve(V, found, dense, round_to, weightings[1], searched=searched),  # noqa: B023
+                )[0]
+                for V, H in zip(ffn_matrices(work.get_submodule(family.ffn_output)), each, strict=True)
+            ], [moments.tokens for moments in channels])  # fmt: skip
+    return of_heads, of_channels
+
+
+def _told(ranks: Ranks, make: Callable[[], tuple[Curve, Curve]], device: torch.device) -> tuple[Curve, Curve]:
+    """What the first rank has made of a block: the others need its matrices to put their candidates together."""
+    if ranks.size == 1:
+        return make()
+
+    def said() -> Message:
+        values, tensors = [], {}
+        for part, curve in enumerate(make()):
+            for number, cut in enumerate(curve.cuts.values()):
+                tensors[f"{part}.{number}.W"], tensors[f"{part}.{number}.columns"] = cut.W, cut.columns
+            sizes = {"probed": list(curve.probed), "searched": list(curve.searched), "cuts": list(curve.cuts)}
+            values.append({"errors": list(curve.errors.items()), **sizes})
+        return Message({"curves": values}, tensors)
+
+    def size(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    heard = ranks.told(said)
+    curves = []
+    for part, of in enumerate(json.loads(json.dumps(heard.values["curves"]))):
+        cuts = {}
+        for number, key in enumerate(of["cuts"]):
+            W, columns = (heard.tensors[f"{part}.{number}.{name}"].to(device) for name in ("W", "columns"))
+            cuts[size(key)] = Cut(columns, W)
+        errors = {size(key): error for key, error in of["errors"]}
+        curves.append(Curve(errors, [*map(size, of["probed"])], [*map(size, of["searched"])], cuts))
+    return curves[0], curves[1]
 
 
 def _checked(moments: Moments, index: int, settings: Settings) -> torch.Tensor:

@@ -29,7 +29,7 @@ from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH, centred
 from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
 from slimexport.pruning.shrink import apply_sizes
-from slimexport.pruning.states import Room
+from slimexport.pruning.states import CPU, Room
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 from slimexport.ranks import ALONE, Ranks
 from slimexport.streaming.blocks import StreamedBlocks
@@ -55,11 +55,15 @@ class PrunedModel:
     blocks: BlockSource  # those of `model`, which may be on disk
 
 
-def blocks_of(loaded: LoadedModel, stored: torch.dtype) -> BlockSource:
-    """The blocks of `loaded`, one after the other, in precision `stored` where they come from disk."""
+def blocks_of(loaded: LoadedModel, stored: torch.dtype, device: torch.device = CPU) -> BlockSource:
+    """The blocks of `loaded`, one after the other, in precision `stored` where they come from disk, to be computed with
+    on `device`."""
     if loaded.files is None:
         return ModelBlocks(loaded.model, loaded.architecture)
-    return StreamedBlocks(loaded.model, loaded.architecture, loaded.files, stored, loaded.source.name)
+    pinned = device.type == "cuda"
+    return StreamedBlocks(
+        loaded.model, loaded.architecture, loaded.files, stored, loaded.source.name, pinned=pinned
+    )  # fmt: skip
 
 
 def save_dtype_of(config: RunConfig, loaded: LoadedModel) -> str:
@@ -93,7 +97,7 @@ def numbers(config: RunConfig, loaded: LoadedModel) -> dict[str, object]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "compute dtype": str(_compute_dtype(config, device, stored)),
+        "compute dtype": str(compute_dtype(config, device, stored)),
     }
 
 
@@ -121,7 +125,7 @@ def prune_model(
     device = resolve_device(config.device)
     model = loaded.model
     stored = getattr(torch, save_dtype_of(config, loaded))
-    blocks = blocks_of(loaded, stored)
+    blocks = blocks_of(loaded, stored, device)
     for name, parameter in model.named_parameters():  # and not the buffers: rotary frequencies stay in float32
         if parameter.is_meta:
             continue  # as it is read
@@ -199,38 +203,40 @@ def measure_model(
     curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
     room: Room = Room(),
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
     """What each size of each block's heads and channels costs `loaded.model`, which is left as it is.
 
     `curvature` is what `curvature_of` gives, None: it is measured here.
     `supernet`: a directory for the matrices that a search puts plans together from, made in the same pass.
+    Of several `ranks` each passes its part of the candidates on; all are given the table.
     """
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored, room)
+    alone = settings_of(config, device, stored, room)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     chosen = _probed(ids, config)
     known = _away_from(chosen, len(ids))
-    states, arguments = first_states(model, architecture, ids[known], settings)
-    probes, probe_arguments = first_states(model, architecture, _pieces(ids, chosen), settings, whole=True)
+    states, arguments = first_states(model, architecture, ids[known], alone)
+    probes, probe_arguments = first_states(model, architecture, _pieces(ids, chosen), alone, whole=True)
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
     writer = None if supernet is None else SupernetWriter(supernet, stored)
-    if curvature is None:
+    if curvature is None and ranks.rank == 0:
         curvature = curvature_of(loaded, calibration, config, room)
     table = measure_costs(
-        source=blocks_of(loaded, stored),
+        source=blocks_of(loaded, stored, device),
         states=states,
         arguments=arguments,
         probes=probes[0],
         probe_arguments=lambda block: probe_arguments(block, 0),
         logits=output_logits(model, architecture, device),
         architecture=architecture,
-        settings=settings,
+        settings=dataclasses.replace(alone, ranks=ranks),
         round_to=config.round_to,
         identity=identity,
-        curvature=curvature,
+        curvature=curvature or (),
         keep=writer,
         progress=progress,
     )
@@ -266,13 +272,36 @@ def curvature_of(
     with torch.inference_mode(False):
         states, arguments = first_states(model, architecture, _pieces(ids, chosen), settings)
         return measure_curvature(
-            source=blocks_of(loaded, stored),
+            source=blocks_of(loaded, stored, device),
             states=states,
             arguments=arguments,
             scores=output_scores(model, architecture, device, config.seed),
             architecture=architecture,
             settings=settings,
         )
+
+
+def assembled(
+    loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, supernet: Path, ranks: Ranks = ALONE
+) -> Supernet:
+    """What plans for `loaded.model` are tried with: the matrices that `measure_model` left in `supernet`, on the
+    windows that costs are measured on."""
+    device = resolve_device(config.device)
+    stored = getattr(torch, save_dtype_of(config, loaded))
+    settings = settings_of(config, device, stored)
+    _full_float32_matmul()
+    model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    pieces = _pieces(ids, _probed(ids, config))
+    probes, arguments = first_states(model, architecture, pieces, settings, whole=True)
+    return Supernet(
+        supernet,
+        source=blocks_of(loaded, stored, device),
+        probes=probes[0],
+        arguments=lambda block: arguments(block, 0),
+        logits=output_logits(model, architecture, device),
+        architecture=architecture,
+        settings=dataclasses.replace(settings, ranks=ranks),
+    )
 
 
 def search_settings(
@@ -282,32 +311,18 @@ def search_settings(
     *,
     supernet: Path,
     state: Path | None = None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> SearchSettings:
-    """How plans for `loaded.model` are tried: on the windows that costs are measured on, with the matrices that
-    `measure_model` left in `supernet`."""
-    device = resolve_device(config.device)
-    stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored)
-    _full_float32_matmul()
-    model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
+    """How plans for `loaded.model` are tried, by all `ranks`, of which this is the first."""
     identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
     grids = read_grids(supernet, identity)
     if grids is None:
         raise BadInputError(f"{supernet} holds no supernet of this model, text and settings.")
-    pieces = _pieces(ids, _probed(ids, config))
-    probes, arguments = first_states(model, architecture, pieces, settings, whole=True)
-    whole = Supernet(
-        supernet,
-        source=blocks_of(loaded, stored),
-        probes=probes[0],
-        arguments=lambda block: arguments(block, 0),
-        logits=output_logits(model, architecture, device),
-        architecture=architecture,
-        settings=settings,
-    )
+    whole = assembled(loaded, calibration, config, supernet, ranks)
     return SearchSettings(
         evaluate=whole.evaluate,
+        finished=whole.finished,
         grids=grids,
         seed=config.seed,
         seconds=config.search_seconds,
@@ -353,7 +368,7 @@ def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict
 def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype, room: Room = Room()) -> Settings:
     return Settings(
         device=device,
-        dtype=_compute_dtype(config, device, stored),
+        dtype=compute_dtype(config, device, stored),
         group_size_start=config.group_size_start,
         group_size_end=config.group_size_end,
         damping=config.damping,
@@ -365,7 +380,7 @@ def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype, ro
     )
 
 
-def _compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:
+def compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """float32 on the CPU, where half precision is slow; the stored precision on CUDA; or what was asked for."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)

@@ -10,6 +10,7 @@ chosen is then pruned properly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from slimexport.pruning.forward import Settings, output, working_copy
 from slimexport.pruning.grid import Grid
 from slimexport.pruning.probe import Cut, divergence, replaced
 from slimexport.pruning.sensitivity import Curve
+from slimexport.ranks import Message
 
 INDEX = "index.json"  # written last: a supernet without it is half a one
 
@@ -87,13 +89,38 @@ class Supernet:
         self._architecture = architecture
         self._dense: torch.Tensor | None = None  # log probabilities of the dense model
 
-    @torch.no_grad()
     def evaluate(self, plans: Sequence[tuple[BlockSizes, ...]]) -> list[float]:
         """KL(dense || assembled) of each plan, mean over the scored positions, nats per token.
 
         All plans move together, so that each block's weights are read and converted once; those that begin alike
         share the passes through the blocks where they do. The model is left as it is.
         """
+        ranks = self._settings.ranks
+        if ranks.size == 1:
+            return self._evaluated(plans)
+        sizes = [[astuple(block) for block in plan] for plan in plans]
+        ranks.told(lambda: Message({"plans": sizes}))
+        return self._share(plans)
+
+    def assist(self) -> None:
+        """What the other ranks do while the first one searches, until it has `finished`."""
+        while (said := self._settings.ranks.told(Message).values["plans"]) is not None:
+            self._share([tuple(BlockSizes(*block) for block in plan) for plan in said])
+
+    def finished(self) -> None:
+        self._settings.ranks.told(lambda: Message({"plans": None}))
+
+    def _share(self, plans: Sequence[tuple[BlockSizes, ...]]) -> list[float]:
+        """Plans are dealt out to the ranks, one by one."""
+        ranks = self._settings.ranks
+        found = torch.zeros(len(plans), dtype=torch.float64)
+        if own := plans[ranks.rank :: ranks.size]:
+            found[ranks.rank :: ranks.size] = torch.tensor(self._evaluated(own), dtype=torch.float64)
+        ranks.add_up([found])
+        return found.tolist()
+
+    @torch.no_grad()
+    def _evaluated(self, plans: Sequence[tuple[BlockSizes, ...]]) -> list[float]:
         if self._dense is None:
             dense = self._architecture.blocks
             self._dense = self._logits(self._pass([dense])[dense]).log_softmax(-1)

@@ -27,11 +27,16 @@ def open_decoder(
     provider: str = "cpu",
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
+    *,
+    mapped: bool = False,
 ) -> Decoder:
-    """Opens whatever was exported to `directory`. Raises BadInputError where that is nothing, or cannot be opened."""
+    """Opens whatever was exported to `directory`. Raises BadInputError where that is nothing, or cannot be opened.
+
+    `mapped`: weights of a graph are used as they lie in the file, which is slower, and need not fit into memory.
+    """
     directory = Path(directory)
     if (directory / GRAPH).is_file():
-        return OnnxDecoder(directory, provider, threads, provider_options)
+        return OnnxDecoder(directory, provider, threads, provider_options, mapped=mapped)
     if (directory / MODEL).is_file():
         return LlamaCppDecoder(directory, provider, threads)
     if is_checkpoint(directory):

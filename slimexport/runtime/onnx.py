@@ -57,6 +57,8 @@ class OnnxDecoder(Decoder):
         provider: str = "cpu",
         threads: int | None = None,
         provider_options: Mapping[str, str] | None = None,
+        *,
+        mapped: bool = False,
     ):
         self.directory = Path(directory)
         self.path = self.directory / GRAPH
@@ -67,7 +69,7 @@ class OnnxDecoder(Decoder):
         self.artifact = manifest_of(self.directory)
         self.max_positions = positions_of(self.directory)
         started = time.perf_counter()
-        self._session = open_session(self.path, provider, self.threads, provider_options or {})
+        self._session = open_session(self.path, provider, self.threads, provider_options or {}, mapped=mapped)
         self.load_seconds = time.perf_counter() - started
         self._device = PROVIDERS[provider].device
         self.signature = read_signature(self._session, self.path, self.artifact)
@@ -207,8 +209,13 @@ def require_provider(provider: str) -> None:
         )
 
 
-def open_session(path: Path, provider: str, threads: int, provider_options: Mapping[str, str]) -> Any:
-    """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error."""
+def open_session(
+    path: Path, provider: str, threads: int, provider_options: Mapping[str, str], *, mapped: bool = False
+) -> Any:
+    """Opens `path` on exactly `provider`; ONNX Runtime itself would fall back to the CPU without an error.
+
+    `mapped`: without copies of the weights in the order in which the processor likes to read them.
+    """
     require_provider(provider)
     import onnxruntime
 
@@ -221,6 +228,8 @@ def open_session(path: Path, provider: str, threads: int, provider_options: Mapp
     # Workers would go on spinning after a run, on the cores that the other session or torch needs next: torch's
     # log-softmax took 5 times as long. Decoding was not slower without.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # see `placement`
     try:
         session = onnxruntime.InferenceSession(

@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,25 +164,30 @@ def _export_model(
     model: Any, tokenizer: Any, place: Path, kind: Kind, config: RunConfig, text: Windows
 ) -> dict[str, Any]:
     from slimexport.runtime import Decoder, open_decoder
+    from slimexport.streaming.model import mapped_in_float32
     from slimexport.targets import registry
     from slimexport.verification.numerics import check_export
 
     numerics: dict[str, Any] = {}
-    model = model.float()
+    light = config.verify == "light"
 
     def opened(artifact: ExportArtifact) -> Decoder:
-        return open_decoder(Path(artifact.path), config.provider, config.threads, config.provider_options)
+        options = (config.provider, config.threads, config.provider_options)
+        return open_decoder(Path(artifact.path), *options, mapped=light)
 
     def check(artifact: ExportArtifact, reference: ExportArtifact | None = None) -> None:
-        found = check_export(opened(artifact), opened(reference) if reference else model, seed=config.seed)
+        against = opened(reference) if reference else model
+        found = check_export(opened(artifact), against, seed=config.seed, light=light)
         before = [*numerics.pop("before", ()), dict(numerics)] if reference else []
         numerics.clear()
         numerics.update({**found, "before": before} if before else found)
 
     target, precision = kind
     options = dataclasses.replace(export_options(config, precision), text=text)
-    with staged_directory(place) as partial:
-        registry.get(target).export(model, tokenizer, partial, options, check)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".float32-") if light else nullcontext() as scratch:
+        model = mapped_in_float32(model, Path(scratch)) if scratch else model.float()
+        with staged_directory(place) as partial:
+            registry.get(target).export(model, tokenizer, partial, options, check)
     return numerics
 
 
@@ -214,6 +221,6 @@ def _key(fingerprint: str, kind: Kind, config: RunConfig, text: Windows) -> str:
     """Everything the bytes of an export depend on (`fingerprint` covers tokenizer and generation config)."""
     versions = {package: version(package) for package in GRAPH_PACKAGES}
     rounded = hashlib.sha256(text.tobytes()).hexdigest() if text is not None and is_quantised(kind[1]) else None
-    how = [*kind, config.exporter, config.provider, config.without_pass, rounded]
+    how = [*kind, config.exporter, config.provider, config.without_pass, config.verify, rounded]
     data = [fingerprint, *how, config.seed, versions]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]

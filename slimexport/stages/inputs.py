@@ -151,8 +151,8 @@ def exports(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 def baselines(config: RunConfig) -> dict[str, tuple[str, str]]:
     """The dense model's exports. Where all others are quantised there is one in fp32 as well: accuracy is held to it,
-    or what rounding costs would be seen nowhere."""
-    if not config.baseline:
+    or what rounding costs would be seen nowhere. None where verification is light: nothing is timed beside it."""
+    if not config.baseline or config.verify == "light":
         return {}
     each = exports(config)
     each.setdefault(reference(config), (config.target[0], "fp32"))

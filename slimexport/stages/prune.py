@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -138,9 +139,10 @@ def measured_costs(
     curvature: Sequence[BlockCurvature] | None = None,
     supernet: Path | None = None,
     room: Room | None = None,
+    ranks: Ranks = ALONE,
 ) -> CostTable:
     """The costs in `config.costs` or `place`, else measured now and kept in both; `supernet` is made in the same pass,
-    where it is wanted and not there yet."""
+    where it is wanted and not there yet. Of several `ranks` this is the first one."""
     from slimexport.pruning.stage import cost_identity, measure_model
     from slimexport.pruning.states import Room
     from slimexport.pruning.supernet import read_grids
@@ -152,11 +154,13 @@ def measured_costs(
             table = known_costs(place, identity)
         except BadInputError:
             table = None  # of an earlier run in this directory, with other options
-    if table is None or (supernet is not None and read_grids(supernet, identity) is None):
+    wanted = table is None or (supernet is not None and read_grids(supernet, identity) is None)
+    ranks.told(lambda: Message({"measure": wanted}))
+    if wanted:
         with progress.stage("measure"):
             measured = measure_model(
                 loaded, calibration, config,
-                curvature=curvature, supernet=supernet, room=room or Room(), progress=progress.update,
+                curvature=curvature, supernet=supernet, room=room or Room(), ranks=ranks, progress=progress.update,
             )  # fmt: skip
         table = table or measured
     if config.costs is not None and not config.costs.expanduser().exists():
@@ -174,25 +178,55 @@ def measured_plan(
     progress: Progress,
     curvature: Sequence[BlockCurvature] | None = None,
     room: Room | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruningPlan:
-    """The plan of an allocation that needs costs, and, where it does so, searches with them.
+    """The plan of an allocation that needs costs, and, where it does so, searches with them. Of several `ranks` this is
+    the first one, the others `_assist_planning`.
 
     Costs, supernet and the state of the search are kept in `directory` and taken from there where they fit.
     """
     from slimexport.pruning import allocation as allocations
-    from slimexport.pruning.stage import save_dtype_of, search_settings
+    from slimexport.pruning.stage import cost_identity, save_dtype_of, search_settings
+    from slimexport.pruning.supernet import read_grids
 
     stored = save_dtype_of(config, loaded)
     if not allocations.searches(allocations.registry.get(config.resolved_allocation)):
-        costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, room=room)
+        costs = measured_costs(
+            loaded, calibration, config, directory / COSTS, progress, curvature, room=room, ranks=ranks
+        )
         return plan_stage(config, loaded.architecture, stored, costs)
     supernet, state = directory / WORK / "supernet", directory / WORK / "search.json"
-    costs = measured_costs(loaded, calibration, config, directory / COSTS, progress, curvature, supernet, room)
+    identity = cost_identity(loaded.source.fingerprint, config, calibration.source.sha256)
+    shared = read_grids(supernet, identity) is None  # one of an earlier run is on this rank's disk alone
+    costs = measured_costs(
+        loaded, calibration, config, directory / COSTS, progress, curvature, supernet, room=room, ranks=ranks
+    )  # fmt: skip
+    ranks.told(lambda: Message({"share": shared}))
     with progress.stage("search"):
         search = search_settings(
-            loaded, calibration, config, supernet=supernet, state=state, progress=progress.update
+            loaded, calibration, config,
+            supernet=supernet, state=state, ranks=ranks if shared else ALONE, progress=progress.update,
         )  # fmt: skip
-        return plan_stage(config, loaded.architecture, stored, costs, search)
+        made = plan_stage(config, loaded.architecture, stored, costs, search)
+        search.finished()
+        return made
+
+
+def _assist_planning(
+    loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, room: Room, ranks: Ranks
+) -> None:
+    """`measured_plan` on a rank that is not the first: candidates and plans are dealt out to all."""
+    from slimexport.pruning import allocation as allocations
+    from slimexport.pruning.stage import assembled, measure_model
+
+    measures = ranks.told(Message).values["measure"]
+    with tempfile.TemporaryDirectory() as scratch:
+        searches = allocations.searches(allocations.registry.get(config.resolved_allocation))
+        supernet = Path(scratch, "supernet") if searches else None
+        if measures:
+            measure_model(loaded, calibration, config, supernet=supernet, room=room, ranks=ranks)
+        if supernet is not None and ranks.told(Message).values["share"]:
+            assembled(loaded, calibration, config, supernet, ranks).assist()
 
 
 def prune_stage(
@@ -288,8 +322,10 @@ def prune_stage(
     spent.append(time.monotonic())
     if allocations.needs_costs(allocation) and config.ratio:
         plan_made = with_less(
-            lambda some: measured_plan(directory.path, loaded, calibration, config, progress, curvature, some),
-            room, progress,
+            lambda some: measured_plan(
+                directory.path, loaded, calibration, config, progress, curvature, some, ranks
+            ),
+            room, progress, again=ranks.size == 1,
         )  # fmt: skip
     spent.append(time.monotonic())
     if plan_made.blocks != plan_made.dense:
@@ -322,7 +358,7 @@ def prune_stage(
 
         pruned = with_less(pruning, room, progress, again=ranks.size == 1)
     with progress.stage("shrink"):
-        checkpoint = _shrink(directory, pruned, loaded, config)
+        checkpoint = _shrink(directory, pruned, loaded, config, progress)
     weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
     directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighing, allocating, pruned.logit_scale))
     directory.finish("prune", key, time.monotonic() - started)
@@ -335,8 +371,9 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
     part of the calibration set through the blocks. It writes nothing."""
     from slimexport.calibration import calibrate
     from slimexport.loading import load_model, resolve_device
+    from slimexport.pruning import allocation as allocations
     from slimexport.pruning.memory import fitting
-    from slimexport.pruning.stage import prepare, prune_model
+    from slimexport.pruning.stage import prepare, prune_model, save_dtype_of
     from slimexport.pruning.states import Keeper, Room
 
     if ranks.told(Message).values["done"]:
@@ -344,12 +381,16 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
     loaded = load_model(config, streamed=block_by_block(config))
     calibration = calibrate(config, loaded.tokenizer, loaded.model, lambda done, total, text: None)
     check_alike(ranks, _alike(config, loaded, calibration))
+    device, streamed = resolve_device(config.device), loaded.files is not None
+    shown = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
+    needs = fitting(shown, loaded.architecture, config, device, streamed=streamed, ranks=ranks.size)
+    room = Room(Keeper(needs.place, device))
+    if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
+        _assist_planning(loaded, calibration, config, room, ranks)
     plan = from_dict(PruningPlan, ranks.told(Message).values["plan"], "the plan of rank 0")
     if plan.blocks != plan.dense:
         loaded = prepare(loaded, config)
-    device, streamed = resolve_device(config.device), loaded.files is not None
-    needs = fitting(plan, loaded.architecture, config, device, streamed=streamed, ranks=ranks.size)
-    prune_model(loaded, plan, calibration, config, ranks=ranks, room=Room(Keeper(needs.place, device)))
+    prune_model(loaded, plan, calibration, config, ranks=ranks, room=room)
 
 
 def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:
@@ -389,10 +430,16 @@ def _check_windows(config: RunConfig, model_config: Any) -> None:
             raise BadInputError(f"{name} {value} is longer than the model's {positions} positions.")
 
 
-def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig) -> ShrunkCheckpoint:
+def _shrink(
+    directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig, progress: Progress
+) -> ShrunkCheckpoint:
     """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
+    import torch
+
     from slimexport.checkpoint.card import model_card
     from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
+    from slimexport.machine.memory import free_bytes
+    from slimexport.pruning.memory import LIBRARIES_BYTES
 
     architecture = loaded.architecture.with_blocks(pruned.plan.blocks)
     with staged_directory(directory / CHECKPOINT) as place:
@@ -400,7 +447,11 @@ def _shrink(directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: R
         files = save_checkpoint(
             pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card, blocks=pruned.blocks
         )
-        difference = check_round_trip(pruned.model, place, config.seed, pruned.blocks)
+        size = LIBRARIES_BYTES + sum(path.stat().st_size for path in place.glob("*.safetensors"))
+        whole = not pruned.blocks.streamed or size <= (config.memory_limit or free_bytes(torch.device("cpu"))[0])
+        if not whole:
+            progress.note("the fresh process reads the checkpoint block by block: it has not been loaded as a whole")
+        difference = check_round_trip(pruned.model, place, config.seed, pruned.blocks, whole=whole)
         made = checkpoint_artifact(place, architecture, files, difference)
     return dataclasses.replace(made, path=CHECKPOINT)
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from slimexport.config import RunConfig
     from slimexport.gates.decide import Earlier
     from slimexport.progress import Progress
+    from slimexport.verification import EvaluationText
+    from slimexport.verification.perplexity import Accuracy
 
 
 def _decided(
@@ -38,6 +40,28 @@ def _decided(
     from slimexport.gates.decide import worth_more_runs
 
     return not worth_more_runs(decided(config, name, report, compared, first))
+
+
+def _light_accuracy(directory: RunDirectory, config: RunConfig, text: EvaluationText, progress: Progress) -> Accuracy:
+    """Of the checkpoint beside the model it was made from, neither of which is in memory as a whole."""
+    import numpy as np
+
+    from slimexport.loading import load_model, resolve_device
+    from slimexport.pruning.states import Keeper, Room
+    from slimexport.verification.streamed import streamed_accuracy
+
+    shrunk = load_model(config.model_copy(update={"model": str(directory / CHECKPOINT)}), streamed=True)
+    dense = load_model(config, streamed=True) if config.baseline else None
+    if dense is not None and dense.source.fingerprint != directory.state["source"]["fingerprint"]:
+        raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
+    return streamed_accuracy(
+        shrunk,
+        dense,
+        np.asarray(text.input_ids, np.int64),
+        config,
+        Room(Keeper("file", resolve_device(config.device), directory.path)),
+        lambda done, total: progress.update(done, total, "blocks of both models"),
+    )
 
 
 def verify_stage(
@@ -76,7 +100,11 @@ def verify_stage(
     directory.begin("verify")
     started = time.monotonic()
     with progress.stage("verify"):
+        light = _light_accuracy(directory, config, text, progress) if config.verify == "light" else None
         for name in exports(config):
+            if light is not None:
+                found[name] = verification.verify_light(made_of[name], text, light, numerics[name])
+                continue
             progress.note(f"{name}: measuring")
             found[name] = verification.verify(
                 made_of[name],

@@ -30,13 +30,20 @@ class StreamedBlocks:
     streamed = True
 
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, files: TensorFiles, dtype: torch.dtype, name: str
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        files: TensorFiles,
+        dtype: torch.dtype,
+        name: str,
+        *,
+        pinned: bool = False,
     ):
         """`dtype`: what weights become as they are read, but for those that transformers keeps in float32; `name`: of
-        the model, in errors."""
+        the model, in errors; `pinned`: in page-locked memory, from which a CUDA device copies without waiting."""
         self._model, self._path, self._files = model, architecture.family.blocks, files
         self._blocks = model.get_submodule(self._path)
-        self._dtype, self._name = dtype, name
+        self._dtype, self._name, self._pinned = dtype, name, pinned
         self._became: dict[int, TensorFiles] = {}
         self._loaded: set[int] = set()
         self._last: int | None = None
@@ -117,6 +124,8 @@ class StreamedBlocks:
             found[name] = tensor.to(self._dtype_of(index, name, tensor.dtype))
             if found[name].dtype != tensor.dtype and not bool(torch.isfinite(found[name]).all()):
                 raise BadInputError(f"Weights of {self._name} overflow in {self._dtype}: choose another --save-dtype.")
+            if self._pinned:
+                found[name] = found[name].pin_memory()
         return found
 
 

@@ -66,3 +66,29 @@ def skeleton(
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(directory))
     return model.eval().requires_grad_(False)
+
+
+def mapped_in_float32(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """`model`, whose weights are float32 from here on and lie, where they were not, in a file in `directory`, mapped:
+    the system reads them from there when they are looked at, and no copy is in memory. The file has to stay."""
+    from safetensors import safe_open
+
+    from slimexport.streaming.files import SHARD_BYTES, Wanted, files_of, write_tensors
+
+    stored = {id(tensor): (name, tensor) for name, tensor in reversed(list(model.named_parameters()))}  # tied ones once
+    narrow = {name: tensor for name, tensor in stored.values() if tensor.dtype in (torch.float16, torch.bfloat16)}
+    if not narrow:
+        return model
+    wanted = {name: Wanted(torch.float32, tuple(tensor.shape)) for name, tensor in narrow.items()}
+    write_tensors(
+        directory, wanted, ({name: tensor.data.float()} for name, tensor in narrow.items()), shard_bytes=SHARD_BYTES
+    )
+    for path in files_of(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                narrow[name].data = file.get_tensor(name)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.dtype in (torch.float16, torch.bfloat16):
+            put(model, name, buffer.float())
+    model.config.dtype = torch.float32
+    return model

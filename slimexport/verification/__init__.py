@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from slimexport.config import RunConfig
     from slimexport.runtime import Decoder
+    from slimexport.verification.perplexity import Accuracy
 
 Progress = Callable[[float, float, str], None]
 """Called with done, total and what is counted; a smaller `done` starts the next loop (`progress.Progress.update`)."""
@@ -125,6 +126,30 @@ def verify(
         at_most=config.max_latency_runs,
     )
     return report(latency)
+
+
+LIGHT = (
+    "light verification: of the graph three calls on one prompt were held against torch; perplexity and KL are of the "
+    "checkpoint in torch, block by block. Not checked: greedy tokens, padding, latency, memory, how the graph goes on."
+)
+
+
+def verify_light(
+    shrunk: ExportArtifact, eval_text: EvaluationText, scored: Accuracy, numerics: dict[str, Any]
+) -> VerificationReport:
+    """What can be said of an export that is not opened here: `scored` is the checkpoint's (`streamed_accuracy`), the
+    numerics were found at the export."""
+    from slimexport.verification.footprint import size_figure
+
+    figures = (*scored.figures(), size_figure(Path(shrunk.path), None), *_numerics_figures(numerics, None))
+    return VerificationReport(
+        figures=figures,
+        numerics={"shrunk": numerics, "baseline": None},
+        accuracy={"text": eval_text.source.name, "text_sha256": eval_text.source.sha256, **scored.to_dict()},
+        latency={},
+        notes=(LIGHT,),
+        continuations=(),
+    )
 
 
 def _placement_figures(own: Decoder, other: Decoder | None) -> tuple[Figure, ...]:

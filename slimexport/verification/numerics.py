@@ -48,9 +48,10 @@ def check_export(
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     steps: int = 64,
+    light: bool = False,
 ) -> dict[str, Any]:
     """`compare_export`, and NotReproducedError where it found a difference beyond tolerance."""
-    result = compare_export(decoder, model, prompts=prompts, seed=seed, steps=steps)
+    result = compare_export(decoder, model, prompts=prompts, seed=seed, steps=steps, light=light)
     if result["failure"] is not None:
         raise NotReproducedError(f"{decoder.path} does not compute what the model computes: {result['failure']}")
     return result
@@ -63,6 +64,7 @@ def compare_export(
     prompts: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     steps: int = 64,
+    light: bool = False,
 ) -> dict[str, Any]:
     """Runs graph and torch model on the same token ids and says how far they are apart. Of a quantised graph `model` is
     the graph with the numbers that its weights stand for: what is written of torch here holds for that then.
@@ -75,6 +77,8 @@ def compare_export(
     too, which makes both sequences equal by induction; or it is a *tie*, a token whose torch logit is within the
     tolerance of the best. The steps after a tie are checked on the graph's token.
 
+    `light`: the first prompt alone, and no greedy tokens, so that the graph's weights are read three times and no more.
+
     Of a decoder with `strays`, and of `STRAYS` in half precision or beside another graph, that share of positions may
     be anything; they are listed, and count for nothing else.
 
@@ -85,6 +89,8 @@ def compare_export(
     if prompts is None:
         vocabulary = _vocabulary(model)
         prompts = np.random.default_rng(seed).integers(0, vocabulary, (2, _prompt_length(decoder))).tolist()
+    if light:
+        prompts, steps = prompts[:1], 0
     precision = _precision(decoder, model)
     limits = TOLERANCES[precision]
     share = max(decoder.strays, STRAYS if isinstance(model, Decoder) or precision != "fp32" else 0.0)
@@ -94,7 +100,7 @@ def compare_export(
             raise BadInputError(f"Prompt {number} of the check has {len(prompt)} tokens, it needs {SHORTEST_PROMPT}.")
         room = _room(decoder, len(prompt))
         try:
-            run = _run_graph(decoder, np.asarray(prompt, np.int64), min(steps, room))
+            run = _run_graph(decoder, np.asarray(prompt, np.int64), min(steps, room), last=not light)
         except BadInputError as error:  # the tokens are valid, so it is the graph that cannot do this
             failure = str(error)
             break
@@ -108,7 +114,7 @@ def compare_export(
     }
 
 
-def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> GraphRun:
+def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int, *, last: bool) -> GraphRun:
     size, chunk = len(prompt), max(2, len(prompt) // 4)
     one = size - chunk - 1
     parts = {"prefill": slice(0, one), "decode": slice(one, one + 1), "chunk": slice(one + 1, size)}
@@ -128,7 +134,8 @@ def _run_graph(decoder: Decoder, prompt: NDArray[np.int64], steps: int) -> Graph
     # The first choice is made on the chunk's last logits, which are compared as the chunk's.
     parts["greedy"] = slice(size, None)
     ids = np.concatenate([prompt, np.array(chosen[:-1], np.int64)])
-    return GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, _last(decoder, prompt, one))
+    of_last = _last(decoder, prompt, one) if last else {}
+    return GraphRun(ids, np.concatenate(rows), np.array(chosen, np.int64), parts, of_last)
 
 
 def _last(decoder: Decoder, prompt: NDArray[np.int64], shorter: int) -> dict[int, NDArray[np.float32]]:

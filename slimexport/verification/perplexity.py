@@ -8,9 +8,9 @@ two tokens is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,19 +138,40 @@ def accuracy(
     Raises BadInputError if there are fewer than two tokens, or a window longer than the model's positions.
     """
     ids = _one_dimensional(input_ids)
-    rows: list[tuple[int, float, float, float, int]] = []
     done = 0
-    for part in _windows(ids, window):
-        targets, logits = part[1:], _predictions(shrunk, part)
+
+    def said() -> Iterator[Said]:
+        nonlocal done
+        for part in windows_of(ids, window):
+            yield Said(part, _predictions(shrunk, part), None if baseline is None else _predictions(baseline, part))
+            done += len(part)
+            if progress:
+                progress(done, len(ids))
+
+    return compared(said(), window)
+
+
+class Said(NamedTuple):
+    """Of one window: its tokens [w], and the logits [w - 1, vocab] of both models for those that are predicted."""
+
+    part: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    baseline: NDArray[np.float32] | None
+
+
+def compared(windows: Iterable[Said], window: int) -> Accuracy:
+    """What both models said, of all or none of the windows with a baseline."""
+    rows: list[tuple[int, float, float, float, int]] = []
+    alone = True
+    for part, logits, baseline in windows:
+        targets = part[1:]
+        alone = baseline is None
         if baseline is None:
             rows.append((len(targets), _nll(logits, targets), 0.0, 0.0, 0))
         else:
-            rows.append((len(targets), *_compare(logits, _predictions(baseline, part), targets)))
-        done += len(part)
-        if progress:
-            progress(done, len(ids))
+            rows.append((len(targets), *_compare(logits, baseline, targets)))
     tokens, nll, baseline_nll, kl, agreements = (np.array(column) for column in zip(*rows, strict=True))
-    if baseline is None:
+    if alone:
         return Accuracy(window, tokens, nll, None, None, None)
     return Accuracy(window, tokens, nll, baseline_nll, kl, agreements)
 
@@ -161,7 +182,7 @@ def torch_perplexity(model: PreTrainedModel, input_ids: NDArray[np.int64] | torc
 
     ids = _one_dimensional(torch.as_tensor(input_ids).cpu().numpy())
     total, scored = 0.0, 0
-    for part in _windows(ids, window):
+    for part in windows_of(ids, window):
         with torch.no_grad():
             logits = model(torch.from_numpy(part)[None].to(model.device), use_cache=False).logits[0, :-1]
         total += _nll(logits.float().cpu().numpy(), part[1:])
@@ -169,7 +190,8 @@ def torch_perplexity(model: PreTrainedModel, input_ids: NDArray[np.int64] | torc
     return math.exp(total / scored)
 
 
-def _windows(ids: NDArray[np.int64], window: int) -> Iterator[NDArray[np.int64]]:
+def windows_of(ids: NDArray[np.int64], window: int) -> Iterator[NDArray[np.int64]]:
+    """The pieces that are scored."""
     if window < 2:
         raise BadInputError(f"A window of {window} tokens scores nothing: the first token is context.")
     for start in range(0, len(ids), window):

@@ -66,7 +66,15 @@ def kept(out: Path) -> list[Any]:
     return [(t["query_heads"], t["channels"]) for t in read_json(out / "prune.json")["trace"]]
 
 
-@pytest.mark.parametrize("more", [("--fast",), ("--refit", "0.1", "--allocation", "incremental"), ()])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--fast",),
+        ("--refit", "0.1", "--allocation", "incremental"),
+        (),  # candidates are dealt out
+        ("--allocation", "search", "--search-evaluations", "6"),  # and plans
+    ],
+)
 def test_two_ranks_choose_what_one_chooses(
     model: Path, words: list[str], tmp_path: Path, more: tuple[str, ...]
 ) -> None:
@@ -76,6 +84,9 @@ def test_two_ranks_choose_what_one_chooses(
     one, two = (tmp_path / f"of{size}" for size in (1, 2))
     assert read_json(one / "plan.json") == read_json(two / "plan.json")
     assert kept(one) == kept(two)
+    if (one / "costs.json").is_file():
+        ours, theirs = (read_json(out / "costs.json") for out in (one, two))
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     weights, others = (load_file(out / "checkpoint" / "model.safetensors") for out in (one, two))
     for name, tensor in weights.items():
         torch.testing.assert_close(others[name], tensor, rtol=0, atol=TOLERANCE, msg=name)

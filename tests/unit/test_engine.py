@@ -17,13 +17,15 @@ from slimexport.architectures.family import Kept
 from slimexport.artifacts import BlockTrace, CalibrationSet, ModelSource, PruningPlan, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
-from slimexport.loading import LoadedModel
+from slimexport.loading import LoadedModel, load_model
 from slimexport.pruning.blocks import DirectorySink, kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, Weighting
 from slimexport.pruning.planner import make_plan
 from slimexport.pruning.stage import curvature_of, prune_model
+from slimexport.pruning.states import Keeper, Room
+from slimexport.testing.models import tiny_tokenizer
 
 TEXT = TextSource("random", 0, "0" * 64)
 
@@ -237,6 +239,26 @@ def test_half_a_block_does_not_count_and_a_changed_one_is_refused(tmp_path: Path
     (tmp_path / "work" / "000.safetensors").write_bytes(bytes(data))
     with pytest.raises(BadInputError, match="does not match its hash"):
         prune_model(loaded(dense), planned(dense, 0.4), calibration(), config(), sink=sink)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_cuda_with_hidden_states_elsewhere_gives_the_same_bits(place: Any, tmp_path: Path) -> None:
+    """From a directory, so that blocks come through page-locked memory."""
+    dense = tiny_model("llama")
+    dense.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    plan, made = planned(dense, 0.4), []
+    device = torch.device("cuda")
+    for room in (Room(Keeper("device", device)), Room(Keeper(place, device, tmp_path))):
+        settings = RunConfig(model=str(tmp_path / "model"), device="cuda", curvature_tokens=128, refit=0.1)
+        of = load_model(settings, streamed=True)
+        sink = DirectorySink(tmp_path / f"work{len(made)}", of.architecture, {}, resume=False)
+        prune_model(of, plan, calibration(), settings, sink=sink, room=room)
+        made.append(
+            [(tmp_path / f"work{len(made)}" / f"{i:03d}.safetensors").read_bytes() for i in range(len(plan.blocks))]
+        )
+    assert made[0] == made[1]
 
 
 @pytest.mark.gpu
