@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from slimexport.errors import BadInputError
 
 # The product's own arithmetic, so that a number from here and one from a report differ by nothing but the forward pass.
-from slimexport.verification.perplexity import Accuracy, _compare, _nll, _one_dimensional, _windows
+from slimexport.verification.perplexity import Accuracy, _compare, _nll, _one_dimensional, windows_of
 
 WINDOW = 512
 BATCH = 4  # windows in one forward pass: more was no faster on two cores
@@ -170,7 +170,7 @@ def _hidden_states(
     model: Any, text: NDArray[np.int64], window: int, batch: int, progress: Progress | None
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
     """(ids [w], final hidden states [w, hidden size]) of every window, in order, `batch` windows a forward pass."""
-    parts = list(_windows(text, window))
+    parts = list(windows_of(text, window))
     full = sum(len(part) == window for part in parts)
     groups = [parts[i : min(i + batch, full)] for i in range(0, full, batch)]
     groups += [[part] for part in parts[full:]]  # the last one is shorter: padding would cost more than it saves

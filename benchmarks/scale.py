@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LENGTH = 512
-# By NVIDIA's data sheets: dense FLOP/s in units of 1e12, in bfloat16 (tensor cores) and in float32 without them, as TF32
+# By NVIDIA's data sheets: dense FLOP/s in units of 1e12, in bfloat16 (tensor cores) and in float32 without them: TF32
 # has too few digits for H; GB/s that a GPU can send to others in its machine (NVLink, one direction), and to those in
 # other machines (its own port of a DGX). https://www.nvidia.com/en-us/data-center/a100/ (and h100, h200)
 GPUS = {"A100": (312.0, 19.5, 300.0, 25.0), "H100 or H200 (SXM)": (989.0, 67.0, 450.0, 50.0)}

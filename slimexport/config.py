@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from slimexport.artifacts import is_quantised
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 from slimexport.gates import figures
 from slimexport.gates.declared import Gate, gates_of
@@ -231,6 +232,8 @@ class RunConfig(BaseModel):
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.verify == "light" and self.tasks:
             raise ValueError("tasks are asked of whole models in memory: they need verify full")
+        if self.verify == "light" and any(map(is_quantised, self.precision)):
+            raise ValueError("light verification does not see what rounding costs: quantised weights need verify full")
         if self.sizes is not None and self.allocation not in ("auto", "explicit"):
             raise ValueError(
                 f"sizes are given, which allocation {self.allocation!r} does not read: leave one of them out"

@@ -72,10 +72,12 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     there; without such a file the plan is that of `incremental`, with a note: totals are the same.
     """
     from slimexport.calibration import calibrate
-    from slimexport.loading import files_of, fingerprint, load_config, load_model, locate
+    from slimexport.loading import files_of, fingerprint, load_config, load_model, locate, resolve_device
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.cost import with_cost
+    from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import cost_identity
+    from slimexport.pruning.states import Keeper, Room
 
     config = absolute(config)
     progress = progress or Progress(quiet=True)
@@ -99,7 +101,11 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 loaded = load_model(config, streamed=streamed)
             with progress.stage("calibrate"):
                 calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
-            costs = measured_costs(loaded, calibration, config, None, progress)
+            device = resolve_device(config.device)
+            needs = fitting(made, architecture, config, device, streamed=streamed)
+            costs = measured_costs(
+                loaded, calibration, config, None, progress, room=Room(Keeper(needs.place, device))
+            )  # fmt: skip
         made = plan_stage(config, architecture, stored, costs)
         if made.allocation != config.resolved_allocation:
             note = (

@@ -172,6 +172,11 @@ def joined(device: str) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
+def beside() -> int:
+    """How many ranks share this machine, this one counted."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several() else 1
+
+
 def summed(ranks: Ranks, value: float) -> float:
     """The sum of what all ranks have."""
     if ranks.size == 1:

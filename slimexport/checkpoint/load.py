@@ -74,11 +74,11 @@ def per_block_class(config: Any, path: Path) -> Any:
     from slimexport.architectures import architecture_of
 
     base = AutoModelForCausalLM._model_mapping[type(config)]
-    table = per_block_table(architecture_of(config, str(path), auto=_was_guessed(path)))
+    table = per_block_table(architecture_of(config, str(path), auto=was_guessed(path)))
     return type(base.__name__, (PerBlockSizes, base), {"table": table})
 
 
-def _was_guessed(path: Path) -> bool:
+def was_guessed(path: Path) -> bool:
     """Whether the checkpoint was made with a table that was read off the modules."""
     made = path / "slimexport.json"
     return made.is_file() and bool(read_json(made).get("guessed"))

@@ -12,7 +12,7 @@ def main(directory: str, ids: str, out: str, threads: str, how: str = "whole") -
     import torch
     from safetensors.torch import load_file, save_file
 
-    from slimexport.checkpoint.load import load_weights
+    from slimexport.checkpoint.load import load_weights, was_guessed
 
     torch.set_num_threads(int(threads))  # another split of the sums would round differently
     running: AbstractContextManager[None] = nullcontext()
@@ -21,7 +21,8 @@ def main(directory: str, ids: str, out: str, threads: str, how: str = "whole") -
         from slimexport.loading import load_model
         from slimexport.pruning.stage import blocks_of
 
-        loaded = load_model(RunConfig(model=directory), streamed=True)
+        guessed = was_guessed(Path(directory))
+        loaded = load_model(RunConfig(model=directory, architecture="auto" if guessed else "known"), streamed=True)
         model, running = loaded.model, blocks_of(loaded, getattr(torch, loaded.source.stored_dtype)).running()
     else:
         model = load_weights(Path(directory))

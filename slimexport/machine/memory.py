@@ -12,16 +12,29 @@ if TYPE_CHECKING:
 _GROUP = Path("/sys/fs/cgroup")
 
 
-def free_bytes(device: torch.device) -> tuple[int, int]:
-    """Of the host, by its own account and by the limit of this container, with what this process has already; and of
-    `device`, where that is a CUDA one."""
+def available() -> int:
+    """Bytes that can still be had, by the system's account and, with cgroup v2, by the limit of this container."""
     import psutil
+
+    host: int = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        host = min(host, max(limit - used, 0))
+    return host
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Of the host, with what this process has already; and of `device`, where that is a CUDA one."""
     import torch
 
-    own = psutil.Process().memory_info().rss
-    host = psutil.virtual_memory().available + own
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        host = min(host, int((_GROUP / "memory.max").read_text()))
+    host = available() + resident()
     on_device = 0
     if device.type == "cuda":
         on_device = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

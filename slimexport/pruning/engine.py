@@ -125,17 +125,18 @@ def _dense_pass(
     """Moves the dense stream through the block while it is still dense. What a block without heads does in their place
     is not known apart from the rest: there is nothing to fit its channels toward."""
     family, work = architecture.family, working_copy(home, settings)
-    before = settings.keep(dense[batch] for batch in range(len(dense)))
+    wanted &= architecture.has_heads
+    before = settings.keep(dense[batch] for batch in range(len(dense)) if wanted)
     none = (settings.keep(), settings.keep())
     targets = Targets(before, *none, architecture.residual_multiplier, family.outputs_normed)
     for batch in range(len(dense)):
         seen = watch(work, architecture.outputs, dense[batch], arguments(index, batch))
         dense[batch] = seen.output
-        if wanted and architecture.has_heads:
+        if wanted:
             targets.attention.append(seen.outputs[family.attention_output])
             if architecture.has_channels:
                 targets.ffn.append(seen.outputs[family.ffn_output].view_as(seen.output))  # OPT flattens it
-    return targets if wanted and architecture.has_heads else None
+    return targets if wanted else None
 
 
 def _peak_memory(device: torch.device) -> int:

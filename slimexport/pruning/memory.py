@@ -10,11 +10,19 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.machine.memory import free_bytes
-from slimexport.pruning import factor
+from slimexport.pruning import factor, readout
 from slimexport.pruning.forward import BATCH_TOKENS
-from slimexport.pruning.grid import COST_SEQUENCES, PROBED_SHARES
+from slimexport.pruning.grid import (
+    COST_SEQUENCES,
+    POSITIONS,
+    PROBE_LENGTH,
+    PROBED_SHARES,
+    SEARCHED_CHANNELS,
+    SEARCHED_HEADS,
+)
 from slimexport.pruning.obs import SINGLE_FROM
 from slimexport.pruning.states import Place
+from slimexport.ranks import beside
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +60,7 @@ def fitting(
     places: tuple[Place, ...] = ("device", "file") if device.type == "cpu" else ("device", "host", "file")
     tried = [needs(plan, architecture, config, device, place, streamed=streamed, ranks=ranks) for place in places]
     free_host, free_device = free_bytes(device)
+    free_host //= beside()
     asked_host, asked_device = config.memory_limit, config.device_memory_limit
     for found in tried:
         if found.host <= (asked_host or free_host) and found.device <= (asked_device or free_device):
@@ -72,7 +81,7 @@ def fitting(
             f"Both limits cannot be kept: with hidden states {_where(least.place)} pruning needs "
             f"{least.host / 1e9:.2f} GB of memory and {least.device / 1e9:.2f} GB of device memory."
         )
-    return min(kept, key=lambda found: found.host)
+    return min(kept, key=lambda found: (found.device, found.host))
 
 
 def needs(
@@ -90,38 +99,53 @@ def needs(
 
     cuda = device.type == "cuda"
     weights, copies = _weights(plan, architecture, config, streamed, cuda)
-    held = computing = curvature = 0
+    held = computing = curvature = reading = supernet = 0
     if plan.blocks != plan.dense:
         tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
         own = -(-tokens // ranks)
-        batch = min(own, BATCH_TOKENS[device.type])
+        batch = min(own, max(BATCH_TOKENS[device.type], config.sequence_length))
         width = _element(plan, config, cuda)
         out, blocks = architecture.hidden, len(plan.blocks)
         probes = min(config.probe_tokens, tokens)
         phases = [_pruning(plan, architecture, config, own, batch, width)]
+        vocab = 4 * architecture.vocab
+        # The head in float32, and logits with their softmax, on the host.
+        head = 0 if _stored(plan) == 4 else vocab * out
+        if config.resolved_refit:
+            reading = max(reading, head + 4 * vocab * readout.MOST_TOKENS // POSITIONS)
         if weighs_errors(config):
             curvature = 2 * 4 * blocks * out**2
             measured = min(config.resolved_curvature_tokens, tokens)
             backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width)
             phases.append((width * measured * out * (blocks + 2), backwards))
+            reading = max(reading, head + 4 * vocab * min(config.sequence_length, PROBE_LENGTH))
         known = config.costs is not None and config.costs.exists()
         if config.resolved_allocation in ("sensitivity", "search") and not known:
             candidates = 2 * len(PROBED_SHARES) * (blocks + 1) + 1
             seen = min(tokens, COST_SEQUENCES * config.sequence_length)
             passed = _batch(plan, architecture, max(min(seen, batch), probes), width)
-            phases.append((width * out * (candidates * probes + seen), _solving(plan, architecture, passed, True)))
+            columns, channels = _widest(plan, architecture)
+            cuts = 4 * out * (len(PROBED_SHARES) * (columns + channels)) * 2 // 3
+            if config.resolved_allocation == "search":
+                cuts = 4 * out * (SEARCHED_HEADS * columns + SEARCHED_CHANNELS * channels) * 2 // 3
+                supernet = blocks * cuts * _stored(plan) // 4
+            solving = cuts + _solving(plan, architecture, passed, True)
+            phases.append((width * out * (candidates * probes + seen), solving))
+            reading = max(reading, head + 4 * vocab * probes // POSITIONS)
         # A batch of what is elsewhere is here while it is computed with, before and after.
         here = 0 if place == "device" else 2 * width * batch * (out + _widest(plan, architecture)[0])
         computing = here + max(work + (of if place == "device" else 0) for of, work in phases)
+        if not cuda:  # one after the other
+            computing, reading = max(computing, reading + (phases[-1][0] if place == "device" else 0)), 0
         held = max(of for of, _ in phases)
     on_host = (curvature if place != "file" else 0) + (held if place == "host" else 0)
-    host = LIBRARIES_BYTES + weights + on_host + ((CUDA_BYTES + copies) if cuda else (copies + computing))
+    host = LIBRARIES_BYTES + weights + on_host + ((CUDA_BYTES + copies + reading) if cuda else (copies + computing))
     shrunk = plan.estimates.bytes
     return Needs(
         place=place,
         host=host,
         device=(CUDA_BYTES // 2 + copies + computing) if cuda else 0,
-        disk=2 * shrunk + (held + curvature if place == "file" else 0),
+        disk=2 * shrunk + supernet + (held + curvature if place == "file" else 0),
     )
 
 

@@ -120,7 +120,7 @@ def output_logits(
         keep = torch.arange(every - 1, states.shape[1], every)
         home = next(model.parameters()).device
         states = states.to(home, torch.float32)
-        with _after_the_last(blocks, states, architecture), _in_float32(model, blocks):
+        with _after_the_last(blocks, states, architecture), in_float32(model, blocks):
             out = model(inputs_embeds=states, use_cache=False, logits_to_keep=keep)
         return out.logits.to(device).float()
 
@@ -138,7 +138,7 @@ def output_scores(
     def scores(states: torch.Tensor) -> torch.Tensor:
         home = next(model.parameters()).device
         gradients = []
-        with _in_float32(model, blocks), torch.enable_grad():
+        with in_float32(model, blocks), torch.enable_grad():
             for sequence in states.split(1):  # logits of a whole batch would be gigabytes
                 leaf = sequence.detach().to(home, torch.float32).requires_grad_()
                 with _after_the_last(blocks, leaf, architecture):
@@ -153,7 +153,7 @@ def output_scores(
 
 
 @contextmanager
-def _in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[None]:
+def in_float32(model: PreTrainedModel, blocks: list[nn.Module]) -> Iterator[None]:
     """Final norm and head, for as long as they are needed: everything that is in no block, but an untied embedding."""
     unused = {id(p) for block in blocks for p in block.parameters()}
     head = model.get_output_embeddings()

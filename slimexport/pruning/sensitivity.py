@@ -49,7 +49,7 @@ class Curve:
     cuts: Mapping[Any, Cut]  # of all of these but the dense one
 
 
-class Keeper(Protocol):
+class CurveKeeper(Protocol):
     """Takes what a search needs of each block, as soon as it is made."""
 
     def __call__(self, block: int, heads: Curve, channels: Curve, /) -> None: ...
@@ -69,7 +69,7 @@ def measure_costs(
     round_to: int,
     identity: Mapping[str, str],
     curvature: Sequence[BlockCurvature] = (),
-    keep: Keeper | None = None,
+    keep: CurveKeeper | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> CostTable:
     """One pass over the dense blocks of `source`, which are left as they are. Of several ranks the first makes the

@@ -281,7 +281,7 @@ def curvature_of(
         )
 
 
-def assembled(
+def supernet_of(
     loaded: LoadedModel, calibration: CalibrationSet, config: RunConfig, supernet: Path, ranks: Ranks = ALONE
 ) -> Supernet:
     """What plans for `loaded.model` are tried with: the matrices that `measure_model` left in `supernet`, on the
@@ -319,10 +319,10 @@ def search_settings(
     grids = read_grids(supernet, identity)
     if grids is None:
         raise BadInputError(f"{supernet} holds no supernet of this model, text and settings.")
-    whole = assembled(loaded, calibration, config, supernet, ranks)
+    whole = supernet_of(loaded, calibration, config, supernet, ranks)
     return SearchSettings(
         evaluate=whole.evaluate,
-        finished=whole.finished,
+        end=whole.end,
         grids=grids,
         seed=config.seed,
         seconds=config.search_seconds,

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from slimexport.streaming.files import view_of
+
 Place = Literal["device", "host", "file"]
 CPU = torch.device("cpu")
 
@@ -113,7 +115,7 @@ class FileStates(_Elsewhere):
 
     def _put(self, batch: int, states: torch.Tensor) -> None:
         there = states.detach().to("cpu").contiguous()
-        view = there.view(-1).view(torch.uint8).numpy().data
+        view = view_of(there)
         old = self._slots.get(batch)
         if old is not None and old.room >= len(view):
             slot = old._replace(shape=there.shape, dtype=there.dtype)
@@ -128,7 +130,7 @@ class FileStates(_Elsewhere):
     def _get(self, batch: int) -> torch.Tensor:
         slot = self._slots[batch]
         found = torch.empty(slot.shape, dtype=slot.dtype)
-        view = found.view(-1).view(torch.uint8).numpy().data
+        view = view_of(found)
         done = 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], slot.start + done)

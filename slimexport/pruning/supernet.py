@@ -29,7 +29,7 @@ INDEX = "index.json"  # written last: a supernet without it is half a one
 
 
 class SupernetWriter:
-    """Writes `NNN.safetensors` for every block, as a `sensitivity.Keeper`; `finish` makes the supernet count."""
+    """Writes `NNN.safetensors` for every block, as a `sensitivity.CurveKeeper`; `finish` makes the supernet count."""
 
     def __init__(self, directory: Path, stored: torch.dtype):
         """`stored`: the precision of the matrices on disk, that of the checkpoint."""
@@ -103,11 +103,11 @@ class Supernet:
         return self._share(plans)
 
     def assist(self) -> None:
-        """What the other ranks do while the first one searches, until it has `finished`."""
+        """What the other ranks do while the first one searches, until that has its `end`."""
         while (said := self._settings.ranks.told(Message).values["plans"]) is not None:
             self._share([tuple(BlockSizes(*block) for block in plan) for plan in said])
 
-    def finished(self) -> None:
+    def end(self) -> None:
         self._settings.ranks.told(lambda: Message({"plans": None}))
 
     def _share(self, plans: Sequence[tuple[BlockSizes, ...]]) -> list[float]:

@@ -7,10 +7,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,10 +182,14 @@ def _export_model(
 
     target, precision = kind
     options = dataclasses.replace(export_options(config, precision), text=text)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".float32-") if light else nullcontext() as scratch:
-        model = mapped_in_float32(model, Path(scratch)) if scratch else model.float()
+    scratch = place.parent / f".{place.name}.float32.partial"
+    remove(scratch)  # of a run that was killed
+    try:
+        model = mapped_in_float32(model, scratch) if light else model.float()
         with staged_directory(place) as partial:
             registry.get(target).export(model, tokenizer, partial, options, check)
+    finally:
+        remove(scratch)
     return numerics
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from slimexport.stages.inputs import check_exportable, fields_of
 from slimexport.texts import mix
 
 if TYPE_CHECKING:
+    from slimexport.architectures.base import Architecture
     from slimexport.loading import LoadedModel
     from slimexport.pruning.allocation import SearchSettings
     from slimexport.pruning.curvature import BlockCurvature
@@ -154,9 +156,10 @@ def measured_costs(
             table = known_costs(place, identity)
         except BadInputError:
             table = None  # of an earlier run in this directory, with other options
-    wanted = table is None or (supernet is not None and read_grids(supernet, identity) is None)
-    ranks.told(lambda: Message({"measure": wanted}))
-    if wanted:
+    missing = supernet is not None and read_grids(supernet, identity) is None
+    known = table is not None and not missing
+    ranks.told(lambda: Message({"measure": not known}))
+    if table is None or missing:
         with progress.stage("measure"):
             measured = measure_model(
                 loaded, calibration, config,
@@ -208,7 +211,7 @@ def measured_plan(
             supernet=supernet, state=state, ranks=ranks if shared else ALONE, progress=progress.update,
         )  # fmt: skip
         made = plan_stage(config, loaded.architecture, stored, costs, search)
-        search.finished()
+        search.end()
         return made
 
 
@@ -217,7 +220,7 @@ def _assist_planning(
 ) -> None:
     """`measured_plan` on a rank that is not the first: candidates and plans are dealt out to all."""
     from slimexport.pruning import allocation as allocations
-    from slimexport.pruning.stage import assembled, measure_model
+    from slimexport.pruning.stage import measure_model, supernet_of
 
     measures = ranks.told(Message).values["measure"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -226,7 +229,7 @@ def _assist_planning(
         if measures:
             measure_model(loaded, calibration, config, supernet=supernet, room=room, ranks=ranks)
         if supernet is not None and ranks.told(Message).values["share"]:
-            assembled(loaded, calibration, config, supernet, ranks).assist()
+            supernet_of(loaded, calibration, config, supernet, ranks).assist()
 
 
 def prune_stage(
@@ -260,7 +263,7 @@ def prune_stage(
         weighs_errors,
     )
     from slimexport.pruning.states import Keeper, Room
-    from slimexport.stages.room import with_less
+    from slimexport.stages.out_of_memory import with_less
 
     directory.check_free(force=force, resume=resume)
     if force:
@@ -318,15 +321,15 @@ def prune_stage(
     spent = [time.monotonic()]
     if weighs_errors(config) and (config.ratio or plan_made.blocks != plan_made.dense):
         with progress.stage("curvature"):
-            curvature = with_less(lambda some: curvature_of(loaded, calibration, config, some), room, progress)
+            weighing = partial(curvature_of, loaded, calibration, config)
+            curvature = with_less(weighing, room, progress, length=config.sequence_length)
     spent.append(time.monotonic())
     if allocations.needs_costs(allocation) and config.ratio:
-        plan_made = with_less(
-            lambda some: measured_plan(
-                directory.path, loaded, calibration, config, progress, curvature, some, ranks
-            ),
-            room, progress, again=ranks.size == 1,
+        planning = partial(
+            measured_plan, directory.path, loaded, calibration, config, progress, curvature, ranks=ranks
         )  # fmt: skip
+        # Its probes are one batch however small.
+        plan_made = with_less(planning, room, progress, length=config.sequence_length, again=False)
     spent.append(time.monotonic())
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
@@ -347,7 +350,9 @@ def prune_stage(
         sink = DirectorySink(directory / WORK, loaded.architecture, identity, resume=True)
         if sink.finished():
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
+        dense = loaded.architecture
         fresh = [loaded]  # blocks that were shrunk in place are read again before another try
+        del loaded  # which does not hold the first ones beside them
 
         def pruning(room: Room) -> PrunedModel:
             of = fresh.pop() if fresh else prepare(load_model(config, streamed=streamed), config)
@@ -356,11 +361,12 @@ def prune_stage(
                 curvature=curvature, sink=sink, ranks=ranks, room=room, progress=progress.update,
             )  # fmt: skip
 
-        pruned = with_less(pruning, room, progress, again=ranks.size == 1)
+        pruned = with_less(pruning, room, progress, length=config.sequence_length, again=ranks.size == 1)
+    curvature = ()  # as large as many blocks
     with progress.stage("shrink"):
-        checkpoint = _shrink(directory, pruned, loaded, config, progress)
-    weighing, allocating = (round(b - a, 2) for a, b in pairwise(spent))
-    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighing, allocating, pruned.logit_scale))
+        checkpoint = _shrink(directory, pruned, dense, config, progress)
+    weighed, allocating = (round(b - a, 2) for a, b in pairwise(spent))
+    directory.write(PRUNE, PruneRecord(pruned.trace, text, checkpoint, weighed, allocating, pruned.logit_scale))
     directory.finish("prune", key, time.monotonic() - started)
     sink.discard()
     return checkpoint
@@ -375,22 +381,26 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
     from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import prepare, prune_model, save_dtype_of
     from slimexport.pruning.states import Keeper, Room
+    from slimexport.stages.out_of_memory import with_less
 
     if ranks.told(Message).values["done"]:
         return
     loaded = load_model(config, streamed=block_by_block(config))
-    calibration = calibrate(config, loaded.tokenizer, loaded.model, lambda done, total, text: None)
-    check_alike(ranks, _alike(config, loaded, calibration))
     device, streamed = resolve_device(config.device), loaded.files is not None
     shown = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     needs = fitting(shown, loaded.architecture, config, device, streamed=streamed, ranks=ranks.size)
-    room = Room(Keeper(needs.place, device))
-    if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
-        _assist_planning(loaded, calibration, config, room, ranks)
-    plan = from_dict(PruningPlan, ranks.told(Message).values["plan"], "the plan of rank 0")
-    if plan.blocks != plan.dense:
-        loaded = prepare(loaded, config)
-    prune_model(loaded, plan, calibration, config, ranks=ranks, room=room)
+    calibration = calibrate(config, loaded.tokenizer, loaded.model, lambda done, total, text: None)
+    check_alike(ranks, _alike(config, loaded, calibration))
+
+    def share(room: Room) -> None:
+        if config.ratio and allocations.needs_costs(allocations.registry.get(config.resolved_allocation)):
+            _assist_planning(loaded, calibration, config, room, ranks)
+        plan = from_dict(PruningPlan, ranks.told(Message).values["plan"], "the plan of rank 0")
+        ready = prepare(loaded, config) if plan.blocks != plan.dense else loaded
+        prune_model(ready, plan, calibration, config, ranks=ranks, room=room)
+
+    silent = Progress(quiet=True)
+    with_less(share, Room(Keeper(needs.place, device)), silent, length=config.sequence_length, again=False)
 
 
 def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:
@@ -431,24 +441,23 @@ def _check_windows(config: RunConfig, model_config: Any) -> None:
 
 
 def _shrink(
-    directory: RunDirectory, pruned: Any, loaded: LoadedModel, config: RunConfig, progress: Progress
+    directory: RunDirectory, pruned: PrunedModel, dense: Architecture, config: RunConfig, progress: Progress
 ) -> ShrunkCheckpoint:
     """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
-    import torch
-
     from slimexport.checkpoint.card import model_card
     from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
-    from slimexport.machine.memory import free_bytes
+    from slimexport.machine import memory
     from slimexport.pruning.memory import LIBRARIES_BYTES
 
-    architecture = loaded.architecture.with_blocks(pruned.plan.blocks)
+    architecture = dense.with_blocks(pruned.plan.blocks)
     with staged_directory(directory / CHECKPOINT) as place:
-        card = model_card(loaded.source, pruned.plan, pruned.calibration)
+        card = model_card(pruned.source, pruned.plan, pruned.calibration)
         files = save_checkpoint(
             pruned.model, pruned.tokenizer, architecture, pruned.plan, place, card=card, blocks=pruned.blocks
         )
         size = LIBRARIES_BYTES + sum(path.stat().st_size for path in place.glob("*.safetensors"))
-        whole = not pruned.blocks.streamed or size <= (config.memory_limit or free_bytes(torch.device("cpu"))[0])
+        room = min(memory.available(), (config.memory_limit or memory.available()) - memory.resident())
+        whole = not pruned.blocks.streamed or size <= room  # beside what this process has
         if not whole:
             progress.note("the fresh process reads the checkpoint block by block: it has not been loaded as a whole")
         difference = check_round_trip(pruned.model, place, config.seed, pruned.blocks, whole=whole)

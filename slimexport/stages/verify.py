@@ -54,6 +54,12 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
     dense = load_model(config, streamed=True) if config.baseline else None
     if dense is not None and dense.source.fingerprint != directory.state["source"]["fingerprint"]:
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
+    for model in (shrunk, dense):
+        if model is not None and model.files is None:
+            progress.note(f"{model.source.name} cannot be read block by block: it is in memory as a whole")
+    positions = getattr(shrunk.model.config, "max_position_embeddings", None)
+    if positions and config.eval_window > positions:
+        raise BadInputError(f"eval_window {config.eval_window} is longer than the model's {positions} positions.")
     return streamed_accuracy(
         shrunk,
         dense,

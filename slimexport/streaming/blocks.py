@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimexport.errors import BadInputError
-from slimexport.machine.heap import give_back
+from slimexport.machine.heap import give_back, keep_apart
 from slimexport.precisions import stays_in_float32
 from slimexport.pruning.shrink import put, stored
 from slimexport.streaming.files import TensorFiles
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimexport.architectures.base import Architecture
+
+
+LARGE = 2**22  # entries of a matrix
 
 
 class StreamedBlocks:
@@ -48,6 +51,8 @@ class StreamedBlocks:
         self._loaded: set[int] = set()
         self._last: int | None = None
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        if max(p.numel() for p in self._blocks.parameters()) >= LARGE:
+            keep_apart()
         for index in range(len(self)):
             self._to_meta(index)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="blocks")

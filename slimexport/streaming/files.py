@@ -56,7 +56,7 @@ class TensorFiles:
         """A copy in memory of its own. Raises BadInputError where the file ends before the tensor does."""
         place = self.places[name]
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        view = _bytes(tensor)
+        view = view_of(tensor)
         with open(place.path, "rb", buffering=0) as stream:
             stream.seek(place.start)
             if _read_into(stream, view) != place.length:
@@ -80,7 +80,7 @@ def names_of(directory: Path) -> list[str]:
         raise BadInputError(f"{index} is not a valid safetensors index ({type(error).__name__}: {error}).") from error
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def view_of(tensor: torch.Tensor) -> memoryview:
     """Of a contiguous tensor, its own memory."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
@@ -182,7 +182,7 @@ def write_files(files: Mapping[Path, Mapping[str, Wanted]], batches: Iterable[Ma
                 if (tensor.dtype, tuple(tensor.shape)) != (want.dtype, want.shape):
                     raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {want.dtype} {want.shape}")
                 into.seek(start)
-                into.write(_bytes(tensor.detach().cpu().contiguous()))
+                into.write(view_of(tensor.detach().cpu().contiguous()))
         if opened:
             raise ValueError(f"{len(opened)} tensors were not given, the first is {next(iter(opened))}")
         for stream in streams:

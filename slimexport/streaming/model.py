@@ -79,6 +79,7 @@ def mapped_in_float32(model: PreTrainedModel, directory: Path) -> PreTrainedMode
     narrow = {name: tensor for name, tensor in stored.values() if tensor.dtype in (torch.float16, torch.bfloat16)}
     if not narrow:
         return model
+    directory.mkdir(parents=True)
     wanted = {name: Wanted(torch.float32, tuple(tensor.shape)) for name, tensor in narrow.items()}
     write_tensors(
         directory, wanted, ({name: tensor.data.float()} for name, tensor in narrow.items()), shard_bytes=SHARD_BYTES

@@ -4,6 +4,8 @@ memory. Each model's weights are read once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from slimexport.loading import resolve_device
 from slimexport.pruning.forward import first_states, output, working_copy
-from slimexport.pruning.probe import output_logits
+from slimexport.pruning.probe import in_float32, output_logits
 from slimexport.pruning.stage import blocks_of, settings_of
 from slimexport.pruning.states import HiddenStates, Room
 from slimexport.verification.perplexity import Accuracy, Said, compared, windows_of
@@ -34,7 +36,7 @@ def streamed_accuracy(
     room: Room = Room(),
     progress: Progress | None = None,
 ) -> Accuracy:
-    """As `perplexity.accuracy` of two decoders: the same windows, definitions and sums.
+    """As `perplexity.accuracy` of two decoders: the same windows, definitions and sums, in float32.
 
     Args:
         input_ids: int64 [n].
@@ -45,13 +47,13 @@ def streamed_accuracy(
     blocks = sum(len(model.architecture.blocks) for model in models)
     done = 0
 
-    def told() -> None:
+    def passed() -> None:
         nonlocal done
         done += 1
         if progress:
             progress(done, blocks)
 
-    said = [_logits(model, windows, config, room, told) for model in models]
+    said = [_logits(model, windows, config, room, passed) for model in models]
 
     def pairs() -> Iterator[Said]:
         for part in windows:
@@ -62,12 +64,13 @@ def streamed_accuracy(
 
 
 def _logits(
-    model: LoadedModel, windows: list[NDArray[np.int64]], config: RunConfig, room: Room, told: Callable[[], None]
+    model: LoadedModel, windows: list[NDArray[np.int64]], config: RunConfig, room: Room, passed: Callable[[], None]
 ) -> Iterator[NDArray[np.float32]]:
     """Of every window in turn [w - 1, vocab]; all blocks are passed before the first."""
     device = resolve_device(config.device)
     stored = getattr(torch, model.source.stored_dtype)
-    settings = settings_of(config, device, stored, room)
+    # As full verification's, whatever pruning computed in.
+    settings = replace(settings_of(config, device, stored, room), dtype=torch.float32)
     # No padding: a last window that is shorter goes apart.
     groups = [[w for w in windows if len(w) == length] for length in dict.fromkeys(map(len, windows))]
     ids = [torch.from_numpy(np.stack(group)) for group in groups]
@@ -79,13 +82,18 @@ def _logits(
             for batch in range(len(states)):
                 states[batch] = output(work(states[batch], **arguments(index, batch)))
         source.release(index)
-        told()
+        passed()
     head = output_logits(model.model, model.architecture, device, every=1)
-    return _each([states for states, _ in streams], head)
+    blocks = list(model.model.get_submodule(model.architecture.family.blocks))
+    return _each([states for states, _ in streams], head, in_float32(model.model, blocks))
 
 
-def _each(streams: list[HiddenStates], head: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[NDArray[np.float32]]:
-    with torch.no_grad():
+def _each(
+    streams: list[HiddenStates],
+    head: Callable[[torch.Tensor], torch.Tensor],
+    converted: AbstractContextManager[None],  # once for all sequences
+) -> Iterator[NDArray[np.float32]]:
+    with torch.no_grad(), converted:
         for states in streams:
             for batch in range(len(states)):
                 for sequence in states[batch].split(1):

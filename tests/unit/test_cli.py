@@ -158,6 +158,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "exporter": (["--exporter", "mobius"], "mobius"),
     "provider": (["--provider", "cuda"], "cuda"),
     "baseline": (["--no-baseline"], False),
+    "verify": (["--verify", "light"], "light"),
     "baseline_cache": (["--baseline-cache", "/c"], Path("/c")),
     "head_weight": (["--head-weight", "0.5"], 0.5),
     "eval_text": (["--eval-text", "e.txt"], "e.txt"),

@@ -38,7 +38,7 @@ class SearchSettings:
     state: Path | None = None  # a JSON file from which an interrupted search goes on
     identity: Mapping[str, Any] = field(default_factory=dict)  # what the state is good for
     progress: Callable[[int, int, str], None] = lambda done, total, text: None
-    finished: Callable[[], None] = lambda: None  # to be called when no more plans will be tried
+    end: Callable[[], None] = lambda: None  # to be called when no more plans will be tried
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -17,24 +18,27 @@ T = TypeVar("T")
 FEWEST_TOKENS = 512  # below that it is not the batch that does not fit
 
 
-def with_less(run: Callable[[Room], T], room: Room, progress: Progress, *, again: bool = True) -> T:
+def with_less(run: Callable[[Room], T], room: Room, progress: Progress, *, length: int, again: bool = True) -> T:
     """`run` in this room, and with half as many tokens in a forward call whenever the device runs out of memory.
 
-    Raises BadInputError where it does so with FEWEST_TOKENS too, or at once if not `again`.
+    Raises BadInputError where it does so with FEWEST_TOKENS or one sequence of `length` as well, or at once if not
+    `again`.
     """
-    tokens = room.batch_tokens or BATCH_TOKENS[room.keep.device.type]
+    tokens = max(room.batch_tokens or BATCH_TOKENS[room.keep.device.type], length)
+    fewest = max(FEWEST_TOKENS, length)
     while True:
         try:
             return run(room)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
-        if not again or tokens <= FEWEST_TOKENS:
+        if not again or tokens <= fewest:
             raise BadInputError(
                 f"{room.keep.device} ran out of memory ({reason}), with {tokens} tokens in a forward call: "
                 "give --max-device-memory, fewer --calibration-tokens, a shorter --sequence-length, or --device cpu."
             )
-        tokens = max(tokens // 2, FEWEST_TOKENS)
+        tokens = max(tokens // 2, fewest)
         room = replace(room, batch_tokens=tokens)
+        gc.collect()
         if room.keep.device.type == "cuda":
             torch.cuda.empty_cache()
         progress.note(f"{room.keep.device} ran out of memory: going on with {tokens} tokens in a forward call")
