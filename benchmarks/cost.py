@@ -25,7 +25,7 @@ from slimexport.artifacts import CalibrationSet, ModelSource, TextSource
 from slimexport.config import RunConfig
 from slimexport.loading import LoadedModel, load_model
 from slimexport.pruning.stage import curvature_of, measure_model, prune_model
-from slimexport.stages.prune import plan_stage
+from slimexport.stages.plan import plan_stage
 
 LENGTH = 512
 SHAPES = {  # hidden, FFN, query heads, KV heads, blocks

@@ -209,7 +209,7 @@ class Bench:
             return model, {"seconds": seconds, "dense_pass": dense_pass, "reached": None, "blocks": None}
         from slimexport.pruning import allocation as allocations
         from slimexport.pruning.stage import curvature_of, prepare, prune_model
-        from slimexport.stages.prune import measured_plan, plan_stage
+        from slimexport.stages.plan import measured_plan, plan_stage
 
         config = RunConfig(
             model=self.options.model,

@@ -18,8 +18,9 @@ from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
+from slimexport.stages.plan import known_costs, measured_costs, plan_stage
 from slimexport.stages.prune import assist as assist_stage
-from slimexport.stages.prune import block_by_block, known_costs, measured_costs, plan_stage, prune_stage
+from slimexport.stages.prune import block_by_block, prune_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
 

@@ -29,7 +29,7 @@ from slimexport.pruning.allocation import TOLERANCE, Request, needs_costs
 from slimexport.pruning.allocation import registry as allocations
 from slimexport.pruning.planner import make_plan, ratio_of
 from slimexport.pruning.stage import cost_identity
-from slimexport.stages.prune import known_costs, plan_stage
+from slimexport.stages.plan import known_costs, plan_stage
 
 
 def architecture(

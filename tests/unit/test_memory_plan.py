@@ -202,6 +202,14 @@ def test_a_smaller_device_has_the_states_on_the_host_and_a_smaller_host_in_a_fil
         fits(max_device_memory="1GB")
 
 
+def test_where_nothing_fits_the_least_is_taken_and_a_limit_alone_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, architecture = of_seven_billion()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (10**9, 10**9))
+    config = RunConfig(model="7B", fast=True, calibration_tokens=2**18, sequence_length=2048)
+    assert memory.fitting(plan, architecture, config, torch.device("cuda"), streamed=True).place == "file"
+    assert memory.fitting(plan, architecture, config, CPU, streamed=True).place == "file"
+
+
 class Full:
     """A device that runs out of memory at block 1, so many times."""
 

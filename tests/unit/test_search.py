@@ -35,6 +35,7 @@ from slimexport.pruning.probe import output_logits
 from slimexport.pruning.stage import cost_identity, measure_model, search_settings
 from slimexport.pruning.supernet import Supernet, SupernetWriter, read_grids
 from slimexport.stages import prune as stage
+from slimexport.stages.plan import plan_stage
 
 # -------------------------------------------------------------------------------------------------------- supernet
 
@@ -242,9 +243,9 @@ def test_what_a_search_needs() -> None:
     assert not searches(allocations.get("sensitivity"))
     with pytest.raises(BadInputError, match="allocation search tries plans on the model"):
         plan(ARCH, 0.3, "search", costs=TABLE)
-    shown = stage.plan_stage(RunConfig(model="m", allocation="search", round_to=16), ARCH, "float32", TABLE)
+    shown = plan_stage(RunConfig(model="m", allocation="search", round_to=16), ARCH, "float32", TABLE)
     assert shown.allocation == "sensitivity"
-    assert stage.plan_stage(RunConfig(model="m", allocation="search"), ARCH, "float32").allocation == "incremental"
+    assert plan_stage(RunConfig(model="m", allocation="search"), ARCH, "float32").allocation == "incremental"
 
 
 @pytest.mark.parametrize(("name", "value"), [("search_seconds", 0), ("search_seconds", -1), ("search_evaluations", 0)])
