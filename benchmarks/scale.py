@@ -231,7 +231,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         whole = sum(parts.values())
         one = row["ranks"] == 1
         body.append([
-            f"{row['shape']}, {row['dtype']}", str(row["blocks"]), str(row["tokens"]),
+            ", ".join(filter(None, (row["shape"], row["dtype"], row["options"]))),
+            str(row["blocks"]), str(row["tokens"]),
             f"{row['ranks']} x {row['threads'] or 'all'}", f"{row['checkpoint_bytes'] / 1e9:.2f}",
             f"{row['anonymous_bytes'] / 2**30:.2f}" if one else "–", f"{row['planned_bytes'] / 2**30:.2f}",
             f"{row['mapped_bytes'] / MIB:.0f}" if one else "–", f"{row['wall_seconds']:.0f}",
