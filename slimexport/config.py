@@ -113,11 +113,11 @@ class RunConfig(BaseModel):
     # limits
     max_memory: str | None = Field(
         default=None,
-        description="Memory that pruning may take, such as 6GB or 4GiB: with less than it likes, states go to a file.",
+        description="Memory that pruning may take, such as 6GB or 4GiB; hidden states go to a file to keep it.",
     )
     max_device_memory: str | None = Field(
         default=None,
-        description="CUDA memory that pruning may take: with less than it likes, states go to the host.",
+        description="CUDA memory that pruning may take; hidden states go to the host, or to a file, to keep it.",
     )
 
     # export
@@ -145,7 +145,7 @@ class RunConfig(BaseModel):
     )
     verify: Literal["full", "light"] = Field(
         default="full",
-        description="light, for models beyond the memory: one prompt, accuracy in torch block by block, no latency.",
+        description="light: for models larger than memory; one prompt, accuracy in torch block by block, no latency.",
     )
     baseline: bool = Field(default=True, description="Export and measure the dense model beside the shrunk one.")
     baseline_cache: Path | None = Field(default=None, description="Directory that keeps dense graphs across runs.")
