@@ -104,9 +104,16 @@ class RunConfig(BaseModel):
         default="auto", description="per_layer: sizes differ by block; uniform: a plain config that loads anywhere."
     )
     round_to: int = Field(default=32, ge=1, description="Channels are rounded to multiples of this.")
-    group_size_start: int = Field(default=64, ge=1, description="Channels removed at once at the beginning.")
-    group_size_end: int = Field(
-        default=1, ge=1, description="Channels removed at once at the end; 1 and 1 is exact greedy."
+    group_size_start: int | None = Field(
+        default=None,
+        ge=1,
+        description="Channels removed at once at the beginning; default: 64, of wide FFNs as large a share.",
+    )
+    group_size_end: int | None = Field(
+        default=None,
+        ge=1,
+        description="Channels removed at once at the end; 1 and 1 is exact greedy; default: 1, of wide FFNs as large "
+        "a share.",
     )
     damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
 
@@ -228,7 +235,7 @@ class RunConfig(BaseModel):
         named = [parse_task(spec).name for spec in self.tasks]
         if len(set(named)) < len(named):
             raise ValueError(f"a task is named twice: {', '.join(named)}")
-        if self.group_size_end > self.group_size_start:
+        if self.group_size_end and self.group_size_start and self.group_size_end > self.group_size_start:
             raise ValueError("group_size_end must not be larger than group_size_start")
         if self.verify == "light" and self.tasks:
             raise ValueError("tasks are asked of whole models in memory: they need verify full")

@@ -24,7 +24,7 @@ from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Arguments, Settings, given_to, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
-from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors
+from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors, usual_group_sizes
 from slimexport.pruning.shrink import shrink_block
 from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
@@ -331,9 +331,12 @@ class Block:
         sources, gradients = ({}, {}) if not wanted else coupled(
             self.architecture, self.home, self.gradients, Kept.all(self.kept.sizes), axis, expert, settings.device
         )  # fmt: skip
+        start, end = usual_group_sizes(self.dense.channels)
+        start = settings.group_size_start or max(start, settings.group_size_end or 1)
+        end = settings.group_size_end or min(start, end)
         return Site(
             W=W, H=H, mean=moments.mean(), dense=self.dense, keep=self.keep, head_dim=self.architecture.head_dim,
-            group_size_start=settings.group_size_start, group_size_end=settings.group_size_end,
+            group_size_start=start, group_size_end=end,
             damping=settings.damping, name=weight, block=self.index, seed=settings.seed, sources=sources,
             gradients=gradients, weighting=Weighting.of(minded, settings.device),
         )  # fmt: skip

@@ -32,8 +32,8 @@ class Settings:
 
     device: torch.device
     dtype: torch.dtype  # of the forward passes
-    group_size_start: int
-    group_size_end: int
+    group_size_start: int | None  # None: as usual for so many channels
+    group_size_end: int | None
     damping: float
     refit: float = 0.0  # ridge of the re-fit toward the dense stream; 0: none
     seed: int = 0

@@ -153,10 +153,10 @@ class Eliminator:
 
     def __init__(self, W: torch.Tensor, inverse: torch.Tensor):
         """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read."""
-        self._columns = W.to(inverse.dtype).T.contiguous().clone()
+        self._columns = W.to(inverse.dtype).T.clone(memory_format=torch.contiguous_format)
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
-        self._gram: torch.Tensor | None = None  # W^T W, once many candidates were looked at
+        self._gram: torch.Tensor | None = None  # W^T W, kept from when many candidates were looked at first
         self._inverse = inverse
         self._factor = torch.empty(min(64, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
         self._used = 0
@@ -211,8 +211,10 @@ class Eliminator:
         factor = torch.linalg.cholesky(block[:, columns])
         new = torch.linalg.solve_triangular(factor, block, upper=False)  # l^-1 A_P:, [s, n]
         W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
+        if self._gram is not None:  # (C - N^T Q) (C - N^T Q)^T, with C for the columns, N and Q for new and W
+            both = torch.addmm(W @ self._columns.T, W @ W.T, new, alpha=-0.5)
+            self._gram.addmm_(new.T, both, alpha=-1).addmm_(both.T, new, alpha=-1)
         self._columns.addmm_(new.T, W, alpha=-1)
-        self._gram = None
         self._columns[columns] = 0.0
         self.alive[columns] = False
         self.diagonal -= new.square().sum(0, dtype=torch.float64)
@@ -239,7 +241,7 @@ class Eliminator:
         """An independent copy, to look one move ahead; shares only what is never written."""
         other = object.__new__(Eliminator)
         other._columns, other.alive, other.error = self._columns.clone(), self.alive.clone(), self.error
-        other._gram = self._gram
+        other._gram = None  # which changes in place
         other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
         other.diagonal = self.diagonal.clone()
         return other
@@ -255,6 +257,7 @@ class Selection:
     bias: torch.Tensor | None = None  # [out] to be added to the output, where a criterion compensates by one
     ridge: float | None = None  # W' has the least such error that zeros in these columns can have, with H + ridge I
     factorised: str = ""  # the precision that H was factorised in, where it was
+    weighted: bool = False  # `error` is that of R W, not of W
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
@@ -391,6 +394,12 @@ def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> 
 # ------------------------------------------------------------------------------------------------------------ channels
 
 
+def usual_group_sizes(channels: int) -> tuple[int, int]:
+    """64 and 1 for up to 1,536 channels, and in proportion for more: the same share of them goes at once."""
+    scale = max(1.0, channels / 1536)
+    return round(64 * scale), round(scale)
+
+
 def group_sizes(remove: int, start: int, end: int) -> list[int]:
     """Dynamic Group Size: how many channels go at once, from `start` down to `end`, summing to `remove`.
 
@@ -443,19 +452,21 @@ def mean_square(W: torch.Tensor, H: torch.Tensor) -> float:
     return total
 
 
-def optimum_error(D: torch.Tensor, H: torch.Tensor, gone: torch.Tensor, ridge: float) -> float:
+def optimum_error(
+    D: torch.Tensor, rows: torch.Tensor, diagonal: torch.Tensor, gone: torch.Tensor, ridge: float
+) -> float:
     """tr(D H D^T) of the D that has the least tr(D (H + ridge I) D^T) for its columns in `gone`.
 
     D (H + ridge I) is zero in all other columns then, so of D H only the few columns in `gone` need be computed.
 
     Args:
         D: [out, n], of which columns that never fired may be anything.
+        rows: of H, those in `gone`; diagonal: of H.
         gone: indices.
     """
-    rest = H.diagonal() > 0
+    rest = diagonal > 0
     rest[gone] = False
-    dtype = torch.float32 if len(H) >= SINGLE_FROM else torch.float64  # nothing cancels in the product
-    product = (D.to(dtype) @ H[gone].to(dtype).T).mul_(D[:, gone])
+    product = (D.to(rows) @ rows.T).mul_(D[:, gone])
     return max(float(product.sum(dtype=torch.float64)) - ridge * float(D.square().sum(0)[rest].sum()), 0.0)
 
 
@@ -476,10 +487,15 @@ def removal_errors(
     stays = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
     stays[columns] = True
     gone = (~stays).nonzero().flatten()
-    before = mean_square(W[:, gone], H[gone][:, gone])
+    rows = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)  # nothing cancels in products with it
+    plain = W[:, gone].to(rows)
+    before = float((plain @ rows[:, gone]).mul_(plain).sum(dtype=torch.float64))
     D = selection.W - W
-    if selection.ridge is not None:
-        after = optimum_error(D, H, gone, selection.ridge)
+    if selection.ridge is not None and selection.weighted:
+        after = optimum_error(D, rows, H.diagonal(), gone, selection.ridge)
+    elif selection.ridge is not None:  # what the damping adds to it was found with it
+        fires = H.diagonal() > 0
+        after = max(selection.error - selection.ridge * float(D.square().sum(0)[fires].sum()), 0.0)
     else:
         moved = D.any(0)  # where nothing is compensated only what went
         after = squared_error(D[:, moved], H[moved][:, moved])

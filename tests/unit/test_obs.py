@@ -65,6 +65,31 @@ def test_score_of_every_group_of_columns_is_the_least_squares_error() -> None:
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-10)
 
 
+def test_scores_stay_exact_while_columns_go() -> None:
+    """Their sums over the outputs are kept up to date, for a copy apart from the original."""
+    W, H, inverse = problem(5, 12)
+    state = obs.Eliminator(W, inverse)
+    gone: list[int] = []
+    for group in ([3, 7], [0], [11, 2]):
+        for of in (state, state.trial()):
+            rest = [j for j in range(12) if j not in gone]
+            pairs = [list(c) for c in itertools.combinations(rest, 2)]
+            expected = [least_squares(W, H, [j for j in rest if j not in pair])[1] - of.error for pair in pairs]
+            scores = of.scores(torch.tensor(pairs))
+            torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+        assert state._gram is not None
+        other = state.trial()
+        other.scores(torch.tensor(pairs))
+        other.eliminate(torch.tensor(rest[:2]))  # of no effect on the original
+        state.eliminate(torch.tensor(group))
+        gone += group
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(8, (64, 1)), (1536, (64, 1)), (5632, (235, 4)), (11008, (459, 7))])
+def test_wide_matrices_lose_the_same_share_at_once(channels: int, expected: tuple[int, int]) -> None:
+    assert obs.usual_group_sizes(channels) == expected
+
+
 def test_successive_eliminations_are_the_joint_least_squares_solution() -> None:
     W, H, inverse = problem(5, 12)
     state = obs.Eliminator(W, inverse)
@@ -207,9 +232,12 @@ def test_the_error_of_an_optimum_is_that_of_any_other_matrix() -> None:
         changed = torch.linalg.solve(left, best.W)
         kept = torch.tensor(best.kept)
         exact = obs.removal_errors(W, obs.Selection(best.kept, changed, 0.0), kept, H)
-        fast = obs.removal_errors(W, obs.Selection(best.kept, changed, 0.0, ridge=found.ridge), kept, H)
+        optimum = obs.Selection(best.kept, changed, best.error, ridge=found.ridge, weighted=left is R)
+        fast = obs.removal_errors(W, optimum, kept, H)
         assert fast == pytest.approx(exact, rel=1e-9)
         assert 0 < fast[1] < fast[0]
+        of_any = obs.removal_errors(W, dataclasses.replace(optimum, weighted=True), kept, H)
+        assert of_any == pytest.approx(exact, rel=1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------------- float32

@@ -46,7 +46,8 @@ def _solved(site: Site, select: Callable[..., Selection], **sizes: int) -> tuple
     )
     precision = str(found.inverse.dtype).removeprefix("torch.")
     W = unweighted(selection.W, site.weighting)
-    return replace(selection, W=W, ridge=found.ridge, factorised=precision), found.damping
+    weighted = site.weighting is not None
+    return replace(selection, W=W, ridge=found.ridge, factorised=precision, weighted=weighted), found.damping
 
 
 def _weighted(site: Site, found: DampedInverse) -> torch.Tensor:
