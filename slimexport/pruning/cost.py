@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Large matrix products run at the measured rate, but for what goes with them (norms, softmax, slicing). Factors and
 # eliminations move as much as they compute. Both as found for 1.1 B parameters on two cores (benchmarks/scale.py).
-OVERHEAD, SOLVING = 1.15, 2.6
+OVERHEAD, SOLVING = 1.15, 2.0
 # Reading, checking and hashing the model, writing it twice, reloading it in a fresh process; found there as well.
 STARTING, PER_BYTE = 8.0, 8e-9
 

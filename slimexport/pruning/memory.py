@@ -180,10 +180,11 @@ def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: 
     """The largest of what comes after each other: a batch while H is added up, H with its inverse, the matrix while
     columns go. `double`: in float64 however wide (a re-fit's system is)."""
     widest, out = max(_widest(plan, architecture)), architecture.hidden
+    removed = max(dense.channels - kept.channels for dense, kept in zip(plan.dense, plan.blocks, strict=True))
     return max(
         12 * widest**2 + batch,  # H in float64, and a batch's part of it
         (32 if double or widest < SINGLE_FROM else 20) * widest**2 + 8 * out * widest,
-        12 * widest**2 + 32 * out * widest,
+        12 * widest**2 + 32 * out * widest + (8 if double or widest < SINGLE_FROM else 4) * removed * widest,
     )
 
 

@@ -151,14 +151,15 @@ class Eliminator:
     which is symmetric, are rows in memory: a step reads and writes whole ones.
     """
 
-    def __init__(self, W: torch.Tensor, inverse: torch.Tensor):
-        """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read."""
+    def __init__(self, W: torch.Tensor, inverse: torch.Tensor, removed: int = 64):
+        """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read. `removed`:
+        how many columns will go, as far as that is known: L is as large from the beginning."""
         self._columns = W.to(inverse.dtype).T.clone(memory_format=torch.contiguous_format)
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
         self._gram: torch.Tensor | None = None  # W^T W, kept from when many candidates were looked at first
         self._inverse = inverse
-        self._factor = torch.empty(min(64, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
+        self._factor = torch.empty(min(removed, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
         self._used = 0
         self.diagonal = inverse.diagonal().to(torch.float64, copy=True)  # of the current A
 
@@ -230,7 +231,7 @@ class Eliminator:
     def _append(self, new: torch.Tensor) -> None:
         end = self._used + len(new)
         if end > len(self._factor):
-            room = min(self._factor.shape[1], max(end, 2 * len(self._factor)))
+            room = min(self._factor.shape[1], max(end, 2 * len(self._factor), 64))
             grown = torch.empty(room, self._factor.shape[1], dtype=new.dtype, device=new.device)
             grown[: self._used] = self._L
             self._factor = grown
@@ -425,7 +426,7 @@ def select_channels(
         inverse: damped H^-1 [channels, channels], float64.
         keep: channels that stay. Group sizes 1 and 1 are exact one-at-a-time greedy.
     """
-    state = Eliminator(W, inverse)
+    state = Eliminator(W, inverse, W.shape[1] - keep)
     for size in group_sizes(W.shape[1] - keep, group_size_start, group_size_end):
         # A stable sort makes ties (dead channels) go in index order, on every device alike.
         chosen = state.channel_scores().sort(stable=True).indices[:size]
