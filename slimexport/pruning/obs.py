@@ -152,8 +152,8 @@ class Eliminator:
     """
 
     def __init__(self, W: torch.Tensor, inverse: torch.Tensor, removed: int = 64):
-        """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read. `removed`:
-        how many columns will go, as far as that is known: L is as large from the beginning."""
+        """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read.
+        `removed`: how many columns will go, as far as that is known: L is as large from the beginning."""
         self._columns = W.to(inverse.dtype).T.clone(memory_format=torch.contiguous_format)
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
