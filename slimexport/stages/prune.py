@@ -238,7 +238,7 @@ def _check_windows(config: RunConfig, model_config: Any) -> None:
     """What the verify stage would refuse, or could not measure, on this model."""
     positions = getattr(model_config, "max_position_embeddings", None)
     wanted = {"eval_window": config.eval_window}
-    if config.latency_runs:
+    if config.latency_runs and config.verify == "full":
         wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
     for name, value in wanted.items():
         if positions and value > positions:
