@@ -166,7 +166,9 @@ def errors(report: Report) -> Plot | None:
             axes.plot(numbers, after, "o", label=f"{kind}, with", **style)
         axes.set(yscale="log", xlabel="block", ylabel="||ΔW X||² / ||W X||²")
         axes.set_xlim(-0.5, len(blocks) - 0.5)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()  # which matplotlib would label in TeX where there is less than a decade
+        ticks = _ticks([value for rows in shown.values() for row in rows for value in row[1:]])
+        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axes.figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return caption, done[0]
 
@@ -214,11 +216,16 @@ def _colour(model: str) -> str:
     return DENSE if model == "baseline" else SHRUNK
 
 
+_MOST_TICKS = 8
+
+
 def _ticks(values: Sequence[float]) -> list[float]:
     """1, 2, 5 and their tens that lie among the values of a logarithmic axis; at least the ends."""
     low, high = min(values), max(values)
     tens = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     inside = [step * 10.0**ten for ten in tens for step in (1, 2, 5) if low <= step * 10.0**ten <= high]
+    if len(inside) > _MOST_TICKS:
+        inside = [10.0**ten for ten in tens if low <= 10.0**ten <= high]
     return inside if len(inside) > 1 else [low, high]
 
 
