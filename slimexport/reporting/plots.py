@@ -166,7 +166,7 @@ def errors(report: Report) -> Plot | None:
             axes.plot(numbers, after, "o", label=f"{kind}, with", **style)
         axes.set(yscale="log", xlabel="block", ylabel="||ΔW X||² / ||W X||²")
         axes.set_xlim(-0.5, len(blocks) - 0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.minorticks_off()  # which matplotlib would label in TeX where there is less than a decade
         ticks = _ticks([value for rows in shown.values() for row in rows for value in row[1:]])
         axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
