@@ -11,7 +11,7 @@ from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
-from slimexport.pruning.memory import fitting
+from slimexport.pruning.memory import calibrated_tokens, columns_of, computed_in, fitting, measures_costs
 from slimexport.pruning.obs import SINGLE_FROM
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def with_cost(
     from slimexport.pruning.stage import weighs_errors
 
     device = resolve_device(config.device)
-    tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+    tokens = calibrated_tokens(config)
     needs = fitting(plan, architecture, config, device, streamed=streamed)
     work = counted(plan, architecture, tokens, config.sequence_length)
     if plan.blocks != plan.dense:
@@ -46,10 +46,9 @@ def with_cost(
             work += _curvature_operations(plan, architecture, measured)
         if config.resolved_refit:
             work += _refit_operations(plan, architecture, tokens, config.sequence_length)
-        known = config.costs is not None and config.costs.exists()
-        if config.resolved_allocation in ("sensitivity", "search") and not known:
+        if measures_costs(config):
             work += _measuring_operations(architecture, tokens, config)
-    rates = _measure(device, _compute_dtype(plan, config, device))
+    rates = _measure(device, computed_in(plan, config, device))
     cost = PruningCost(
         seconds=round(
             STARTING
@@ -95,7 +94,7 @@ def counted(plan: PruningPlan, architecture: Architecture, tokens: int, length: 
     passes, moments, solves = 0.0, 0.0, Operations()
     hidden = architecture.hidden
     for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
-        heads, channels = _columns(dense, own), dense.channels
+        heads, channels = columns_of(dense, own), dense.channels
         scores = 2 * tokens * length * _scored(dense, own)  # causal: half of QK^T and of PV
         if (dense.kv_groups, dense.heads_per_group) != (kept.kv_groups, kept.heads_per_group):
             passes += 2 * tokens * own.attention_parameters(dense) + scores
@@ -127,8 +126,8 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
     what makes the FFN's inputs."""
     single = double = 0.0
     for own, dense in zip(architecture.by_block, plan.dense, strict=True):
-        inputs = _columns(dense, own) + dense.channels
-        attention = 2 * tokens * length * _columns(dense, own)
+        inputs = columns_of(dense, own) + dense.channels
+        attention = 2 * tokens * length * columns_of(dense, own)
         single += 2 * tokens * (_passed(own, dense) + 2 * own.hidden * inputs) + attention
     if parts := len(architecture.family.ffn_factors):
         fitted = min(tokens, factor.TOKENS)
@@ -148,7 +147,7 @@ def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens:
     hidden = architecture.hidden
     each = list(zip(architecture.by_block, plan.dense, strict=True))
     blocks = sum(_passed(own, dense) + 2 * hidden**2 / 3 for own, dense in each)
-    columns = sum(_columns(dense, own) + dense.channels for own, dense in each)
+    columns = sum(columns_of(dense, own) + dense.channels for own, dense in each)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
     return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, 0.0, double)
 
@@ -160,7 +159,7 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
     known = min(tokens, COST_SEQUENCES * config.sequence_length)
     each = 2 * len(PROBED_SHARES)  # candidates that every block adds, and as many that go through all
     for index, (own, dense) in enumerate(zip(architecture.by_block, architecture.blocks, strict=True)):
-        heads = _columns(dense, own)
+        heads = columns_of(dense, own)
         passed = known + probes * (1 + each * (index + 2))
         single += 2 * passed * (_passed(own, dense) + config.sequence_length * _scored(dense, own))
         moments += known * (heads**2 + architecture.active_experts * dense.channels**2)
@@ -181,12 +180,7 @@ def _solve(n: int, out: int, removed: int) -> Operations:
 def _scored(sizes: BlockSizes, own: Architecture) -> float:
     """Entries of a token's queries and values, on average of both: they differ with latents."""
     widths = own.query_axes
-    return _columns(sizes, own) * (widths.get(LATENT_QUERY, widths[QUERY]) / widths[QUERY] + 1) / 2
-
-
-def _columns(sizes: BlockSizes, own: Architecture) -> int:
-    """Of o_proj; none in a block without heads."""
-    return sizes.query_heads * own.head_dim if own.has_heads else 0
+    return columns_of(sizes, own) * (widths.get(LATENT_QUERY, widths[QUERY]) / widths[QUERY] + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -196,15 +190,6 @@ class Rates:
     passes: float
     single: float
     double: float
-
-
-def _compute_dtype(plan: PruningPlan, config: RunConfig, device: torch.device) -> torch.dtype:
-    import torch
-
-    from slimexport.pruning.stage import compute_dtype
-
-    wide = plan.dense_estimates.bytes >= 4 * plan.dense_estimates.parameters
-    return compute_dtype(config, device, torch.float32 if wide else torch.bfloat16)
 
 
 def _measure(device: torch.device, passes: torch.dtype) -> Rates:

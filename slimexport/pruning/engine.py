@@ -23,7 +23,7 @@ from slimexport.pruning.blocks import BlockSink, BlockSource
 from slimexport.pruning.clock import Stopwatch
 from slimexport.pruning.criteria import Criterion
 from slimexport.pruning.curvature import BlockCurvature
-from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
+from slimexport.pruning.forward import Arguments, Settings, advance, watch, working_copy
 from slimexport.pruning.hessian import solvable
 from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
@@ -65,14 +65,14 @@ def prune_blocks(
     """
     traces: list[BlockTrace] = []
     finished = sink.finished()
-    dense = settings.keep(states[batch] for batch in range(len(states))) if settings.refit else None
+    dense = settings.keep(states) if settings.refit else None
     for index in range(len(source)):
         home = source.load(index)
         clock = Stopwatch(settings.device)
         targets = None
         if held_out is not None:
             with clock.on("forward"):
-                _advance(held_out.dense, index, working_copy(home, settings), held_out.arguments)
+                advance(held_out.dense, index, working_copy(home, settings), held_out.arguments)
         if dense is not None:
             with clock.on("forward"):
                 targets = _dense_pass(
@@ -94,9 +94,9 @@ def prune_blocks(
         with clock.on("forward"):
             work = working_copy(home, settings)
             if index + 1 < len(source):
-                _advance(states, index, work, arguments)
+                advance(states, index, work, arguments)
             if held_out is not None:
-                _advance(held_out.shrunk, index, work, held_out.arguments)
+                advance(held_out.shrunk, index, work, held_out.arguments)
         if index >= finished:
             trace = dataclasses.replace(
                 trace, seconds_forward=clock.seconds["forward"], peak_memory_bytes=_peak_memory(settings.device)
@@ -106,11 +106,6 @@ def prune_blocks(
         traces.append(trace)
         progress(index + 1, len(source), _describe(trace, index < finished))
     return tuple(traces)
-
-
-def _advance(states: HiddenStates, index: int, block: nn.Module, arguments: Arguments) -> None:
-    for batch in range(len(states)):
-        states[batch] = output(block(states[batch], **arguments(index, batch)))
 
 
 def _dense_pass(
@@ -126,7 +121,7 @@ def _dense_pass(
     is not known apart from the rest: there is nothing to fit its channels toward."""
     family, work = architecture.family, working_copy(home, settings)
     wanted &= architecture.has_heads
-    before = settings.keep(dense[batch] for batch in range(len(dense)) if wanted)
+    before = settings.keep(dense if wanted else ())
     none = (settings.keep(), settings.keep())
     targets = Targets(before, *none, architecture.residual_multiplier, family.outputs_normed)
     for batch in range(len(dense)):

@@ -129,6 +129,12 @@ def output(result: Any) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+def advance(states: HiddenStates, index: int, block: nn.Module, arguments: Arguments) -> None:
+    """Each batch becomes what the block of this number gives for it."""
+    for batch in range(len(states)):
+        states[batch] = output(block(states[batch], **arguments(index, batch)))
+
+
 def inputs_of(block: nn.Module, name: str, states: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """What module `name` of `block` is given for `states`; the forward pass ends there."""
     return given_to(block, name, states, arguments)[0]

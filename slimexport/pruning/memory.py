@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimexport.architectures.base import Architecture
-from slimexport.artifacts import PruningPlan
+from slimexport.artifacts import BlockSizes, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.machine.memory import free_bytes
 from slimexport.pruning import factor, readout
@@ -98,13 +98,13 @@ def needs(
     from slimexport.pruning.stage import weighs_errors
 
     cuda = device.type == "cuda"
-    weights, copies = _weights(plan, architecture, config, streamed, cuda)
+    weights, copies = _weights(plan, architecture, config, streamed, device)
     held = computing = curvature = reading = supernet = 0
     if plan.blocks != plan.dense:
-        tokens = max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+        tokens = calibrated_tokens(config)
         own = -(-tokens // ranks)
         batch = min(own, max(BATCH_TOKENS[device.type], config.sequence_length))
-        width = _element(plan, config, cuda)
+        width = computed_in(plan, config, device).itemsize
         out, blocks = architecture.hidden, len(plan.blocks)
         probes = min(config.probe_tokens, tokens)
         phases = [_pruning(plan, architecture, config, own, batch, width)]
@@ -119,8 +119,7 @@ def needs(
             backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width)
             phases.append((width * measured * out * (blocks + 2), backwards))
             reading = max(reading, head + 4 * vocab * min(config.sequence_length, PROBE_LENGTH))
-        known = config.costs is not None and config.costs.exists()
-        if config.resolved_allocation in ("sensitivity", "search") and not known:
+        if measures_costs(config):
             candidates = 2 * len(PROBED_SHARES) * (blocks + 1) + 1
             seen = min(tokens, COST_SEQUENCES * config.sequence_length)
             passed = _batch(plan, architecture, max(min(seen, batch), probes), width)
@@ -190,16 +189,33 @@ def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: 
 
 def _widest(plan: PruningPlan, architecture: Architecture) -> tuple[int, int]:
     """Inputs of o_proj and of down_proj, at most."""
-    columns = [b.query_heads * own.head_dim if own.has_heads else 0
-               for own, b in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
+    columns = [columns_of(b, own) for own, b in zip(architecture.by_block, plan.dense, strict=True)]
     return max(columns), max(b.channels for b in plan.dense)
 
 
-def _element(plan: PruningPlan, config: RunConfig, cuda: bool) -> int:
-    """Bytes of a number in the forward passes."""
-    if config.dtype == "auto":
-        return _stored(plan) if cuda else 4
-    return 4 if config.dtype == "float32" else 2
+def columns_of(sizes: BlockSizes, own: Architecture) -> int:
+    """Inputs of o_proj; none in a block without heads."""
+    return sizes.query_heads * own.head_dim if own.has_heads else 0
+
+
+def calibrated_tokens(config: RunConfig) -> int:
+    """In whole sequences."""
+    return max(1, config.calibration_tokens // config.sequence_length) * config.sequence_length
+
+
+def measures_costs(config: RunConfig) -> bool:
+    """Whether the plan waits for costs that are not known yet."""
+    known = config.costs is not None and config.costs.exists()
+    return config.resolved_allocation in ("sensitivity", "search") and not known
+
+
+def computed_in(plan: PruningPlan, config: RunConfig, device: torch.device) -> torch.dtype:
+    """The precision of the forward passes, as far as the plan says what is stored: it knows sizes alone."""
+    import torch
+
+    from slimexport.pruning.stage import compute_dtype
+
+    return compute_dtype(config, device, torch.float32 if _stored(plan) == 4 else torch.bfloat16)
 
 
 def _stored(plan: PruningPlan) -> int:
@@ -207,7 +223,7 @@ def _stored(plan: PruningPlan) -> int:
 
 
 def _weights(
-    plan: PruningPlan, architecture: Architecture, config: RunConfig, streamed: bool, cuda: bool
+    plan: PruningPlan, architecture: Architecture, config: RunConfig, streamed: bool, device: torch.device
 ) -> tuple[int, int]:
     """Bytes as stored: of the whole model, or of what is in no block and of three blocks, the one that is pruned, what
     it becomes, and the next one, which is read meanwhile. And of the copies to compute with, of a block as it is and as
@@ -215,8 +231,8 @@ def _weights(
     dense, each = plan.dense_estimates, _stored(plan)
     blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
               for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
-    width = _element(plan, config, cuda)
-    copies = 2 * width * max(blocks) if cuda else (0 if each == width else width * max(blocks))
+    width = computed_in(plan, config, device).itemsize
+    copies = 2 * width * max(blocks) if device.type == "cuda" else (0 if each == width else width * max(blocks))
     if not streamed:
         return dense.bytes, copies
     return each * (dense.parameters - sum(blocks) + 3 * max(blocks)), copies

@@ -205,8 +205,6 @@ def _curves(
 
 def _told(ranks: Ranks, make: Callable[[], tuple[Curve, Curve]], device: torch.device) -> tuple[Curve, Curve]:
     """What the first rank has made of a block: the others need its matrices to put their candidates together."""
-    if ranks.size == 1:
-        return make()
 
     def said() -> Message:
         values, tensors = [], {}

@@ -184,14 +184,13 @@ def _scalable_norm(loaded: LoadedModel) -> str | None:
 
 def _unseen(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor, settings: Settings) -> HeldOut:
     states, arguments = first_states(model, architecture, ids, settings)
-    copy = settings.keep(states[batch] for batch in range(len(states)))
-    return HeldOut(states, copy, arguments)
+    return HeldOut(states, settings.keep(states), arguments)
 
 
 @torch.no_grad()
 def _fitted_scale(model: PreTrainedModel, architecture: Architecture, unseen: HeldOut, device: torch.device) -> float:
     logits = output_logits(model, architecture, device)
-    dense, shrunk = ([logits(stream[i]) for i in range(len(stream))] for stream in (unseen.dense, unseen.shrunk))
+    dense, shrunk = ([logits(batch) for batch in stream] for stream in (unseen.dense, unseen.shrunk))
     return readout.fit_scale(dense, shrunk)
 
 

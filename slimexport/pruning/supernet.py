@@ -95,11 +95,7 @@ class Supernet:
         All plans move together, so that each block's weights are read and converted once; those that begin alike
         share the passes through the blocks where they do. The model is left as it is.
         """
-        ranks = self._settings.ranks
-        if ranks.size == 1:
-            return self._evaluated(plans)
-        sizes = [[astuple(block) for block in plan] for plan in plans]
-        ranks.told(lambda: Message({"plans": sizes}))
+        self._settings.ranks.told(lambda: Message({"plans": [[astuple(block) for block in plan] for plan in plans]}))
         return self._share(plans)
 
     def assist(self) -> None:

@@ -187,3 +187,14 @@ def check_files(place: Path, files: Mapping[str, str]) -> None:
             raise BadInputError(
                 f"{path} is not the file that was written here: its sha256 differs. --force starts over."
             )
+
+
+def check_windows(config: RunConfig, model_config: Any) -> None:
+    """Raises BadInputError for what the verify stage would refuse, or could not measure, on this model."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    wanted = {"eval_window": config.eval_window}
+    if config.latency_runs and config.verify == "full":
+        wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
+    for name, value in wanted.items():
+        if positions and value > positions:
+            raise BadInputError(f"{name} {value} is longer than the model's {positions} positions.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimexport.artifacts import (
     CalibrationSet,
@@ -25,7 +25,7 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike
 from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
-from slimexport.stages.inputs import check_exportable, fields_of
+from slimexport.stages.inputs import check_exportable, check_windows, fields_of
 from slimexport.stages.plan import assist_planning, known_costs, measured_plan, plan_stage
 from slimexport.texts import mix
 
@@ -101,7 +101,7 @@ def prune_stage(
         text = calibration.source
         if evaluated:
             check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
-            _check_windows(config, loaded.model.config)
+            check_windows(config, loaded.model.config)
         progress.note(f"{text.tokens} tokens of {text.name}")
     if ranks.size > 1:
         check_alike(ranks, _alike(config, loaded, calibration))
@@ -232,17 +232,6 @@ def block_by_block(config: RunConfig) -> bool:
 
     whole = getattr(criteria.get(config.criterion), "needs_gradients", False) or wants_biases(config)
     return not whole and not mix.writes(config.calibration)
-
-
-def _check_windows(config: RunConfig, model_config: Any) -> None:
-    """What the verify stage would refuse, or could not measure, on this model."""
-    positions = getattr(model_config, "max_position_embeddings", None)
-    wanted = {"eval_window": config.eval_window}
-    if config.latency_runs and config.verify == "full":
-        wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
-    for name, value in wanted.items():
-        if positions and value > positions:
-            raise BadInputError(f"{name} {value} is longer than the model's {positions} positions.")
 
 
 def _shrink(

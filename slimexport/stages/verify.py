@@ -22,7 +22,16 @@ from slimexport.run_directory import (
     RunDirectory,
     VerifyRecord,
 )
-from slimexport.stages.inputs import check_files, decided, earlier_exports, export_names, exports, fields_of, reference
+from slimexport.stages.inputs import (
+    check_files,
+    check_windows,
+    decided,
+    earlier_exports,
+    export_names,
+    exports,
+    fields_of,
+    reference,
+)
 from slimexport.stages.tasks import with_tasks
 
 if TYPE_CHECKING:
@@ -57,9 +66,7 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
     for model in (shrunk, dense):
         if model is not None and model.files is None:
             progress.note(f"{model.source.name} cannot be read block by block: it is in memory as a whole")
-    positions = getattr(shrunk.model.config, "max_position_embeddings", None)
-    if positions and config.eval_window > positions:
-        raise BadInputError(f"eval_window {config.eval_window} is longer than the model's {positions} positions.")
+    check_windows(config, shrunk.model.config)
     return streamed_accuracy(
         shrunk,
         dense,

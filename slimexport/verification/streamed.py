@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from slimexport.loading import resolve_device
-from slimexport.pruning.forward import first_states, output, working_copy
+from slimexport.pruning.forward import advance, first_states, working_copy
 from slimexport.pruning.probe import in_float32, output_logits
 from slimexport.pruning.stage import blocks_of, settings_of
 from slimexport.pruning.states import HiddenStates, Room
@@ -79,8 +79,7 @@ def _logits(
     for index in range(len(source)):
         work = working_copy(source.load(index), settings)
         for states, arguments in streams:
-            for batch in range(len(states)):
-                states[batch] = output(work(states[batch], **arguments(index, batch)))
+            advance(states, index, work, arguments)
         source.release(index)
         passed()
     head = output_logits(model.model, model.architecture, device, every=1)
@@ -95,7 +94,7 @@ def _each(
 ) -> Iterator[NDArray[np.float32]]:
     with torch.no_grad(), converted:
         for states in streams:
-            for batch in range(len(states)):
-                for sequence in states[batch].split(1):
+            for batch in states:
+                for sequence in batch.split(1):
                     logits: NDArray[np.float32] = head(sequence)[0, :-1].cpu().numpy()
                     yield logits

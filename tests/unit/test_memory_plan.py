@@ -98,14 +98,18 @@ def no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(save, "check_round_trip", lambda *_, **__: 0.0)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "in memory"])
+@pytest.fixture(params=[False, True], ids=["streamed", "in memory"])
+def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Read block by block, and as a whole."""
+    if request.param:
+        monkeypatch.setattr(prune_stage, "block_by_block", lambda config: False)
+    return saved(tmp_path / "model")
+
+
 def test_with_hidden_states_in_a_file_the_bytes_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Re-fit, curvature and measured costs as well."""
-    if whole:
-        monkeypatch.setattr(prune_stage, "block_by_block", lambda config: False)
-    model = saved(tmp_path / "model")
     slimexport.prune(options(model), tmp_path / "near")
     cost = slimexport.plan(options(model)).cost
     assert cost is not None
@@ -225,14 +229,10 @@ class Full:
         monkeypatch.setattr(Block, "_prune_channels", prune)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["streamed", "in memory"])
 def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the heads of block 1 have gone already."""
-    if whole:
-        monkeypatch.setattr(prune_stage, "block_by_block", lambda config: False)
-    model = saved(tmp_path / "model")
     slimexport.prune(options(model), tmp_path / "near")
     log, full = Log(), Full(monkeypatch, 2)
     slimexport.prune(options(model), tmp_path / "full", progress=log)
