@@ -239,6 +239,49 @@ class ShrunkCheckpoint:
     max_logit_difference: float  # reloaded against in memory; 0.0 or the stage fails
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model makes of windows it was not trained on: nats per token."""
+
+    divergence: float  # KL of its output to the dense model's
+    nll: float
+
+
+@dataclass(frozen=True)
+class RecoveryPoint:
+    """Where recovery was after `step` steps; `divergence` is the mean over its domains."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float | None  # mean of the last steps; None before the first
+    divergence: float
+    judged: float  # what the best point has the least of: of the held-out windows, in the shares that are trained on
+    held_out: Mapping[str, HeldOut]  # by domain
+    weights: Mapping[str, float]  # by which domains took turns before it
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How the shrunk model was trained, and the checkpoint it became; None where it got no better."""
+
+    method: str
+    settings: Mapping[str, Any]
+    texts: tuple[TextPart, ...]
+    points: tuple[RecoveryPoint, ...]  # the first is the shrunk model as it was
+    best: int  # index of the one that was kept
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: str  # by: budget | patience | text | instability
+    checkpoint: ShrunkCheckpoint | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> RecoveryPoint:
+        return self.points[self.best]
+
+
 # ---------------------------------------------------------------------------------------------- export and verify
 
 
@@ -419,7 +462,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in sorted(p for p in partial.rglob("*") if not p.is_symlink()):
-            _sync(file)
+            sync(file)
         remove(path)
         replace(partial, path)
     except BaseException:
@@ -430,10 +473,10 @@ def staged_directory(path: Path) -> Iterator[Path]:
 def replace(source: Path, path: Path) -> None:
     """`os.replace`, which after this call even a power cut does not undo."""
     os.replace(source, path)
-    _sync(Path(path).parent)
+    sync(Path(path).parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """What is in this file or directory is on the disk now."""
     if os.name != "posix":  # Windows opens no directories, and nothing that is not to be written
         return

@@ -211,7 +211,7 @@ def main() -> None:
         raise UsageError(f"slimexport {command} is one process: start it without torchrun.")
 
 
-@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "limits", "export", "verify", "gate"))
+@main.command(cls=ConfigCommand, stages=("load", "calibrate", "prune", "recover", "limits", "export", "verify", "gate"))
 @model_argument
 @output_option
 @recipe_option
@@ -279,6 +279,26 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
         checkpoint = pipeline.prune(config, output, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint, output))
     return ExitCode.PASSED
+
+
+@main.command(cls=ConfigCommand, stages=("recover",))
+@directory_argument
+@recipe_option
+@resumable
+@common
+@click.pass_context
+def recover(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
+            quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+    """Train the checkpoint in a run directory toward the dense model.
+
+    DIRECTORY is what `slimexport prune` or `run` wrote. The shape stays; what was exported before is exported anew.
+    """
+    overrides, flags = _overrides(ctx, directory, recipe), _flags(force, resume)
+    with _working(quiet, debug) as progress:
+        from slimexport import artifacts, pipeline, reporting
+
+        made = pipeline.recover(directory, overrides, **flags, progress=progress)
+    _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.recovery_text(made, directory))
 
 
 @main.command(cls=ConfigCommand, stages=("export",))

@@ -18,6 +18,7 @@ from slimexport.errors import BadInputError, SlimExportError, UsageError, neares
 from slimexport.gates import figures
 from slimexport.gates.declared import Gate, gates_of
 from slimexport.providers import parsed
+from slimexport.recovery.budget import Budget
 from slimexport.tasks.named import parse as parse_task
 
 CURVATURE_TOKENS = 4096
@@ -116,6 +117,33 @@ class RunConfig(BaseModel):
         "a share.",
     )
     damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
+
+    # recover
+    recover: Literal["none", "distill"] = Field(
+        default="none", description="Train the shrunk model after pruning: distill, toward the dense model's output."
+    )
+    recover_budget: str = Field(
+        default="20m", description="How long to train: a time (20m, 1h30m), or 500k tokens, or 200 steps."
+    )
+    recover_text: str = Field(
+        default="default",
+        description="What to train on, as --calibration names it; parts of a mix are domains that take turns.",
+    )
+    recover_learning_rate: float = Field(default=2e-4, gt=0, description="Highest, after warm-up.")
+    recover_sequences: int = Field(default=8, ge=1, description="Sequences in one step.")
+    recover_length: int = Field(default=512, ge=8, description="Tokens per sequence that is trained on.")
+    recover_text_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the loss that is the text's; the rest is the dense model's.",
+    )
+    recover_temperature: float = Field(default=1.0, gt=0, description="At which outputs are compared.")
+    recover_hidden_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of a further loss: how far the blocks' outputs are from dense.",
+    )
 
     # limits
     max_memory: str | None = Field(
@@ -227,6 +255,12 @@ class RunConfig(BaseModel):
             bytes_of(str(value))
         return value if value is None else str(value)
 
+    @field_validator("recover_budget")
+    @classmethod
+    def _budgets_are_budgets(cls, value: str) -> str:
+        Budget.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if any(length < 1 for length in self.prompt_lengths):
@@ -266,6 +300,11 @@ class RunConfig(BaseModel):
                 return "explicit"
             return ("uniform" if self.layout == "uniform" else "incremental") if self.fast else "sensitivity"
         return self.allocation
+
+    @property
+    def resolved_recover(self) -> str:
+        """The method of `slimexport recover`, which need not be named."""
+        return "distill" if self.recover == "none" else self.recover
 
     @property
     def resolved_refit(self) -> float:

@@ -27,6 +27,10 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "search_evaluations", "refit", "curvature_tokens", "first_ratio", "head_weight", "round_to", "group_size_start",
         "group_size_end", "damping", "bias_compensation",
     ),
+    "recover": (
+        "recover", "recover_budget", "recover_text", "recover_learning_rate", "recover_sequences", "recover_length",
+        "recover_text_share", "recover_temperature", "recover_hidden_weight",
+    ),
     "limits": ("max_memory", "max_device_memory"),
     "export": (
         "target", "precision", "exporter", "provider", "provider_option", "rounding_tokens", "without_pass", "verify",

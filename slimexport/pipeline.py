@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport import ranks
-from slimexport.artifacts import ExportArtifact, PruningPlan, ShrunkCheckpoint, VerificationReport
+from slimexport.artifacts import ExportArtifact, PruningPlan, Recovery, ShrunkCheckpoint, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
@@ -21,6 +21,7 @@ from slimexport.stages.inputs import absolute, check_targets, config_of, fields_
 from slimexport.stages.plan import known_costs, measured_costs, plan_stage
 from slimexport.stages.prune import assist as assist_stage
 from slimexport.stages.prune import block_by_block, prune_stage
+from slimexport.stages.recover import recover_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
 
@@ -51,6 +52,8 @@ def run(
             prune_stage(
                 directory, config, force=force, resume=resume, progress=progress, evaluated=True, ranks=them
             )  # fmt: skip
+        if config.recover != "none":
+            recover_stage(directory, config, progress, resume=resume)
         export_stage(directory, config, progress)
         verify_stage(directory, config, progress)
         directory.save_config(fields_of(config, "gate"))  # the run's own gates; those of `report` hold once
@@ -136,6 +139,24 @@ def assist(config: RunConfig) -> None:
     while that one calls `run` or `prune`: pruning is shared among all, the rest is the first one's."""
     with ranks.joined(config.device) as them:
         assist_stage(absolute(config), them)
+
+
+def recover(
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Trains the checkpoint in `output` toward the model that it was made from: ends with `recovered/`, in the same
+    shape, which is what is exported from then on."""
+    directory = RunDirectory(Path(output))
+    with directory.locked(must_exist=True):
+        config = config_of(directory, overrides)
+        if directory.done("recover") and not force and not resume:
+            raise BadInputError(f"{output} is recovered already: --force replaces it, --resume keeps what is the same.")
+        return recover_stage(directory, config, progress or Progress(quiet=True), force=force, resume=resume)
 
 
 def export(

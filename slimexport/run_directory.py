@@ -4,7 +4,9 @@ run.json            resolved config, environment, source, stage states
 plan.json           PruningPlan
 costs.json          CostTable, where the allocation is planned from one
 prune.json          trace per block, calibration text
+recover.json        how the shrunk model was trained, where it was
 checkpoint/         the shrunk Hugging Face directory
+recovered/          the same, trained: what is exported where it is there
 onnx/               the exported graph (one directory per target and precision: onnx-int8/)
 baseline/onnx/      the dense model, same export
 numerics.json       logits of the graphs against torch
@@ -26,6 +28,7 @@ from slimexport.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
     BlockTrace,
+    Recovery,
     ShrunkCheckpoint,
     TextSource,
     VerificationReport,
@@ -37,10 +40,11 @@ from slimexport.artifacts import (
 )
 from slimexport.errors import BadInputError
 
-RUN, PLAN, COSTS, PRUNE = "run.json", "plan.json", "costs.json", "prune.json"
+RUN, PLAN, COSTS, PRUNE, RECOVER = "run.json", "plan.json", "costs.json", "prune.json", "recover.json"
 NUMERICS, VERIFICATION, TASKS = "numerics.json", "verification.json", "tasks.json"
-CHECKPOINT, BASELINE, REPORT, WORK, LOCK = "checkpoint", "baseline", "report", ".work", ".lock"
-STAGE_ORDER = ("prune", "export", "verify")
+CHECKPOINT, RECOVERED = "checkpoint", "recovered"
+BASELINE, REPORT, WORK, LOCK = "baseline", "report", ".work", ".lock"
+STAGE_ORDER = ("prune", "recover", "export", "verify")
 
 
 @dataclass(frozen=True)
@@ -164,10 +168,23 @@ class RunDirectory:
         """
         self.state = _empty_state()
         self.save()
-        for name in (PLAN, COSTS, PRUNE, NUMERICS, VERIFICATION, TASKS, CHECKPOINT, REPORT, WORK, *self.exported()):
+        ours = (PLAN, COSTS, PRUNE, RECOVER, NUMERICS, VERIFICATION, TASKS, CHECKPOINT, RECOVERED, REPORT, WORK)
+        for name in (*ours, *self.exported()):
             remove(self / name)
         for partial in self.path.glob(".*.partial"):
             remove(partial)
+
+    def recovered(self) -> Recovery | None:
+        """How the shrunk model was trained; None where it was not."""
+        return self.read(RECOVER, Recovery) if self.done("recover") else None
+
+    def shrunk(self) -> ShrunkCheckpoint:
+        """What is exported: the recovered checkpoint where there is one, else the pruned one."""
+        recovered = self.recovered()
+        if recovered is not None and recovered.checkpoint is not None:
+            return recovered.checkpoint
+        pruned: PruneRecord = self.read(PRUNE, PruneRecord)
+        return pruned.checkpoint
 
     def verified(self) -> VerifyRecord:
         """Raises BadInputError where nothing was measured of what is here now."""

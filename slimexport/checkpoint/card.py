@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from slimexport import __version__
-from slimexport.artifacts import ModelSource, PruningPlan, TextSource, VerificationReport
+from slimexport.artifacts import ModelSource, PruningPlan, Recovery, TextSource, VerificationReport
 
 CARD = "README.md"
 # What of a report goes into the card: figures that another run on the same machine finds again.
@@ -45,8 +45,12 @@ def model_card(
     calibration: TextSource,
     report: VerificationReport | None = None,
     evaluation: TextSource | None = None,
+    recovery: Recovery | None = None,
 ) -> str:
-    """What it was made from, how, what it lost (once that was measured, on `evaluation`), and how to load it."""
+    """What it was made from, how, what it lost (once that was measured, on `evaluation`), and how to load it.
+
+    `recovery` is only of the checkpoint that was trained.
+    """
     before, after = plan.dense_estimates, plan.estimates
     per_block = len(set(plan.blocks)) > 1
     load = (
@@ -71,7 +75,7 @@ def model_card(
 # {title}
 
 Pruned by slimexport {__version__} (criterion {plan.criterion}, allocation {plan.allocation}, layout {plan.layout}),
-calibrated on {calibration.tokens} tokens of {calibration.name}. No training after pruning.
+calibrated on {calibration.tokens} tokens of {calibration.name}. {_training(recovery)}
 
 | | dense | this model |
 | --- | --- | --- |
@@ -88,6 +92,24 @@ model = {load}
 
 {note}{licence}
 """
+
+
+def _training(recovery: Recovery | None) -> str:
+    if recovery is None:
+        return "No training after pruning."
+    texts = "; ".join(
+        f"{part.name} ({', '.join(said for said in (part.license, part.note) if said)})" if part.license or part.note
+        else part.name
+        for part in recovery.texts
+    )  # fmt: skip
+    before, after = recovery.points[0].divergence, recovery.kept.divergence
+    share = recovery.settings.get("recover_text_share", 0.0)
+    toward = "the text" if share == 1 else f"the base model's output{f' and the text ({share:g})' if share else ''}"
+    return (
+        f"Then trained toward {toward} ({recovery.method}, {recovery.kept.tokens:,} tokens, "
+        f"{recovery.seconds / 60:.0f} minutes): the KL divergence on held-out text went from {before:.3f} to "
+        f"{after:.3f} nats/token. Texts: {texts}."
+    )
 
 
 def _metadata(

@@ -31,14 +31,15 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads `directory` (a checkpoint, or a run directory that holds one) as (model, tokenizer), in evaluation mode.
 
-    Both layouts load; no code from the directory is run. `dtype` None keeps the stored one.
-    Raises BadInputError where it is no checkpoint.
+    In a run directory the recovered checkpoint comes first. Both layouts load; no code from the directory is run.
+    `dtype` None keeps the stored one. Raises BadInputError where it is no checkpoint.
     """
     from transformers import AutoTokenizer
 
     path = Path(directory)
-    if not (path / "config.json").is_file() and (path / "checkpoint" / "config.json").is_file():
-        path = path / "checkpoint"
+    for inside in ("recovered", "checkpoint"):
+        if not (path / "config.json").is_file() and (path / inside / "config.json").is_file():
+            path = path / inside
     if not (path / "config.json").is_file():
         raise BadInputError(f"{directory} is no checkpoint: it has no config.json.")
     model = load_weights(path, dtype=dtype).to(device)

@@ -14,12 +14,19 @@ from slimexport.reporting.schema import (
     load_report,
     to_json,
 )
-from slimexport.reporting.terminal import checkpoint_text, exports_text, figures_text, plan_text, summary, verified_text
+from slimexport.reporting.terminal import (
+    checkpoint_text,
+    exports_text,
+    figures_text,
+    plan_text,
+    recovery_text,
+    summary,
+    verified_text,
+)
 
 __all__ = [
     "BlockSummary", "PruningSummary", "Report", "checkpoint_text", "exports_text", "figures_text", "load_report",
-    "plan_text", "summary", "to_json", "verified_text",
-    "write_report",
+    "plan_text", "recovery_text", "summary", "to_json", "verified_text", "write_report",
 ]  # fmt: skip
 
 

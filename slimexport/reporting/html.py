@@ -42,6 +42,16 @@ def render(report: Report) -> str:
             page.folded("Numbers", page.scroll(page.table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)))),
         ),
     ]
+    if report.recovery:
+        rows = view.recovery(report.recovery)
+        body.append(
+            page.section(
+                "How it was trained",
+                page.soft(view.recovery_sentence(report.recovery)),
+                page.scroll(page.table(view.RECOVERY_COLUMNS, rows, "figures", right=range(1, 5))),
+                page.bullets(report.recovery.notes),
+            )
+        )
     if made := report.verification.continuations:
         body.append(page.section("How both go on", page.soft(view.CONTINUATIONS), *map(_continuation, made)))
     if texts := view.texts(report):

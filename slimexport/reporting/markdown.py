@@ -35,6 +35,13 @@ def render(report: Report) -> str:
             table(view.BLOCK_COLUMNS, view.blocks(report), right=range(6)),
         )
     )
+    if report.recovery:
+        parts += [
+            "## How it was trained",
+            text(view.recovery_sentence(report.recovery)),
+            table(view.RECOVERY_COLUMNS, view.recovery(report.recovery), right=range(1, 5)),
+        ]
+        parts += [f"- {text(note)}" for note in report.recovery.notes]
     if made := report.verification.continuations:
         rows = [(c.prompt, c.dense or view.DASH, c.shrunk, view.same_tokens(c)) for c in made]
         beside = table(("text", "dense goes on", "shrunk goes on", ""), rows)

@@ -70,6 +70,7 @@ def all_of(report: Report) -> list[Plot]:
         token_times(report.verification),
         errors(report),
         size_against_quality(report),
+        recovery(report),
     )
     return [plot for plot in made if plot is not None]
 
@@ -196,6 +197,28 @@ def size_against_quality(report: Report) -> Plot | None:
         axes.set(xlabel="MB", ylabel="perplexity / dense")
         axes.set_xlim(0, 1.08 * max(dense.baseline, *(size for _, size, _ in points)))
         axes.margins(y=0.15)
+        axes.legend(fontsize=8)
+    return caption, done[0]
+
+
+def recovery(report: Report) -> Plot | None:
+    """How far held-out text was from the dense model's output while the shrunk one was trained, by domain."""
+    made = report.recovery
+    if made is None or len(made.points) < 2:
+        return None
+    tokens = [point.tokens for point in made.points]
+    domains = list(made.points[0].held_out)
+    caption = f"KL divergence to dense on held-out text over {tokens[-1]:,} tokens of training: " + "; ".join(
+        f"{name} {made.points[0].held_out[name].divergence:.3f} → {made.kept.held_out[name].divergence:.3f}"
+        for name in domains
+    )
+    with drawing(caption) as (axes, done):
+        for number, name in enumerate(domains):
+            values = [point.held_out[name].divergence for point in made.points]
+            colour, line = (SHRUNK, OTHER, DENSE)[number % 3], ("-", "--", ":")[number // 3 % 3]
+            axes.plot(tokens, values, f"o{line}", color=colour, label=_CONTROL.sub(" ", name), markersize=3)
+        axes.axvline(made.kept.tokens, color=_SOFT, linewidth=0.8)
+        axes.set(xlabel="tokens", ylabel="KL (nats/token)", ylim=(0, None))
         axes.legend(fontsize=8)
     return caption, done[0]
 

@@ -13,6 +13,7 @@ from slimexport.artifacts import (
     ExportArtifact,
     ModelSource,
     PruningPlan,
+    Recovery,
     ShrunkCheckpoint,
     TextSource,
     VerificationReport,
@@ -95,6 +96,7 @@ class Report:
     verification: VerificationReport
     gates: tuple[GateResult, ...] = ()
     pruning: PruningSummary | None = None  # None where nothing was pruned (ratio 0)
+    recovery: Recovery | None = None  # None where the shrunk model was not trained
     calibration: TextSource | None = None
     evaluation: TextSource | None = None
     exports: Mapping[str, ExportArtifact] = field(default_factory=dict)

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slimexport.artifacts import ExportArtifact, PruningCost, PruningPlan, ShrunkCheckpoint, VerificationReport
+from slimexport.artifacts import (
+    ExportArtifact,
+    PruningCost,
+    PruningPlan,
+    Recovery,
+    ShrunkCheckpoint,
+    VerificationReport,
+)
 from slimexport.progress import seconds
 from slimexport.reporting import view
 from slimexport.reporting.schema import Report
@@ -55,6 +62,13 @@ def checkpoint_text(checkpoint: ShrunkCheckpoint, output: Path) -> str:
         f"{output / checkpoint.path}: {checkpoint.parameters:,} parameters, {checkpoint.bytes / 1e6:,.1f} MB; "
         f"reloaded in a fresh process, largest logit difference {view.number(checkpoint.max_logit_difference)}"
     )
+
+
+def recovery_text(made: Recovery, output: Path) -> str:
+    lines = [view.recovery_sentence(made), "", table(view.RECOVERY_COLUMNS, view.recovery(made)), *made.notes]
+    if made.checkpoint is not None:
+        lines += ["", checkpoint_text(made.checkpoint, output)]
+    return "\n".join(lines)
 
 
 def exports_text(exports: Mapping[str, ExportArtifact]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slimexport.artifacts import BlockSizes, Continuation, Estimates, Figure, PruningPlan, VerificationReport
+from slimexport.artifacts import BlockSizes, Continuation, Estimates, Figure, PruningPlan, Recovery, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.gates.decide import GateResult
 from slimexport.gates.declared import Gate
@@ -234,11 +234,41 @@ def blocks(report: Report) -> list[tuple[str, ...]]:
 def texts(report: Report) -> list[tuple[str, str, str, str, str]]:
     """(use, name, tokens, sha256, licence and note)."""
     rows = []
-    for use, text in (("calibration", report.calibration), ("evaluation", report.evaluation)):
+    trained = report.recovery.texts if report.recovery else ()
+    used = (("calibration", report.calibration), *(("recovery", part) for part in trained),
+            ("evaluation", report.evaluation))  # fmt: skip
+    for use, text in used:
         if text:
             remark = "; ".join(part for part in (text.license, text.note) if part)
             rows.append((use, text.name, f"{text.tokens:,}", text.sha256, remark))
     return rows
+
+
+RECOVERY_COLUMNS = ("held-out text", "KL before", "KL after", "nats/token before", "nats/token after")
+
+
+def recovery(made: Recovery) -> list[tuple[str, ...]]:
+    """Rows of RECOVERY_COLUMNS: every domain."""
+    first, kept = made.points[0].held_out, made.kept.held_out
+    pairs = [(name, first[name], kept[name]) for name in first]
+    return [
+        (name, *(f"{value:.3f}" for value in (a.divergence, b.divergence, a.nll, b.nll))) for name, a, b in pairs
+    ]  # fmt: skip
+
+
+def recovery_sentence(made: Recovery) -> str:
+    """What training did, in a line."""
+    before, after = made.points[0].divergence, made.kept.divergence
+    how = f"{made.method}, {made.tokens:,} tokens in {made.steps} steps, {seconds(made.seconds)}"
+    ended = {
+        "budget": "the budget was used up",
+        "patience": "it got no better any more",
+        "text": "all of the text was used",
+        "instability": "it became unstable",
+    }.get(made.stopped, made.stopped)
+    if made.checkpoint is None:
+        return f"Trained ({how}; {ended}) and no better for it: the pruned model is what is exported."
+    return f"Trained ({how}; {ended}): KL divergence on held-out text {before:.3f} to {after:.3f} nats/token."
 
 
 def timings(report: Report) -> str:

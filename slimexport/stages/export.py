@@ -28,7 +28,7 @@ from slimexport.artifacts import (
 )
 from slimexport.environment import version
 from slimexport.errors import BadInputError
-from slimexport.run_directory import BASELINE, CHECKPOINT, NUMERICS, PRUNE, PruneRecord, RunDirectory, lock_file
+from slimexport.run_directory import BASELINE, NUMERICS, RunDirectory, lock_file
 from slimexport.stages.inputs import baselines, check_files, export_names, export_options, exports, fields_of
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ def export_stage(
 
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
-    key = {"prune": directory.key("prune"), **fields_of(config, "export")}
+    trained = {"recover": directory.key("recover")} if directory.done("recover") else {}
+    key = {"prune": directory.key("prune"), **trained, **fields_of(config, "export")}
     names = export_names(config)
     if directory.done("export", key) and not force and all((directory / n).is_dir() for n in names):
         return {name: load_artifact(directory / name) for name in names}
-    checkpoint = directory.read(PRUNE, PruneRecord).checkpoint
-    check_files(directory / CHECKPOINT, checkpoint.files)
+    checkpoint = directory.shrunk()
+    place = directory / checkpoint.path
+    check_files(place, checkpoint.files)
     directory.begin("export")
     started = time.monotonic()
     if force:  # what other options made of an earlier pruning must not pass for this one's
@@ -63,15 +65,15 @@ def export_stage(
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
     with progress.stage("export"):
-        text = _rounding_text(directory / CHECKPOINT, config)
+        text = _rounding_text(place, config)
         of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
         for name, kind in exports(config).items():
-            place, same = directory / name, _key(of, kind, config, text)
+            exported, same = directory / name, _key(of, kind, config, text)
             kept = directory.state.get("exports", {})  # of a stage that was stopped at a later one, too
-            made = None if force else _unchanged(kept.get(name, {}), place, same)
+            made = None if force else _unchanged(kept.get(name, {}), exported, same)
             if made is None:
-                made = export_checkpoint(directory / CHECKPOINT, place, kind, config, progress, text)
-                directory.save(exports={**kept, name: _record_of(place, same, made)})
+                made = export_checkpoint(place, exported, kind, config, progress, text)
+                directory.save(exports={**kept, name: _record_of(exported, same, made)})
             else:
                 progress.note(f"{name}: is there already")
             numerics[name] = made

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ModelSource, PruningPlan, from_dict
-from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, REPORT, PruneRecord, RunDirectory
+from slimexport.run_directory import PLAN, PRUNE, RECOVERED, REPORT, PruneRecord, RunDirectory
 from slimexport.stages.inputs import decided, earlier_exports, export_names
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
         source=from_dict(ModelSource, directory.state["source"], "run.json"),
         config=config.model_dump(mode="json"),
         plan=directory.read(PLAN, PruningPlan),
-        checkpoint=record.checkpoint,
+        checkpoint=directory.shrunk(),
         verification=verified.report,
         gates=tuple(
             result
@@ -38,6 +38,7 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
         ),
         others=verified.others,
         pruning=_summary(record),
+        recovery=directory.recovered(),
         calibration=record.calibration,
         evaluation=verified.evaluation,
         exports={name: load_artifact(directory / name) for name in export_names(config)},
@@ -47,9 +48,10 @@ def report_stage(directory: RunDirectory, config: RunConfig, progress: Progress)
     )
     with progress.stage("report"):
         reporting.write_report(made, directory / REPORT)
-        if record.calibration and (directory / CHECKPOINT).is_dir():
-            card = model_card(made.source, made.plan, record.calibration, verified.report, verified.evaluation)
-            write_text(directory / CHECKPOINT / CARD, card)
+        place, how = directory / made.checkpoint.path, made.recovery if made.checkpoint.path == RECOVERED else None
+        if record.calibration and place.is_dir():
+            card = model_card(made.source, made.plan, record.calibration, verified.report, verified.evaluation, how)
+            write_text(place / CARD, card)
     return made
 
 

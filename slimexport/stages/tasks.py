@@ -10,9 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import ExportArtifact, VerificationReport, read_json, sha256_file, write_json
+from slimexport.artifacts import (
+    ExportArtifact,
+    ShrunkCheckpoint,
+    VerificationReport,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from slimexport.errors import BadInputError
-from slimexport.run_directory import CHECKPOINT, TASKS, RunDirectory
+from slimexport.run_directory import TASKS, RunDirectory
 from slimexport.runtime import CheckpointDecoder, Decoder, open_decoder
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ def with_tasks(
     config: RunConfig,
     made_of: Mapping[str, ExportArtifact],
     dense: str,
-    checkpoint_files: Mapping[str, str],
+    checkpoint: ShrunkCheckpoint,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
 ) -> dict[str, VerificationReport]:
@@ -53,7 +60,7 @@ def with_tasks(
 
         other = made_of.get(dense)
         baseline = asked(dense, other.files, Path(other.path)) if other else None
-        torch = asked(CHECKPOINT, checkpoint_files, directory / CHECKPOINT, torch=True)
+        torch = asked(checkpoint.path, checkpoint.files, directory / checkpoint.path, torch=True)
         for name in found:
             own = asked(name, made_of[name].files, Path(made_of[name].path))
             made[name] = replace(

@@ -13,7 +13,6 @@ from slimexport.artifacts import PruningPlan, VerificationReport, read_json
 from slimexport.errors import BadInputError
 from slimexport.run_directory import (
     BASELINE,
-    CHECKPOINT,
     NUMERICS,
     PLAN,
     PRUNE,
@@ -59,7 +58,7 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
     from slimexport.pruning.states import Keeper, Room
     from slimexport.verification.streamed import streamed_accuracy
 
-    shrunk = load_model(config.model_copy(update={"model": str(directory / CHECKPOINT)}), streamed=True)
+    shrunk = load_model(config.model_copy(update={"model": str(directory / directory.shrunk().path)}), streamed=True)
     dense = load_model(config, streamed=True) if config.baseline else None
     if dense is not None and dense.source.fingerprint != directory.state["source"]["fingerprint"]:
         raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
@@ -91,7 +90,8 @@ def verify_stage(
         raise BadInputError(f"{directory.path} is not exported yet; `slimexport export {directory.path}` does that.")
     record = directory.read(PRUNE, PruneRecord)
     plan_made = directory.read(PLAN, PruningPlan)
-    tokenizer = load_tokenizer(Located(str(directory.path), "directory", directory / CHECKPOINT), config)
+    shrunk = directory.shrunk()
+    tokenizer = load_tokenizer(Located(str(directory.path), "directory", directory / shrunk.path), config)
     text = evaluation_ids(config, tokenizer, record.calibration)
     key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
     if directory.done("verify", key) and not again:
@@ -133,8 +133,7 @@ def verify_stage(
                 decode=partial(tokenizer.decode, skip_special_tokens=False),
                 enough=partial(_decided, config, name, compared, not found),
             )
-        checkpoint = record.checkpoint.files
-        found = with_tasks(found, directory, config, made_of, dense, checkpoint, tokenizer, progress)
+        found = with_tasks(found, directory, config, made_of, dense, shrunk, tokenizer, progress)
     made, *_ = found.values()
     if far:
         progress.note(far)

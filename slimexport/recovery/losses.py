@@ -1,0 +1,94 @@
+"""What recovery minimises: how far the student's next-token distribution is from the teacher's, and from the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+ROWS = 128  # tokens whose distributions are in float32 at once: they stay in the cache, and a vocabulary is wide
+
+
+def distillation(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    text_share: float = 0.0,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """(1 - s) T^2 KL(teacher || student), at temperature T, + s (-log p of the text), the mean over tokens: float32 [].
+
+    The factor T^2 keeps gradients of the first part as large as without a temperature (Hinton et al., arXiv
+    1503.02531, section 2). Computed a few rows at a time in float32, the gradient along with it: nothing as wide as the
+    vocabulary is kept but one gradient in the logits' own precision.
+
+    Args:
+        student: logits [tokens, vocab], any float dtype.
+        teacher: logits likewise; None where `text_share` is 1.
+        targets: int64 [tokens], the tokens that the text goes on with.
+        text_share: s, from 0 to 1.
+    """
+    if teacher is None and text_share < 1:
+        raise ValueError("distillation needs the teacher's logits unless text_share is 1")
+    loss: torch.Tensor = _Distillation.apply(student, teacher, targets, text_share, temperature)
+    return loss
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        targets: torch.Tensor,
+        share: float,
+        temperature: float,
+    ) -> torch.Tensor:
+        tokens, wide = len(student), torch.promote_types(student.dtype, torch.float32)
+        gradient = torch.empty_like(student)
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        for start in range(0, tokens, ROWS):
+            rows = slice(start, start + ROWS)
+            given, wanted = student[rows].to(wide), targets[rows].unsqueeze(1)
+            slope = torch.zeros_like(given)
+            if share < 1:
+                assert teacher is not None
+                own = functional.log_softmax(given / temperature, -1)
+                other = functional.log_softmax(teacher[rows].to(wide) / temperature, -1)
+                p = other.exp()
+                total += (1 - share) * temperature**2 * (p * other.sub_(own)).sum()
+                slope.add_(own.exp_().sub_(p), alpha=(1 - share) * temperature)
+            if share > 0:
+                own = functional.log_softmax(given, -1)
+                total -= share * own.gather(1, wanted).sum()
+                slope.add_(own.exp_(), alpha=share)
+                slope.scatter_add_(1, wanted, torch.full_like(wanted, -share, dtype=wide))
+            gradient[rows] = slope / tokens
+        ctx.save_for_backward(gradient)
+        return (total / tokens).to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient), None, None, None, None
+
+
+def hidden_states(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over blocks of ||student - teacher||^2 / ||teacher||^2, of their outputs [sequences, length, width]."""
+    shares = [
+        (own.float() - other.float()).square().sum() / other.float().square().sum()
+        for own, other in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(shares).mean()
+
+
+@torch.no_grad()
+def divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """KL(teacher || student) in nats, the sum over tokens; logits [tokens, vocab]."""
+    total = 0.0
+    for own, other in zip(student.split(ROWS), teacher.split(ROWS), strict=True):
+        q, p = functional.log_softmax(own.float(), -1), functional.log_softmax(other.float(), -1)
+        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    return total

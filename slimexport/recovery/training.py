@@ -1,0 +1,370 @@
+"""The training loop of recovery: a student toward its teacher, within a budget, never ending worse than it began.
+
+Held-out windows of every domain are judged at the beginning and EVALUATIONS times after that; the state that is
+best at them is what comes out. All that decides the next step is in the state that is saved there, so that a
+resumed run goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimexport.artifacts import HeldOut, RecoveryPoint
+from slimexport.errors import BadInputError
+from slimexport.progress import Progress
+from slimexport.recovery.budget import Budget
+from slimexport.recovery.domains import Domain, OutOfTextError, Turns
+from slimexport.recovery.losses import distillation, divergence, hidden_states
+from slimexport.recovery.state import TrainingState
+
+WARM_UP = 0.05  # of all steps
+LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
+BETAS = (0.9, 0.95)  # few steps: the second moment has to forget the beginning
+CLIP = 1.0  # norm of the gradient
+EVALUATIONS = 6
+MEASURED_STEPS = 4  # until a time is turned into steps, the first being slower than the others
+PATIENCE = 3  # evaluations in a row that are no better
+SPIKE = 2.0  # times the usual loss, or what is best on held-out text: the last saved state is gone back to
+RECENT = 20  # steps whose median is the usual loss
+ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. A step has `sequences` windows, of which `together` are in one forward pass."""
+
+    budget: Budget
+    learning_rate: float
+    sequences: int
+    together: int
+    text_share: float = 0.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    autocast: torch.dtype | None = None  # None: the forward passes are in the weights' own precision
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`points` begin with the student as it was given; `best` is the index of the one whose weights it has now."""
+
+    points: tuple[RecoveryPoint, ...]
+    best: int
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: str
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Numbers:
+    """Where a training is: all that is not a tensor."""
+
+    step: int = 0
+    total: int | None = None  # steps; of a time the latest estimate
+    seconds: float = 0.0
+    scale: float = 1.0  # of the learning rate, halved by every rollback
+    rollbacks: int = 0
+    worse: int = 0  # evaluations since the best
+    best: int = 0
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module,
+    domains: Sequence[Domain],
+    recipe: Recipe,
+    state: TrainingState,
+    progress: Progress,
+) -> Trained:
+    """Trains what of `student` requires a gradient, in place; `teacher` is only asked.
+
+    Raises BadInputError where the budget is shorter than one step.
+    """
+    return _Training(student, teacher, domains, recipe, state, progress).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        domains: Sequence[Domain],
+        recipe: Recipe,
+        state: TrainingState,
+        progress: Progress,
+    ):
+        self.student, self.teacher, self.domains, self.recipe = student, teacher, domains, recipe
+        self.state, self.progress = state, progress
+        self.device = next(student.parameters()).device
+        self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(
+            self.trained.values(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self.turns = Turns(domains, recipe.seed)
+        self.at = _Numbers()
+        self.points: list[RecoveryPoint] = []
+        self.recent: list[float] = []
+        self.notes: list[str] = []
+        self.judging = 0.0  # seconds that it took last
+        self.tokens_per_step = recipe.sequences * domains[0].train.shape[1]
+
+    def run(self) -> Trained:
+        planned = self.recipe.budget.steps(self.tokens_per_step)
+        if planned == 0:
+            raise BadInputError(
+                f"A budget of {self.recipe.budget} is shorter than one step, which has {self.tokens_per_step} tokens: "
+                "give more, or fewer --recover-sequences."
+            )
+        self.student.train()
+        self.teacher.eval()
+        self.begun = time.monotonic()
+        if not self._resumed():
+            self.at.total = planned
+            self._judge(loss=None)
+        stopped = self._steps()
+        self.student.eval()
+        with torch.no_grad():
+            best = self.state.tensors("best")
+            for name, parameter in self.trained.items():
+                parameter.copy_(best[name])
+        at = self.at
+        return Trained(
+            tuple(self.points), at.best, at.step, at.step * self.tokens_per_step, self._elapsed(), stopped,
+            tuple(self.notes),
+        )  # fmt: skip
+
+    def _elapsed(self) -> float:
+        return self.at.seconds + time.monotonic() - self.begun
+
+    def _steps(self) -> str:
+        """Trains until the budget, the patience or the text is used up, and says which."""
+        while self.at.total is None or self.at.step < self.at.total:
+            try:
+                batch = self.turns.batch(self.recipe.sequences)
+            except OutOfTextError:
+                self.notes.append("all of the text was gone through as often as it helps: more text would help more")
+                if self.points[-1].step < self.at.step:
+                    self._judge(statistics.fmean(self.recent))
+                return "text"
+            loss = self._step(batch)
+            usual = statistics.median(self.recent) if len(self.recent) == RECENT else math.inf
+            if loss is None or loss > SPIKE * usual:
+                if not self._rolled_back("the loss was not finite" if loss is None else f"the loss rose to {loss:.3g}"):
+                    return "instability"
+                continue
+            self.at.step += 1
+            self.recent = [*self.recent, loss][-RECENT:]
+            self._estimate()
+            self._say(loss)
+            if self._due():
+                self._judge(statistics.fmean(self.recent))
+                if not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged:
+                    if not self._rolled_back("the held-out windows got worse by far"):
+                        return "instability"
+                elif self.at.worse >= PATIENCE:
+                    return "patience"
+        return "budget"
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def _step(self, batch: torch.Tensor) -> float | None:
+        """The mean loss of the batch; None, and nothing is changed, where it or its gradient is not finite."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.learning_rate * self.at.scale * self._share_of_rate()
+        total = 0.0
+        for some in batch.to(self.device).split(self.recipe.together):
+            loss = self._loss(some) * (len(some) / len(batch))
+            loss.backward()
+            total += float(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        finite = math.isfinite(total) and bool(torch.isfinite(norm))
+        if finite:
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total if finite else None
+
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        recipe = self.recipe
+        hidden = recipe.hidden_weight > 0
+        given = self._asked(ids, hidden) if hidden or recipe.text_share < 1 else None
+        with self._precision():
+            made = self.student(ids, use_cache=False, output_hidden_states=hidden)
+        loss = distillation(
+            made.logits[:, :-1].flatten(0, 1),
+            None if given is None else given.logits[:, :-1].flatten(0, 1),
+            ids[:, 1:].flatten(),
+            text_share=recipe.text_share,
+            temperature=recipe.temperature,
+        )
+        if hidden:
+            assert given is not None
+            loss = loss + recipe.hidden_weight * hidden_states(made.hidden_states[1:], given.hidden_states[1:])
+        return loss
+
+    @torch.no_grad()
+    def _asked(self, ids: torch.Tensor, hidden: bool = False) -> Any:
+        with self._precision():
+            return self.teacher(ids, use_cache=False, output_hidden_states=hidden)
+
+    def _precision(self) -> torch.autocast:
+        wanted = self.recipe.autocast
+        return torch.autocast(self.device.type, wanted or torch.bfloat16, enabled=wanted is not None)
+
+    def _share_of_rate(self) -> float:
+        """Linear warm-up, then a cosine; while a time has not been turned into steps it is still warming up."""
+        total = self.at.total or 20 * MEASURED_STEPS
+        warm = max(1, round(WARM_UP * total))
+        if self.at.step < warm:
+            return (self.at.step + 1) / warm
+        done = min((self.at.step - warm) / max(1, total - warm), 1.0)
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+
+    def _estimate(self) -> None:
+        budget = self.recipe.budget
+        if budget.unit == "seconds" and self.at.step >= MEASURED_STEPS:
+            elapsed = self._elapsed()
+            left = max(budget.amount - self.judging - elapsed, 0.0)
+            self.at.total = self.at.step + int(left / elapsed * self.at.step)
+
+    def _say(self, loss: float) -> None:
+        at, elapsed = self.at, self._elapsed()
+        speed = at.step * self.tokens_per_step / elapsed
+        best = self.points[self.at.best].divergence
+        text = f"loss {loss:.3f}, held-out KL {best:.3f}, {speed:.0f} tokens/s"
+        if self.recipe.budget.unit == "seconds":
+            self.progress.update(min(elapsed, self.recipe.budget.amount), self.recipe.budget.amount, text)
+        else:
+            self.progress.update(at.step, at.total or at.step, text)
+
+    # ------------------------------------------------------------------------------------------- judging, going back
+
+    def _due(self) -> bool:
+        """Whether another EVALUATIONS-th of the budget is used up."""
+        if self.at.total is None:
+            return False
+        if self.at.step >= self.at.total:
+            return True
+        every = max(1, self.at.total // EVALUATIONS)
+        # the last full one ends with the budget
+        return self.at.step - self.points[-1].step >= every and self.at.total - self.at.step >= every // 2
+
+    def _judge(self, loss: float | None) -> None:
+        """One more point of the curve; what is best so far, and where the training is, is saved."""
+        begun = time.monotonic()
+        found = {domain.name: self._held_out(domain) for domain in self.domains}
+        self.judging = time.monotonic() - begun
+        mean = statistics.fmean(of.divergence for of in found.values())
+        share = self.recipe.text_share
+        judged = (1 - share) * mean + share * statistics.fmean(of.nll for of in found.values())
+        self.points.append(
+            RecoveryPoint(
+                self.at.step, self.at.step * self.tokens_per_step, round(self._elapsed(), 1), loss, mean, judged, found,
+                dict(self.turns.weights),
+            )
+        )  # fmt: skip
+        better = len(self.points) == 1 or judged < self.points[self.at.best].judged
+        if better:
+            self.at.best, self.at.worse = len(self.points) - 1, 0
+        else:
+            self.at.worse += 1
+        self.turns.follow({name: of.divergence for name, of in found.items()})
+        if judged <= SPIKE * self.points[self.at.best].judged:
+            self._save(better)
+
+    @torch.no_grad()
+    def _held_out(self, domain: Domain) -> HeldOut:
+        self.student.eval()
+        distance = nll = 0.0
+        tokens = 0
+        for ids in domain.held_out.to(self.device).split(self.recipe.together):
+            with self._precision():
+                own = self.student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
+            distance += divergence(own, self._asked(ids).logits[:, :-1].flatten(0, 1))
+            nll += float(nn.functional.cross_entropy(own.float(), targets, reduction="sum"))
+            tokens += len(targets)
+        self.student.train()
+        return HeldOut(distance / tokens, nll / tokens)
+
+    def _save(self, better: bool) -> None:
+        moments = {}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                moments[f"{key}.{name}"] = value
+        tensors = {"weights": dict(self.trained), "moments": moments} if self.at.step else {}
+        if better:
+            tensors["best"] = dict(self.trained)
+        numbers = {
+            "at": asdict(replace(self.at, seconds=self._elapsed())),
+            "turns": self.turns.state(),
+            "points": [asdict(point) for point in self.points],
+            "recent": self.recent,
+            "notes": self.notes,
+        }
+        self.state.save(numbers, tensors)
+
+    def _resumed(self) -> bool:
+        """Whether there was a state to go on from."""
+        numbers = self.state.numbers()
+        if numbers is None:
+            return False
+        self._restore(numbers)
+        self.points = [_point(of) for of in numbers["points"]]
+        self.notes = list(numbers["notes"])
+        self.progress.note(f"going on after step {self.at.step}")
+        return True
+
+    def _restore(self, numbers: Mapping[str, Any]) -> None:
+        self.at = _Numbers(**numbers["at"])
+        self.begun = time.monotonic()
+        self.turns.restore(numbers["turns"])
+        self.recent = list(numbers["recent"])
+        self.optimiser.state.clear()
+        weights = self.state.tensors("weights" if self.at.step else "best")
+        moments = self.state.tensors("moments") if self.at.step else {}
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+        for name, parameter in self.trained.items():
+            found = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
+            if found:
+                self.optimiser.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter) for key, value in found.items()
+                }
+
+    def _rolled_back(self, why: str) -> bool:
+        """Goes on from the last saved state, at half the learning rate, with the text after that of the failure; False
+        where that has been done ROLLBACKS times."""
+        if self.at.rollbacks >= ROLLBACKS:
+            self.notes.append(f"given up at step {self.at.step}: {why} again after {ROLLBACKS} rollbacks")
+            return False
+        numbers = self.state.numbers()
+        assert numbers is not None  # the first point was saved
+        at, elapsed, turns = self.at, self._elapsed(), self.turns.state()
+        self._restore(numbers)
+        note = f"at step {at.step} {why}: back to step {self.at.step}, at half the learning rate"
+        self.notes.append(note)
+        self.progress.note(note)
+        self.turns.restore(turns)
+        self.at.scale, self.at.rollbacks = at.scale / 2, at.rollbacks + 1
+        self.at.seconds, self.at.worse, self.at.total = elapsed, at.worse, at.total
+        self.recent = []
+        return True
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _point(data: Mapping[str, Any]) -> RecoveryPoint:
+    held_out = {name: HeldOut(**of) for name, of in data["held_out"].items()}
+    return RecoveryPoint(**{**data, "held_out": held_out})

@@ -1,0 +1,176 @@
+"""Trains the shrunk model toward the dense one: from `checkpoint/` to `recovered/`, in the same shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from slimexport.artifacts import ModelSource, Recovery, ShrunkCheckpoint, from_dict, remove, staged_directory
+from slimexport.errors import BadInputError
+from slimexport.run_directory import (
+    CHECKPOINT,
+    PLAN,
+    PRUNE,
+    RECOVER,
+    RECOVERED,
+    WORK,
+    PruneRecord,
+    RunDirectory,
+)
+from slimexport.stages.inputs import check_files, fields_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimexport.config import RunConfig
+    from slimexport.loading import LoadedModel
+    from slimexport.progress import Progress
+    from slimexport.recovery.domains import Domain
+    from slimexport.recovery.training import Recipe
+
+PLACE = "recovery"  # in WORK
+
+
+def recover_stage(
+    directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False, resume: bool = False
+) -> Recovery:
+    """`force` trains again what was trained, and takes text that overlaps the evaluation text."""
+    from slimexport.checkpoint import load
+    from slimexport.loading import load_model, resolve_device
+    from slimexport.recovery.domains import read_domains
+    from slimexport.recovery.state import TrainingState
+    from slimexport.recovery.training import train
+
+    if not directory.done("prune"):
+        raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
+    key = {"prune": directory.key("prune"), **fields_of(config, "recover"), "seed": config.seed}
+    if directory.done("recover", key) and not force:
+        return directory.read(RECOVER, Recovery)
+    pruned = directory.read(PRUNE, PruneRecord)
+    check_files(directory / CHECKPOINT, pruned.checkpoint.files)
+    started = time.monotonic()
+    with progress.stage("recover"):
+        device = resolve_device(config.device)
+        teacher = load_model(config)
+        source = from_dict(ModelSource, directory.state["source"], "run.json")
+        if teacher.source.fingerprint != source.fingerprint:
+            raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over.")
+        student, tokenizer = load(directory / CHECKPOINT, dtype="float32")
+        domains, notes = read_domains(
+            config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update
+        )
+        _check_apart(domains, config, tokenizer, force, progress)
+        for note in notes:
+            progress.note(note)
+        recipe = recipe_of(config, device)
+        identity = {
+            **key,
+            "checkpoint": dict(pruned.checkpoint.files),
+            "texts": {d.name: d.part.sha256 for d in domains},
+        }
+        directory.begin("recover")
+        remove(directory / RECOVERED)  # of another recovery, if any: it is not to pass for this one
+        place = directory / WORK / PLACE
+        if not resume:
+            remove(place)
+        _prepare(student, teacher.model, device, recipe)
+        trained = train(student, teacher.model, domains, recipe, TrainingState(place, identity), progress)
+        settings = {**fields_of(config, "recover"), "autocast": str(recipe.autocast).removeprefix("torch.")}
+        made = Recovery(
+            config.resolved_recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
+            trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
+        )  # fmt: skip
+        if trained.best:
+            made = dataclasses.replace(made, checkpoint=_save(directory, student, teacher, pruned, made, config))
+        else:
+            progress.note("training made it no better: the pruned model is kept as it is")
+    directory.write(RECOVER, made)
+    directory.save_config(fields_of(config, "recover"))
+    directory.finish("recover", key, time.monotonic() - started)
+    remove(directory / WORK)
+    return made
+
+
+def recipe_of(config: RunConfig, device: torch.device) -> Recipe:
+    from slimexport.machine.precision import fast_bfloat16
+    from slimexport.recovery.budget import Budget
+    from slimexport.recovery.training import Recipe
+
+    return Recipe(
+        budget=Budget.parse(config.recover_budget),
+        learning_rate=config.recover_learning_rate,
+        sequences=config.recover_sequences,
+        together=min(config.recover_sequences, max(1, TOGETHER[device.type] // config.recover_length)),
+        text_share=config.recover_text_share,
+        temperature=config.recover_temperature,
+        hidden_weight=config.recover_hidden_weight,
+        autocast=fast_bfloat16(device),
+        seed=config.seed,
+    )
+
+
+TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
+
+
+def _prepare(student: PreTrainedModel, teacher: PreTrainedModel, device: torch.device, recipe: Recipe) -> None:
+    """Which of the student's weights are trained: all, but embedding and lm_head, which pruning did not touch."""
+    student.requires_grad_(True).to(device)
+    teacher.requires_grad_(False).to(device, recipe.autocast or student.dtype)
+    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
+        if part is not None:
+            part.requires_grad_(False)
+
+
+def _check_apart(
+    domains: Sequence[Domain], config: RunConfig, tokenizer: PreTrainedTokenizerBase, force: bool, progress: Progress
+) -> None:
+    """Text that is evaluated on is not trained on."""
+    from slimexport.artifacts import CalibrationSet, TextSource
+    from slimexport.calibration import check_overlap, evaluation_ids
+
+    evaluation = evaluation_ids(config, tokenizer, None)
+    for domain in domains:
+        named = TextSource(f"the recovery text {domain.name}", domain.train.numel(), domain.part.sha256)
+        try:
+            check_overlap(CalibrationSet(domain.train, named, config.seed), evaluation)
+        except BadInputError as error:
+            if not force:
+                raise
+            progress.note(f"{error} Taken all the same: --force")
+
+
+def _save(
+    directory: RunDirectory,
+    student: PreTrainedModel,
+    teacher: LoadedModel,
+    pruned: PruneRecord,
+    how: Recovery,
+    config: RunConfig,
+) -> ShrunkCheckpoint:
+    """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
+    import torch
+
+    from slimexport.artifacts import PruningPlan
+    from slimexport.checkpoint.card import model_card
+    from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
+
+    plan = directory.read(PLAN, PruningPlan)
+    architecture = teacher.architecture.with_blocks(plan.blocks)
+    stored = _stored_dtype(directory)
+    student.to("cpu", getattr(torch, stored))
+    source = from_dict(ModelSource, directory.state["source"], "run.json")
+    with staged_directory(directory / RECOVERED) as place:
+        card = model_card(source, plan, pruned.calibration, recovery=how)
+        files = save_checkpoint(student, teacher.tokenizer, architecture, plan, place, card=card)
+        difference = check_round_trip(student, place, config.seed)
+        made = checkpoint_artifact(place, architecture, files, difference)
+    return dataclasses.replace(made, path=RECOVERED)
+
+
+def _stored_dtype(directory: RunDirectory) -> str:
+    from slimexport.checkpoint.load import load_weights
+
+    return str(load_weights(directory / CHECKPOINT).dtype).removeprefix("torch.")

@@ -1,0 +1,313 @@
+"""What recovery minimises, which text comes next, and that a training can be stopped anywhere and never ends worse."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from slimexport.artifacts import TextPart
+from slimexport.errors import BadInputError
+from slimexport.progress import Progress
+from slimexport.recovery import losses, training
+from slimexport.recovery.budget import Budget
+from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns
+from slimexport.recovery.state import TrainingState
+from slimexport.recovery.training import Recipe, Trained, train
+from slimexport.testing.models import tiny_config, tiny_model
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [("20m", 1200, "seconds"), ("1h30m", 5400, "seconds"), ("90s", 90, "seconds"), ("0.5h", 1800, "seconds"),
+     ("20 min", 1200, "seconds"), ("200 steps", 200, "steps"), ("500k tokens", 500_000, "tokens"),
+     ("1.5Mtokens", 1_500_000, "tokens")],
+)  # fmt: skip
+def test_budgets_are_read_as_people_write_them(text: str, amount: float, unit: str) -> None:
+    assert Budget.parse(text) == Budget(amount, unit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "20", "0s", "-5m", "20 parsecs", "m", "0 steps", "1e3 steps"])
+def test_what_is_no_budget_is_said(text: str) -> None:
+    with pytest.raises(ValueError, match="is no budget"):
+        Budget.parse(text)
+
+
+def test_a_budget_holds_whole_steps() -> None:
+    assert Budget.parse("1000 tokens").steps(300) == 3
+    assert Budget.parse("100 tokens").steps(300) == 0
+    assert Budget.parse("7 steps").steps(300) == 7
+    assert Budget.parse("5m").steps(300) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def logits(rows: int = 300, vocabulary: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    own, other = (torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    return own, other, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_loss_is_what_it_says_and_its_gradient_that_of_finite_differences(share: float, temperature: float) -> None:
+    own, other, targets = logits()
+    q = functional.log_softmax(own / temperature, -1)
+    p = functional.softmax(other / temperature, -1)
+    expected = (1 - share) * temperature**2 * (p * (p.log() - q)).sum(-1).mean()
+    expected += share * functional.cross_entropy(own, targets)
+    given = {"text_share": share, "temperature": temperature}
+    assert float(losses.distillation(own, other, targets, **given)) == pytest.approx(float(expected), rel=1e-12)
+    few = own[:5].clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: losses.distillation(x, other[:5], targets[:5], **given), (few,), eps=1e-6, atol=1e-8
+    )
+
+
+def test_the_gradient_reaches_what_makes_the_logits_scaled_by_what_is_above() -> None:
+    own, other, targets = logits(20)
+    x = own.clone().requires_grad_()
+    (3 * losses.distillation(2 * x, other, targets)).backward()
+    y = own.clone().requires_grad_()
+    reference = functional.kl_div(
+        functional.log_softmax(2 * y, -1), functional.log_softmax(other, -1), reduction="batchmean", log_target=True
+    )
+    (3 * reference).backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_the_same_distribution_has_no_divergence_and_no_gradient() -> None:
+    own, _, targets = logits(20)
+    x = own.clone().requires_grad_()
+    loss = losses.distillation(x, own + 1.5, targets)  # a constant changes no distribution
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
+    assert x.grad is not None
+    assert float(x.grad.abs().max()) < 1e-12
+    assert losses.divergence(own, own) == 0.0
+
+
+def test_hidden_states_count_by_their_own_size() -> None:
+    a, b = torch.randn(2, 3, 4, dtype=torch.float32), torch.randn(2, 3, 4)
+    expected = ((a - b).square().sum() / b.square().sum() + 0.25) / 2
+    assert float(losses.hidden_states([a, 0.5 * b], [b, b])) == pytest.approx(float(expected), rel=1e-6)
+    x = torch.randn(1, 2, 3, dtype=torch.float64)
+    given = torch.randn_like(x).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda g: losses.hidden_states([g], [x]), (given,), eps=1e-4, atol=1e-2, rtol=1e-2
+    )  # in float32
+
+
+# ------------------------------------------------------------------------------------------------------------ domains
+
+
+def domain(name: str, windows: int, weight: float, length: int = 16, low: int = 0, high: int = 64) -> Domain:
+    generator = torch.Generator().manual_seed(len(name))
+    ids = torch.randint(low, high, (windows + 1, length), generator=generator)
+    part = TextPart(name, ids.numel(), name, None, None, False)
+    return Domain(part, weight, ids[:-1], ids[-1:])
+
+
+def test_domains_take_turns_by_weight_and_every_window_comes_before_any_comes_again() -> None:
+    a, b = domain("a", 30, 0.75), domain("bb", 10, 0.25)
+    turns = Turns([a, b], seed=1)
+    batch = turns.batch(40)
+    of_a = [row for row in batch if any(torch.equal(row, w) for w in a.train)]
+    assert len(of_a) == 30
+    assert torch.equal(torch.stack(of_a).sort(0)[0], a.train.sort(0)[0])
+    assert torch.equal(Turns([a, b], seed=1).batch(40), batch)
+    assert not torch.equal(Turns([a, b], seed=2).batch(40), batch)
+
+
+def test_turns_go_on_from_their_state() -> None:
+    domains = [domain("a", 7, 0.6), domain("bb", 5, 0.4)]
+    turns = Turns(domains, seed=0)
+    turns.batch(9)
+    turns.follow({"a": 1.0, "bb": 3.0})
+    other = Turns(domains, seed=0)
+    other.restore(turns.state())
+    assert torch.equal(turns.batch(11), other.batch(11))
+
+
+def test_weights_follow_the_worst_domain_within_bounds_and_a_small_text_is_not_worn_out() -> None:
+    domains = [domain("a", 40, 0.5), domain("bb", 2, 0.5)]
+    turns = Turns(domains, seed=0)
+    turns.follow({"a": 1.0, "bb": 1.0})
+    assert turns.weights == pytest.approx({"a": 0.5, "bb": 0.5})
+    turns.follow({"a": 0.1, "bb": 9.0})
+    assert turns.weights["bb"] / turns.weights["a"] <= 9 + 1e-9
+    assert turns.weights["bb"] > 0.8
+    batch = turns.batch(40)
+    worn = sum(any(torch.equal(row, w) for w in domains[1].train) for row in batch)
+    assert worn == 2 * EPOCHS
+    with pytest.raises(OutOfTextError):
+        turns.batch(1000)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def models() -> tuple[Any, Any]:
+    """A student that is the teacher with noise on it."""
+    torch.manual_seed(0)
+    teacher = tiny_model(tiny_config("llama")).float()
+    student = tiny_model(tiny_config("llama")).float()
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
+    student.requires_grad_(True)
+    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
+        part.requires_grad_(False)
+    return student, teacher.eval().requires_grad_(False)
+
+
+def texts() -> list[Domain]:
+    return [domain("a", 40, 0.6), domain("bb", 20, 0.4)]
+
+
+def recipe(budget: str = "12 steps", **more: Any) -> Recipe:
+    given = {"learning_rate": 2e-3, "sequences": 4, "together": 2}
+    return Recipe(Budget.parse(budget), **{**given, **more})  # type: ignore[arg-type]
+
+
+def trained(place: Path, how: Recipe, student: Any = None, teacher: Any = None) -> tuple[Any, Trained]:
+    own, other = models()
+    student = own if student is None else student
+    made = train(student, teacher or other, texts(), how, TrainingState(place, {"of": 1}), Progress(quiet=True))
+    return student, made
+
+
+def test_training_brings_the_student_nearer_and_leaves_what_is_frozen(tmp_path: Path) -> None:
+    before, _ = models()
+    student, made = trained(tmp_path, recipe("40 steps"))
+    assert made.stopped == "budget"
+    assert made.steps == 40
+    assert made.tokens == 40 * 4 * 16
+    assert made.best > 0
+    assert made.points[made.best].divergence < 0.9 * made.points[0].divergence
+    assert made.points[0].step == 0
+    assert made.points[-1].step == 40
+    assert torch.equal(student.get_input_embeddings().weight, before.get_input_embeddings().weight)
+
+
+def test_the_state_that_was_best_is_the_one_that_comes_out(tmp_path: Path) -> None:
+    _, teacher = models()
+    student, _ = models()
+    student.load_state_dict({name: t * (1 + 1e-4) for name, t in teacher.state_dict().items()})  # hardly to be bettered
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    student, made = trained(tmp_path, recipe("30 steps", learning_rate=0.1), student, teacher)
+    assert made.best == 0
+    assert made.points[-1].divergence > made.points[0].divergence
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [3, 5, 11])
+def test_a_training_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, after: int) -> None:
+    whole, expected = trained(tmp_path / "whole", recipe())
+    student, teacher = models()
+    calls = 0
+    original = student.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += student.training
+        if calls > 2 * after:
+            raise Stopped
+        return original(*arguments, **named)
+
+    student.forward = forward
+    with pytest.raises(Stopped):
+        trained(tmp_path / "part", recipe(), student, teacher)
+    resumed, made = trained(tmp_path / "part", recipe())
+    assert made.steps == expected.steps
+    assert made.best == expected.best
+    for a, b in zip(made.points, expected.points, strict=True):
+        assert (a.step, a.loss, a.divergence, a.held_out) == (b.step, b.loss, b.divergence, b.held_out)
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
+
+
+def test_another_recovery_is_not_gone_on_with(tmp_path: Path) -> None:
+    trained(tmp_path, recipe("2 steps"))
+    with pytest.raises(BadInputError, match="Cannot resume"):
+        TrainingState(tmp_path, {"of": 2}).numbers()
+
+
+def test_a_loss_that_is_not_finite_is_gone_back_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    original = training.distillation
+
+    def once(*arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(*arguments, **named)
+        return loss * math.nan if calls == 9 else loss
+
+    monkeypatch.setattr(training, "distillation", once)
+    student, made = trained(tmp_path, recipe("20 steps"))
+    assert len(made.notes) == 1
+    assert "not finite" in made.notes[0]
+    assert made.stopped == "budget"
+    assert made.best > 0
+    assert all(bool(torch.isfinite(p).all()) for p in student.parameters())
+
+
+def test_one_that_never_is_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = training.distillation
+    monkeypatch.setattr(training, "distillation", lambda *a, **k: original(*a, **k) * math.nan)
+    _, made = trained(tmp_path, recipe("20 steps"))
+    assert made.stopped == "instability"
+    assert made.best == 0
+    assert "given up" in made.notes[-1]
+
+
+def test_a_budget_shorter_than_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="shorter than one step"):
+        trained(tmp_path, recipe("63 tokens"))
+
+
+def test_all_of_the_text_is_used_a_few_times_and_not_more(tmp_path: Path) -> None:
+    _, made = trained(tmp_path, recipe("1000 steps"))
+    assert made.stopped in ("text", "patience")
+    assert made.steps <= EPOCHS * 60 / 4
+    if made.stopped == "text":
+        assert any("more text" in note for note in made.notes)
+
+
+def test_a_time_becomes_steps(tmp_path: Path) -> None:
+    _, made = trained(tmp_path, recipe("3s"))
+    assert made.stopped in ("budget", "text", "patience")
+    assert made.steps >= training.MEASURED_STEPS
+    assert made.points[-1].step == made.steps
+
+
+def test_the_text_alone_needs_no_teacher(tmp_path: Path) -> None:
+    student, _ = models()
+
+    class Silent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models()[1]
+
+        def forward(self, *arguments: Any, **named: Any) -> Any:
+            assert not student.training, "the teacher was asked in training"
+            return self.inner(*arguments, **named)
+
+    _, made = trained(tmp_path, recipe("4 steps", text_share=1.0), student, Silent())
+    assert made.steps >= training.PATIENCE
+    assert made.points[1].judged == pytest.approx(sum(of.nll for of in made.points[1].held_out.values()) / 2)
