@@ -129,9 +129,10 @@ def evaluation_ids(config: RunConfig, tokenizer: Any, calibration: TextSource | 
     return EvaluationText(torch.tensor(tokens, dtype=torch.int64), replace(source, tokens=len(tokens)))
 
 
-def check_overlap(calibration: CalibrationSet, evaluation: EvaluationText) -> None:
+def check_overlap(calibration: CalibrationSet, evaluation: EvaluationText, use: str = "calibration") -> None:
     """Raises BadInputError where more than 1 % of the evaluation's 32-token windows occur in the calibration ids.
 
+    `use` is what those are for, in the message.
     The evaluation's windows do not overlap each other; the calibration ids are searched at every position.
     """
     import numpy as np
@@ -146,8 +147,8 @@ def check_overlap(calibration: CalibrationSet, evaluation: EvaluationText) -> No
     if found > OVERLAP_SHARE * len(parts):
         raise BadInputError(
             f"{found} of the {len(parts)} windows of {OVERLAP_WINDOW} tokens in {evaluation.source.name} also occur in "
-            f"the calibration text {calibration.source.name} ({found / len(parts):.1%}, at most {OVERLAP_SHARE:.0%} "
-            "may): evaluate on a text that was not calibrated on."
+            f"the {use} text {calibration.source.name} ({found / len(parts):.1%}, at most {OVERLAP_SHARE:.0%} "
+            f"may): evaluate on a text that {'was not calibrated on' if use == 'calibration' else 'is not trained on'}."
         )
 
 

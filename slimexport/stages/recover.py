@@ -128,14 +128,17 @@ def _check_apart(
     domains: Sequence[Domain], config: RunConfig, tokenizer: PreTrainedTokenizerBase, force: bool, progress: Progress
 ) -> None:
     """Text that is evaluated on is not trained on."""
+    import torch
+
     from slimexport.artifacts import CalibrationSet, TextSource
     from slimexport.calibration import check_overlap, evaluation_ids
 
     evaluation = evaluation_ids(config, tokenizer, None)
     for domain in domains:
-        named = TextSource(f"the recovery text {domain.name}", domain.train.numel(), domain.part.sha256)
+        named = TextSource(domain.name, domain.part.tokens, domain.part.sha256)
+        ids = torch.cat([domain.train, domain.held_out])
         try:
-            check_overlap(CalibrationSet(domain.train, named, config.seed), evaluation)
+            check_overlap(CalibrationSet(ids, named, config.seed), evaluation, "recovery")
         except BadInputError as error:
             if not force:
                 raise

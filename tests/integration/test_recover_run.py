@@ -1,0 +1,199 @@
+"""`slimexport recover` and `run --recover`: between shrink and export, in the same shape, resumable, in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_text
+
+import slimexport
+from slimexport import pipeline
+from slimexport.artifacts import Recovery, from_dict, read_json, sha256_tree
+from slimexport.checkpoint import load
+from slimexport.config import RunConfig
+from slimexport.errors import BadInputError, SlimExportError
+from slimexport.recovery import training
+from slimexport.reporting import load_report
+from slimexport.reporting.published import published
+from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
+
+TRAINING = {"recover": "distill", "recover_budget": "12 steps", "recover_learning_rate": 2e-3, "recover_length": 32,
+            "recover_sequences": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("recover") / "model"
+    torch.manual_seed(0)
+    tiny_model(tiny_config("llama")).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    tiny_text(place.parent / "text.txt", 6000, seed=1)
+    tiny_text(place.parent / "eval.txt", 2000, seed=5)
+    return place
+
+
+def options(model: Path, **more: Any) -> RunConfig:
+    text, other = model.parent / "text.txt", model.parent / "eval.txt"
+    given = {"calibration_tokens": 512, "sequence_length": 64, "eval_tokens": 250, "eval_window": 64, "fast": True,
+             "latency_runs": 0, "ratio": 0.4, "round_to": 8, "recover_text": str(text)}  # fmt: skip
+    return RunConfig(model=str(model), calibration=str(text), eval_text=str(other), **{**given, **more})
+
+
+def recovered(place: Path) -> Recovery:
+    return from_dict(Recovery, read_json(place / "recover.json"), "recover.json")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Path:
+    place = model.parent / "whole"
+    slimexport.run(options(model, **TRAINING), place)
+    return place
+
+
+def test_a_run_exports_what_was_trained(whole: Path, model: Path) -> None:
+    made = recovered(whole)
+    assert made.checkpoint is not None
+    assert made.kept.divergence < made.points[0].divergence
+    pruned, trained = load(whole / "checkpoint")[0], load(whole / "recovered")[0]
+    shapes = {name: tuple(p.shape) for name, p in pruned.state_dict().items()}
+    assert {name: tuple(p.shape) for name, p in trained.state_dict().items()} == shapes
+    ids = torch.arange(20)[None]
+    loaded = load(whole)[0](ids).logits
+    assert torch.equal(loaded, trained(ids).logits)
+    assert not torch.equal(loaded, pruned(ids).logits)
+    report = load_report(whole / "report")
+    assert report.recovery == made
+    assert report.checkpoint.path == "recovered"
+    assert "recover" in report.seconds
+
+
+def test_the_report_and_the_card_say_how_it_was_trained(whole: Path) -> None:
+    import jsonschema
+
+    jsonschema.validate(json.loads((whole / "report" / "report.json").read_text()), published())
+    text = (whole / "report" / "report.md").read_text()
+    assert "How it was trained" in text
+    assert "| recovery |" in text
+    page = (whole / "report" / "report.html").read_text()
+    assert "KL divergence to dense on held-out text over" in page
+    assert "Then trained toward the base model's output (distill," in (whole / "recovered" / "README.md").read_text()
+    assert "No training after pruning" in (whole / "checkpoint" / "README.md").read_text()
+
+
+def test_stages_one_by_one_come_to_the_same_bytes(whole: Path, model: Path, tmp_path: Path) -> None:
+    pipeline.prune(options(model), tmp_path / "out")
+    assert load(tmp_path / "out")[0]
+    made = pipeline.recover(tmp_path / "out", TRAINING)
+    assert made.checkpoint is not None
+    files, expected = (sha256_tree(place / "recovered") for place in (tmp_path / "out", whole))
+    assert {**files, "README.md": ""} == {**expected, "README.md": ""}
+    exported = pipeline.export(tmp_path / "out")
+    assert exported["onnx"].files["model.onnx"]
+    assert sha256_tree(tmp_path / "out" / "onnx") == sha256_tree(whole / "onnx")
+
+
+def test_what_was_exported_before_is_exported_anew(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    slimexport.run(options(model), out)
+    before = sha256_tree(out / "onnx")
+    pipeline.recover(out, TRAINING)
+    with pytest.raises(BadInputError, match="not exported yet"):
+        pipeline.verify(out)
+    pipeline.export(out)
+    assert sha256_tree(out / "onnx") != before
+    with pytest.raises(BadInputError, match="recovered already"):
+        pipeline.recover(out, TRAINING)
+    assert pipeline.recover(out, TRAINING, resume=True) == recovered(out)
+    again = pipeline.recover(out, {**TRAINING, "recover_budget": "6 steps"}, force=True)
+    assert 0 < again.steps <= 6
+
+
+def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
+    whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    steps = 0
+    original = training._Training._step
+
+    def step(self: Any, batch: torch.Tensor) -> float | None:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(training._Training, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.recover(out, TRAINING)
+    assert not (out / "recovered").exists()
+    with pytest.raises(BadInputError, match="recover_sequences"):
+        pipeline.recover(out, {**TRAINING, "recover_sequences": 2}, resume=True)
+    pipeline.recover(out, TRAINING, resume=True)
+    files, expected = (sha256_tree(place / "recovered") for place in (out, whole))
+    assert files["model.safetensors"] == expected["model.safetensors"]
+    assert not (out / ".work").exists()
+
+
+def test_training_that_makes_it_worse_keeps_the_pruned_model(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    made = pipeline.recover(out, {**TRAINING, "recover_learning_rate": 1e6})
+    assert made.checkpoint is None
+    assert made.best == 0
+    assert not (out / "recovered").exists()
+    exported = pipeline.export(out)
+    assert exported["onnx"].files
+
+
+def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    both = tmp_path / "both.txt"
+    both.write_text((model.parent / "text.txt").read_text() + "\n" + (model.parent / "eval.txt").read_text() * 4)
+    with pytest.raises(BadInputError, match="also occur in the recovery text"):
+        pipeline.recover(out, {**TRAINING, "recover_text": str(both)})
+    assert not (out / "recover.json").exists()
+    made = pipeline.recover(out, {**TRAINING, "recover_text": str(both), "recover_budget": "1 steps"}, force=True)
+    assert made.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recover_length": 100_000}, "too short to recover on"),
+        ({"recover_budget": "10 tokens"}, "shorter than one step"),
+        ({"recover_budget": "soon"}, "is no budget"),
+        ({"recover_text": "/nowhere.txt"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    model: Path, whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    with pytest.raises(SlimExportError, match=message):
+        pipeline.recover(out, {**TRAINING, **changes})
+    assert load(out)[0]
+
+
+def test_a_model_that_changed_is_no_teacher(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    for name in ("text.txt", "eval.txt"):
+        shutil.copy(model.parent / name, tmp_path / name)
+    pipeline.prune(options(other), tmp_path / "out")
+    tiny_model(tiny_config("llama"), seed=7).save_pretrained(other)
+    with pytest.raises(BadInputError, match="has changed since it was pruned"):
+        pipeline.recover(tmp_path / "out", TRAINING)
+
+
+def test_without_pruning_there_is_nothing_to_recover(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="no run directory"):
+        pipeline.recover(tmp_path / "nothing")
