@@ -1,7 +1,7 @@
 """slimexport: make a language model smaller with SlimGPT and ship it to ONNX Runtime, verified.
 
 The Python API is the command line's: `slimexport.run(config, output)` and one function a stage (`plan`, `prune`,
-`export`, `verify`, `report`), `slimexport.load(directory)` for a shrunk checkpoint, and the values they take and give.
+`recover`, `export`, `verify`, `report`), `slimexport.load(directory)` for a shrunk checkpoint, and the values they take and give.
 Everything is imported when it is first asked for.
 """
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slimexport.pipeline import export as export
     from slimexport.pipeline import plan as plan
     from slimexport.pipeline import prune as prune
+    from slimexport.pipeline import recover as recover
     from slimexport.pipeline import report as report
     from slimexport.pipeline import run as run
     from slimexport.pipeline import verify as verify
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("run", "plan", "prune", "export", "verify", "report"), "slimexport.pipeline"),
+    **dict.fromkeys(("run", "plan", "prune", "recover", "export", "verify", "report"), "slimexport.pipeline"),
     **dict.fromkeys(("RunConfig", "Gate"), "slimexport.config"),
     "load": "slimexport.checkpoint",
     "Progress": "slimexport.progress",
