@@ -1,7 +1,8 @@
 """slimexport: make a language model smaller with SlimGPT and ship it to ONNX Runtime, verified.
 
 The Python API is the command line's: `slimexport.run(config, output)` and one function a stage (`plan`, `prune`,
-`recover`, `export`, `verify`, `report`), `slimexport.load(directory)` for a shrunk checkpoint, and the values they take and give.
+`recover`, `export`, `verify`, `report`), `slimexport.load(directory)` for a shrunk checkpoint, and the values they take
+and give.
 Everything is imported when it is first asked for.
 """
 

@@ -119,8 +119,10 @@ class RunConfig(BaseModel):
     damping: float = Field(default=0.01, gt=0, description="Added to the diagonal of H, as a share of its mean.")
 
     # recover
-    recover: Literal["none", "distill"] = Field(
-        default="none", description="Train the shrunk model after pruning: distill, toward the dense model's output."
+    recover: str = Field(
+        default="none",
+        description="Train the shrunk model after pruning, toward the dense model's output: distill (all weights of "
+        "the blocks), lora (adapters that are merged).",
     )
     recover_budget: str = Field(
         default="20m", description="How long to train: a time (20m, 1h30m), or 500k tokens, or 200 steps."
@@ -129,7 +131,10 @@ class RunConfig(BaseModel):
         default="default",
         description="What to train on, as --calibration names it; parts of a mix are domains that take turns.",
     )
-    recover_learning_rate: float = Field(default=2e-4, gt=0, description="Highest, after warm-up.")
+    recover_learning_rate: float | None = Field(
+        default=None, gt=0, description="Highest, after warm-up; default: the method's own."
+    )
+    recover_rank: int = Field(default=16, ge=1, description="lora: rank of the adapters.")
     recover_sequences: int = Field(default=8, ge=1, description="Sequences in one step.")
     recover_length: int = Field(default=512, ge=8, description="Tokens per sequence that is trained on.")
     recover_text_share: float = Field(

@@ -104,9 +104,12 @@ def looks(runs: int, at_most: int) -> int:
 def check_targets(config: RunConfig) -> None:
     """Unknown targets and absent providers are said before minutes of pruning."""
     from slimexport.machine.cores import checked_threads
+    from slimexport.recovery.methods import registry as methods
     from slimexport.runtime import require_provider
     from slimexport.targets import registry as targets
 
+    if config.recover != "none":
+        methods.get(config.recover)
     require_provider(config.provider)
     task_names.check(config.tasks)
     checked_threads(config.threads)

@@ -7,7 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from slimexport.artifacts import ModelSource, Recovery, ShrunkCheckpoint, from_dict, remove, staged_directory
+from slimexport.artifacts import (
+    ModelSource,
+    PruningPlan,
+    Recovery,
+    ShrunkCheckpoint,
+    from_dict,
+    remove,
+    staged_directory,
+)
 from slimexport.errors import BadInputError
 from slimexport.run_directory import (
     CHECKPOINT,
@@ -25,10 +33,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
     from slimexport.loading import LoadedModel
     from slimexport.progress import Progress
     from slimexport.recovery.domains import Domain
+    from slimexport.recovery.methods import Method
     from slimexport.recovery.training import Recipe
 
 PLACE = "recovery"  # in WORK
@@ -41,6 +51,7 @@ def recover_stage(
     from slimexport.checkpoint import load
     from slimexport.loading import load_model, resolve_device
     from slimexport.recovery.domains import read_domains
+    from slimexport.recovery.methods import registry as methods
     from slimexport.recovery.state import TrainingState
     from slimexport.recovery.training import train
 
@@ -49,6 +60,7 @@ def recover_stage(
     key = {"prune": directory.key("prune"), **fields_of(config, "recover"), "seed": config.seed}
     if directory.done("recover", key) and not force:
         return directory.read(RECOVER, Recovery)
+    method = methods.get(config.resolved_recover)
     pruned = directory.read(PRUNE, PruneRecord)
     check_files(directory / CHECKPOINT, pruned.checkpoint.files)
     started = time.monotonic()
@@ -58,6 +70,8 @@ def recover_stage(
         source = from_dict(ModelSource, directory.state["source"], "run.json")
         if teacher.source.fingerprint != source.fingerprint:
             raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over.")
+        architecture = teacher.architecture.with_blocks(directory.read(PLAN, PruningPlan).blocks)
+        method.check(architecture)
         student, tokenizer = load(directory / CHECKPOINT, dtype="float32")
         domains, notes = read_domains(
             config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update
@@ -65,7 +79,7 @@ def recover_stage(
         _check_apart(domains, config, tokenizer, force, progress)
         for note in notes:
             progress.note(note)
-        recipe = recipe_of(config, device)
+        recipe = recipe_of(config, device, method)
         identity = {
             **key,
             "checkpoint": dict(pruned.checkpoint.files),
@@ -76,15 +90,18 @@ def recover_stage(
         place = directory / WORK / PLACE
         if not resume:
             remove(place)
-        _prepare(student, teacher.model, device, recipe)
-        trained = train(student, teacher.model, domains, recipe, TrainingState(place, identity), progress)
+        teacher.model.requires_grad_(False).to(device, recipe.autocast or student.dtype)
+        model = method.prepare(student.to(device), architecture, config)
+        trained = train(model, teacher.model, domains, recipe, TrainingState(place, identity), progress)
         settings = {**fields_of(config, "recover"), "autocast": str(recipe.autocast).removeprefix("torch.")}
         made = Recovery(
             config.resolved_recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
         )  # fmt: skip
         if trained.best:
-            made = dataclasses.replace(made, checkpoint=_save(directory, student, teacher, pruned, made, config))
+            made = dataclasses.replace(
+                made, checkpoint=_save(directory, method.finish(model), teacher, architecture, made, config)
+            )
         else:
             progress.note("training made it no better: the pruned model is kept as it is")
     directory.write(RECOVER, made)
@@ -94,14 +111,14 @@ def recover_stage(
     return made
 
 
-def recipe_of(config: RunConfig, device: torch.device) -> Recipe:
+def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe:
     from slimexport.machine.precision import fast_bfloat16
     from slimexport.recovery.budget import Budget
     from slimexport.recovery.training import Recipe
 
     return Recipe(
         budget=Budget.parse(config.recover_budget),
-        learning_rate=config.recover_learning_rate,
+        learning_rate=config.recover_learning_rate or method.learning_rate,
         sequences=config.recover_sequences,
         together=min(config.recover_sequences, max(1, TOGETHER[device.type] // config.recover_length)),
         text_share=config.recover_text_share,
@@ -113,15 +130,6 @@ def recipe_of(config: RunConfig, device: torch.device) -> Recipe:
 
 
 TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
-
-
-def _prepare(student: PreTrainedModel, teacher: PreTrainedModel, device: torch.device, recipe: Recipe) -> None:
-    """Which of the student's weights are trained: all, but embedding and lm_head, which pruning did not touch."""
-    student.requires_grad_(True).to(device)
-    teacher.requires_grad_(False).to(device, recipe.autocast or student.dtype)
-    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
-        if part is not None:
-            part.requires_grad_(False)
 
 
 def _check_apart(
@@ -149,19 +157,17 @@ def _save(
     directory: RunDirectory,
     student: PreTrainedModel,
     teacher: LoadedModel,
-    pruned: PruneRecord,
+    architecture: Architecture,
     how: Recovery,
     config: RunConfig,
 ) -> ShrunkCheckpoint:
     """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
     import torch
 
-    from slimexport.artifacts import PruningPlan
     from slimexport.checkpoint.card import model_card
     from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
 
-    plan = directory.read(PLAN, PruningPlan)
-    architecture = teacher.architecture.with_blocks(plan.blocks)
+    plan, pruned = directory.read(PLAN, PruningPlan), directory.read(PRUNE, PruneRecord)
     stored = _stored_dtype(directory)
     student.to("cpu", getattr(torch, stored))
     source = from_dict(ModelSource, directory.state["source"], "run.json")

@@ -96,6 +96,18 @@ def test_stages_one_by_one_come_to_the_same_bytes(whole: Path, model: Path, tmp_
     assert sha256_tree(tmp_path / "out" / "onnx") == sha256_tree(whole / "onnx")
 
 
+def test_adapters_are_merged_into_the_same_shape(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    made = pipeline.recover(out, {**TRAINING, "recover": "lora", "recover_rank": 4})
+    assert made.checkpoint is not None
+    pruned, trained = load(out / "checkpoint")[0].state_dict(), load(out / "recovered")[0].state_dict()
+    assert {name: t.shape for name, t in trained.items()} == {name: t.shape for name, t in pruned.items()}
+    changed = {name for name, tensor in trained.items() if not torch.equal(tensor, pruned[name])}
+    assert changed
+    assert all(name.endswith("proj.weight") for name in changed)
+
+
 def test_what_was_exported_before_is_exported_anew(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     slimexport.run(options(model), out)
@@ -169,6 +181,7 @@ def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_pat
         ({"recover_budget": "10 tokens"}, "shorter than one step"),
         ({"recover_budget": "soon"}, "is no budget"),
         ({"recover_text": "/nowhere.txt"}, "nowhere"),
+        ({"recover": "distil"}, "Did you mean 'distill'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(

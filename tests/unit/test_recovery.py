@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from slimexport.architectures import architecture_of
 from slimexport.artifacts import TextPart
+from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.recovery import losses, training
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns
+from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
 from slimexport.recovery.training import Recipe, Trained, train
 from slimexport.testing.models import tiny_config, tiny_model
@@ -151,6 +154,56 @@ def test_weights_follow_the_worst_domain_within_bounds_and_a_small_text_is_not_w
     assert worn == 2 * EPOCHS
     with pytest.raises(OutOfTextError):
         turns.batch(1000)
+
+
+# ------------------------------------------------------------------------------------------------------------ methods
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_merged_adapters_are_the_model_with_adapters(family: str) -> None:
+    config = tiny_config(family)
+    student = tiny_model(config).double()
+    architecture = architecture_of(config, family)
+    settings = RunConfig(model="x", recover="lora", recover_rank=3)
+    dense = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    model: Any = methods.get("lora").prepare(student, architecture, settings)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    linear = sum(1 for name in dense if name.endswith("weight") and architecture_has(architecture, name))
+    assert len(trained) == 2 * linear
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    ids = torch.arange(12)[None]
+    expected = model.double()(ids).logits
+    merged = methods.get("lora").finish(model)
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-10, atol=1e-10)
+    assert merged.state_dict().keys() == dense.keys()
+    assert any(not torch.equal(tensor, dense[name]) for name, tensor in merged.state_dict().items())
+
+
+def architecture_has(architecture: Any, name: str) -> bool:
+    """Whether this is the matrix of one of the blocks' linear layers."""
+    named = {w.name for of in architecture.by_block for w in of.block_weights() if len(w.axes) == 2}
+    path = name.removeprefix(f"{architecture.family.blocks}.")
+    return path != name and path.partition(".")[2] in named
+
+
+def test_adapters_need_peft_and_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("mixtral")
+    with pytest.raises(BadInputError, match="experts"):
+        methods.get("lora").check(architecture_of(config, "mixtral"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInputError, match=r"pip install 'slimexport\[lora\]'"):
+        methods.get("lora").check(architecture_of(tiny_config("llama"), "llama"))
+
+
+def test_distill_trains_the_blocks_and_leaves_embedding_and_head() -> None:
+    config = tiny_config("llama")
+    student = tiny_model(config)
+    model = methods.get("distill").prepare(student, architecture_of(config, "llama"), RunConfig(model="x"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -1,0 +1,37 @@
+"""How recovery changes a model: one file each, found by the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from slimexport.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from slimexport.architectures.base import Architecture
+    from slimexport.config import RunConfig
+
+
+class Method(Protocol):
+    """`learning_rate` is the highest one where the config names none."""
+
+    learning_rate: float
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises BadInputError for a family that it cannot train, or for a package that is not here."""
+        ...
+
+    def prepare(self, student: PreTrainedModel, architecture: Architecture, config: RunConfig) -> nn.Module:
+        """What is called in training, made of `student`: parameters that are trained require a gradient, no others."""
+        ...
+
+    def finish(self, trained: nn.Module) -> PreTrainedModel:
+        """The model in its old shape, with what was learnt in its weights."""
+        ...
+
+
+registry: Registry[Method] = Registry(
+    "recovery method", package="slimexport.recovery.methods", group="slimexport.recovery_methods"
+)
