@@ -22,6 +22,7 @@ from slimexport.recovery.budget import Budget
 from slimexport.tasks.named import parse as parse_task
 
 CURVATURE_TOKENS = 4096
+RECOVERY = "distill"  # of `slimexport recover`, which need not be told how
 REFIT = 0.3  # docs/pruning.md: smaller ridges fit the noise of the calibration text
 
 
@@ -305,11 +306,6 @@ class RunConfig(BaseModel):
                 return "explicit"
             return ("uniform" if self.layout == "uniform" else "incremental") if self.fast else "sensitivity"
         return self.allocation
-
-    @property
-    def resolved_recover(self) -> str:
-        """The method of `slimexport recover`, which need not be named."""
-        return "distill" if self.recover == "none" else self.recover
 
     @property
     def resolved_refit(self) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport import ranks
 from slimexport.artifacts import ExportArtifact, PruningPlan, Recovery, ShrunkCheckpoint, VerificationReport
-from slimexport.config import RunConfig
+from slimexport.config import RECOVERY, RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.run_directory import RunDirectory
@@ -52,6 +52,11 @@ def run(
             prune_stage(
                 directory, config, force=force, resume=resume, progress=progress, evaluated=True, ranks=them
             )  # fmt: skip
+        if config.recover == "none" and directory.done("recover"):
+            before = directory.key("recover")["recover"]
+            raise BadInputError(
+                f"{output} holds a model that was trained: name --recover {before} as well, or --force starts over."
+            )
         if config.recover != "none":
             recover_stage(directory, config, progress, resume=resume)
         export_stage(directory, config, progress)
@@ -154,6 +159,8 @@ def recover(
     directory = RunDirectory(Path(output))
     with directory.locked(must_exist=True):
         config = config_of(directory, overrides)
+        if config.recover == "none":
+            config = config.model_copy(update={"recover": RECOVERY})
         if directory.done("recover") and not force and not resume:
             raise BadInputError(f"{output} is recovered already: --force replaces it, --resume keeps what is the same.")
         return recover_stage(directory, config, progress or Progress(quiet=True), force=force, resume=resume)

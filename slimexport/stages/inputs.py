@@ -46,13 +46,14 @@ def absolute(config: RunConfig) -> RunConfig:
     """Paths that exist become absolute: later stages may be called from another directory. Names of ours stay names."""
     found = {
         name: str(Path(value).expanduser().resolve())
-        for name in ("model", "calibration", "eval_text")
+        for name in ("model", "calibration", "eval_text", "recover_text")
         if (value := getattr(config, name)) not in (*BUILTIN, "default", *sources.NAMES)
         and not mix.is_mix(value)
         and Path(value).expanduser().exists()
     }
-    if mix.is_mix(config.calibration):
-        found["calibration"] = mix.absolute(config.calibration)
+    for name in ("calibration", "recover_text"):
+        if mix.is_mix(getattr(config, name)):
+            found[name] = mix.absolute(getattr(config, name))
     for name in ("sizes", "costs", "against"):
         if value := getattr(config, name):
             found[name] = value.expanduser().resolve()

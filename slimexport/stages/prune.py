@@ -72,7 +72,8 @@ def prune_stage(
 
     directory.check_free(force=force, resume=resume)
     if force:
-        inputs = [*map(Path, (config.model, config.calibration, config.eval_text)), *mix.files(config.calibration)]
+        texts = (config.calibration, config.eval_text, config.recover_text)
+        inputs = [*map(Path, (config.model, *texts)), *(file for spec in texts for file in mix.files(spec))]
         directory.check_holds_none([*inputs, *(path for path in (config.sizes, config.costs) if path)])
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)

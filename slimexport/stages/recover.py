@@ -60,7 +60,7 @@ def recover_stage(
     key = {"prune": directory.key("prune"), **fields_of(config, "recover"), "seed": config.seed}
     if directory.done("recover", key) and not force:
         return directory.read(RECOVER, Recovery)
-    method = methods.get(config.resolved_recover)
+    method = methods.get(config.recover)
     pruned = directory.read(PRUNE, PruneRecord)
     check_files(directory / CHECKPOINT, pruned.checkpoint.files)
     started = time.monotonic()
@@ -95,7 +95,7 @@ def recover_stage(
         trained = train(model, teacher.model, domains, recipe, TrainingState(place, identity), progress)
         settings = {**fields_of(config, "recover"), "autocast": str(recipe.autocast).removeprefix("torch.")}
         made = Recovery(
-            config.resolved_recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
+            config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
         )  # fmt: skip
         if trained.best:

@@ -120,6 +120,8 @@ def test_what_was_exported_before_is_exported_anew(model: Path, tmp_path: Path) 
     with pytest.raises(BadInputError, match="recovered already"):
         pipeline.recover(out, TRAINING)
     assert pipeline.recover(out, TRAINING, resume=True) == recovered(out)
+    with pytest.raises(BadInputError, match="name --recover distill as well"):
+        slimexport.run(options(model), out, resume=True)
     again = pipeline.recover(out, {**TRAINING, "recover_budget": "6 steps"}, force=True)
     assert 0 < again.steps <= 6
 
@@ -154,7 +156,8 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
 def test_training_that_makes_it_worse_keeps_the_pruned_model(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
-    made = pipeline.recover(out, {**TRAINING, "recover_learning_rate": 1e6})
+    made = pipeline.recover(out, {**TRAINING, "recover": "none", "recover_learning_rate": 1e6})
+    assert made.method == "distill"  # the one that need not be named
     assert made.checkpoint is None
     assert made.best == 0
     assert not (out / "recovered").exists()
