@@ -1,0 +1,255 @@
+"""What training gives back, and whether pruning was worth it: the same budget for our models and for controls.
+
+    python benchmarks/recovery.py --data DATA --work /tmp/recovery [--only distill,lora] [--ratios 0.3] [--budget 60m]
+    python benchmarks/recovery.py --render      # the table, from the JSON alone
+
+DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one model of the parameters that a ratio leaves, trained
+by `slimexport.recovery` on the default text, and measured on the texts of the quality table, before and after. It is:
+
+    pruned     `slimexport prune` as it is                 (trained by distill, and by lora)
+    magnitude  the same sizes, what goes chosen by magnitude, nothing compensated
+    first      the same sizes, the dense model's first heads and channels ("Rethinking the Value of Network Pruning",
+               arXiv 1810.05270)
+    random     the same sizes, blocks from random weights (likewise)
+    depth      whole blocks removed, those whose removal moves the output least, until as few parameters are left
+
+Rows that are in the JSON already are not measured again; pruned models and a training that was interrupted are kept in
+--work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import dense_reference, evaluate
+from common import RESULTS, load_rows, save_rows, table
+from texts import WINDOW, evaluation_texts
+
+from slimexport import pipeline
+from slimexport.architectures.family import Kept
+from slimexport.artifacts import BlockSizes, PruningPlan, from_dict, read_json
+from slimexport.checkpoint import load
+from slimexport.config import RunConfig
+from slimexport.environment import environment
+from slimexport.loading import LoadedModel, load_model
+from slimexport.progress import Progress
+from slimexport.pruning.shrink import shrink_block
+from slimexport.recovery.domains import Domain, read_domains
+from slimexport.recovery.losses import divergence
+from slimexport.recovery.methods import registry as methods
+from slimexport.recovery.state import TrainingState
+from slimexport.recovery.training import train
+from slimexport.stages.recover import recipe_of
+
+RATIOS = (0.2, 0.3, 0.5)
+TEXTS = ("wikitext2", "articles", "arc", "news", "wikitext2-raw")
+DEPTH_WINDOWS = 4  # by which blocks are chosen that go as a whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """What starts, how it is trained, for how long."""
+
+    start: str
+    method: str
+    ratio: float
+    budget: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.start}/{self.method}/{self.ratio:g}/{self.budget}"
+
+
+def wanted(budget: str) -> Iterator[Row]:
+    """All rows, the most telling first."""
+    for start, method in (("pruned", "distill"), ("pruned", "lora"), ("magnitude", "distill"), ("depth", "distill"),
+                          ("first", "distill"), ("random", "distill")):  # fmt: skip
+        for ratio in RATIOS:
+            yield Row(start, method, ratio, budget)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, help="keeps pruned models and what the dense model says")
+    parser.add_argument("--only", help="starts or methods, joined by commas")
+    parser.add_argument("--ratios", default="0.2,0.3,0.5")
+    parser.add_argument("--budget", default="60m")
+    parser.add_argument("--text", default="default", help="as --recover-text")
+    parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args()
+    rows = load_rows(options.out)
+    if not options.render:
+        Bench(options, rows).run()
+    print(render(rows))
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, rows: list[dict[str, Any]]):
+        self.options, self.rows = options, rows
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.dense: LoadedModel = load_model(RunConfig(model=options.model))
+        self.texts = evaluation_texts(self.dense.tokenizer, options.data)
+        self.references = {name: dense_reference(self.dense.model, self.texts[name]) for name in TEXTS}
+        self.starts: dict[str, Callable[[float], Any]] = {
+            "pruned": lambda ratio: load(self.pruned(ratio), dtype="float32")[0],
+            "magnitude": lambda ratio: load(self.pruned(ratio, criterion="magnitude"), dtype="float32")[0],
+            "first": self.first,
+            "random": self.random,
+            "depth": self.depth,
+        }
+
+    def run(self) -> None:
+        ratios = [float(ratio) for ratio in self.options.ratios.split(",")]
+        only = self.options.only.split(",") if self.options.only else None
+        for row in wanted(self.options.budget):
+            skipped = row.ratio not in ratios or (only and not {row.start, row.method} & set(only))
+            if skipped or any(record["key"] == row.key for record in self.rows):
+                continue
+            self.rows.append(self.measured(row))
+            save_rows(self.options.out, self.rows)
+            print(row.key, {n: round(t["x_dense"], 3) for n, t in self.rows[-1]["after"].items()}, flush=True)
+
+    def measured(self, row: Row) -> dict[str, Any]:
+        student = self.starts[row.start](row.ratio)
+        parameters = sum(p.numel() for p in student.parameters())
+        before = self.figures(student)
+        config = RunConfig(
+            model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text
+        )
+        domains, notes = read_domains(
+            config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
+        )
+        method = methods.get(row.method)
+        recipe = recipe_of(config, torch.device("cpu"), method)
+        teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
+        model = method.prepare(student, self.dense.architecture, config)
+        place = self.options.work / row.key.replace("/", "_").replace(" ", "-")
+        made = train(model, teacher, domains, recipe, TrainingState(place, asdict(row)), Progress())
+        student = method.finish(model).eval()
+        record = {
+            "key": row.key, **asdict(row), "parameters": parameters, "text": self.options.text,
+            "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
+            "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "stopped": made.stopped,
+            "notes": [*notes, *made.notes], "points": [asdict(point) for point in made.points],
+            "before": before, "after": self.figures(student),
+        }  # fmt: skip
+        if self.options.arc_easy:
+            from tasks import arc_easy
+
+            questions = self.options.data / "arc" / "arc_easy_validation.jsonl"
+            record["arc_easy"] = arc_easy(student, self.dense.tokenizer, questions)
+        return record
+
+    def figures(self, model: Any) -> dict[str, Any]:
+        model.eval()
+        return {name: evaluate(model, self.texts[name], WINDOW, self.references[name]) for name in TEXTS}
+
+    # ------------------------------------------------------------------------------------------------------- starts
+
+    def pruned(self, ratio: float, criterion: str = "slimgpt") -> Path:
+        """A run directory with its checkpoint: ours, or in the same sizes by another criterion."""
+        place = self.options.work / f"{criterion}-{ratio:g}"
+        if (place / "checkpoint").is_dir():
+            return place
+        same: dict[str, Any] = {"costs": self.options.work / "costs.json"}
+        if criterion != "slimgpt":
+            same = {"criterion": criterion, "sizes": self.pruned(ratio) / "plan.json", "calibration_tokens": 2048}
+        started = time.monotonic()
+        pipeline.prune(RunConfig(model=self.options.model, ratio=ratio, **same), place, force=True)
+        print(f"{place.name}: pruned in {time.monotonic() - started:.0f} s", flush=True)
+        return place
+
+    def sizes(self, ratio: float) -> tuple[BlockSizes, ...]:
+        path = self.pruned(ratio) / "plan.json"
+        return from_dict(PruningPlan, read_json(path), str(path)).blocks
+
+    def first(self, ratio: float) -> Any:
+        """The weights of the dense model that have the lowest numbers, in the shape of ours."""
+        shaped = load(self.pruned(ratio), dtype="float32")[0]
+        dense = copy.deepcopy(self.dense.model)
+        of = self.dense.architecture.family.blocks
+        for index, (own, sizes) in enumerate(zip(dense.get_submodule(of), self.sizes(ratio), strict=True)):
+            architecture = self.dense.architecture.by_block[index]
+            whole = Kept.all(self.dense.architecture.blocks[index])
+            per_group = whole.of.heads_per_group
+            heads = [g * per_group + h for g in range(sizes.kv_groups) for h in range(sizes.heads_per_group)]
+            kept = Kept(tuple(range(sizes.kv_groups)), tuple(heads), tuple(range(sizes.channels)), whole.of)
+            shrink_block(own, architecture, kept)
+            shaped.get_submodule(f"{of}.{index}").load_state_dict(own.state_dict())
+        rest = {name: t for name, t in dense.state_dict().items() if not name.startswith(f"{of}.")}
+        shaped.load_state_dict(rest, strict=False)
+        return shaped
+
+    def random(self, ratio: float) -> Any:
+        """Blocks from the family's own distribution; embedding, final norm and lm_head as they are."""
+        shaped = load(self.pruned(ratio), dtype="float32")[0]
+        torch.manual_seed(0)
+        std = float(getattr(shaped.config, "initializer_range", 0.02))
+        with torch.no_grad():
+            for parameter in shaped.get_submodule(self.dense.architecture.family.blocks).parameters():
+                _ = parameter.normal_(0.0, std) if parameter.dim() > 1 else parameter.fill_(1.0)
+        return shaped
+
+    def depth(self, ratio: float) -> Any:
+        """Blocks go one by one, each time the one without which the output stays nearest to the dense one's."""
+        model = copy.deepcopy(self.dense.model)
+        (news,) = [d for d in self.domains() if d.name == "news"]
+        ids = torch.cat([news.held_out, news.train])[:DEPTH_WINDOWS]
+        target = sum(p.numel() for p in load(self.pruned(ratio))[0].parameters())
+        blocks = model.get_submodule(self.dense.architecture.family.blocks)
+        with torch.inference_mode():
+            expected = self.dense.model(ids, use_cache=False).logits.flatten(0, 1)
+        while sum(p.numel() for p in model.parameters()) > target:
+            found: list[tuple[float, int]] = []
+            layers = list(blocks)
+            for index in range(len(layers)):
+                _set_blocks(model, blocks, layers[:index] + layers[index + 1 :])
+                with torch.inference_mode():
+                    found.append((divergence(model(ids, use_cache=False).logits.flatten(0, 1), expected), index))
+            _, worst = min(found)
+            _set_blocks(model, blocks, layers[:worst] + layers[worst + 1 :])
+        return model
+
+    def domains(self) -> tuple[Domain, ...]:
+        return read_domains("default", self.dense.tokenizer, None, WINDOW, 0)[0]
+
+
+def _set_blocks(model: Any, blocks: torch.nn.ModuleList, layers: list[torch.nn.Module]) -> None:
+    """In place; nothing here caches keys, so that the blocks' own numbers do not matter."""
+    while len(blocks):
+        del blocks[-1]
+    blocks.extend(layers)
+    model.config.num_hidden_layers = len(layers)
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    head = ["ratio", "start", "method", "budget", "tokens", *(f"{name} before, after" for name in TEXTS), "worst after",
+            "ARC-Easy"]  # fmt: skip
+    body = []
+    for row in sorted(rows, key=lambda row: (row["ratio"], RATIOS.index(row["ratio"]), rows.index(row))):
+        pairs = [(row["before"][name]["x_dense"], row["after"][name]["x_dense"]) for name in TEXTS]
+        task = f"{row['arc_easy']['acc']:.1%}" if "arc_easy" in row else "–"
+        body.append([
+            f"{row['ratio']:.0%}", row["start"], row["method"], row["budget"], f"{row['tokens'] / 1e3:.0f} k",
+            *(f"{_times(a)} → {_times(b)}" for a, b in pairs), _times(max(b for _, b in pairs)), task,
+        ])  # fmt: skip
+    return table(head, body)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    main()
