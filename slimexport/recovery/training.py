@@ -125,14 +125,13 @@ class _Training:
                 f"A budget of {self.recipe.budget} is shorter than one step, which has {self.tokens_per_step} tokens: "
                 "give more, or fewer --recover-sequences."
             )
-        self.student.train()
-        self.teacher.eval()
+        for model in (self.student, self.teacher):
+            model.eval()  # while it is trained, too: dropout would be draws that a resumed run has to repeat
         self.begun = time.monotonic()
         if not self._resumed():
             self.at.total = planned
             self._judge(loss=None)
         stopped = self._steps()
-        self.student.eval()
         with torch.no_grad():
             best = self.state.tensors("best")
             for name, parameter in self.trained.items():
@@ -283,7 +282,6 @@ class _Training:
 
     @torch.no_grad()
     def _held_out(self, domain: Domain) -> HeldOut:
-        self.student.eval()
         distance = nll = 0.0
         tokens = 0
         for ids in domain.held_out.to(self.device).split(self.recipe.together):
@@ -293,7 +291,6 @@ class _Training:
             distance += divergence(own, self._asked(ids).logits[:, :-1].flatten(0, 1))
             nll += float(nn.functional.cross_entropy(own.float(), targets, reduction="sum"))
             tokens += len(targets)
-        self.student.train()
         return HeldOut(distance / tokens, nll / tokens)
 
     def _save(self, better: bool) -> None:
