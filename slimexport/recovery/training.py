@@ -32,8 +32,8 @@ CLIP = 1.0  # norm of the gradient
 EVALUATIONS = 6
 MEASURED_STEPS = 4  # until a time is turned into steps, the first being slower than the others
 PATIENCE = 3  # evaluations in a row that are no better
-SPIKE = 2.0  # times the usual loss, or what is best on held-out text: the last saved state is gone back to
-RECENT = 20  # steps whose median is the usual loss
+SPIKE = 2.0  # times the largest of the recent losses, or what is best on held-out text: the last saved state is gone back to
+RECENT = 20  # steps: batches differ, by domain above all
 ROLLBACKS = 3
 
 
@@ -110,6 +110,7 @@ class _Training:
         self.optimiser = torch.optim.AdamW(
             self.trained.values(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
         )
+        self.together = recipe.together  # fewer where the device has no room for them
         self.turns = Turns(domains, recipe.seed)
         self.at = _Numbers()
         self.points: list[RecoveryPoint] = []
@@ -156,7 +157,7 @@ class _Training:
                     self._judge(statistics.fmean(self.recent))
                 return "text"
             loss = self._step(batch)
-            usual = statistics.median(self.recent) if len(self.recent) == RECENT else math.inf
+            usual = max(self.recent) if len(self.recent) == RECENT else math.inf
             if loss is None or loss > SPIKE * usual:
                 if not self._rolled_back("the loss was not finite" if loss is None else f"the loss rose to {loss:.3g}"):
                     return "instability"
@@ -180,17 +181,43 @@ class _Training:
         """The mean loss of the batch; None, and nothing is changed, where it or its gradient is not finite."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * self.at.scale * self._share_of_rate()
-        total = 0.0
-        for some in batch.to(self.device).split(self.recipe.together):
-            loss = self._loss(some) * (len(some) / len(batch))
-            loss.backward()
-            total += float(loss.detach())
+        while True:
+            try:
+                total = self._gradient(batch.to(self.device))
+                break
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            self.optimiser.zero_grad(set_to_none=True)
+            self._with_less(reason)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         finite = math.isfinite(total) and bool(torch.isfinite(norm))
         if finite:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return total if finite else None
+
+    def _gradient(self, batch: torch.Tensor) -> float:
+        """Added to what is there; returns the mean loss."""
+        total = 0.0
+        for some in batch.split(self.together):
+            loss = self._loss(some) * (len(some) / len(batch))
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _with_less(self, reason: str) -> None:
+        """From here on half as many sequences in a forward pass. Raises BadInputError where there was but one."""
+        if self.together == 1:
+            raise BadInputError(
+                f"{self.device} ran out of memory ({reason}), with one sequence in a forward pass: give a shorter "
+                "--recover-length, --recover lora, or --device cpu."
+            )
+        self.together = (self.together + 1) // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        note = f"{self.device} ran out of memory: going on with {self.together} sequences in a forward pass"
+        self.notes.append(note)
+        self.progress.note(note)
 
     def _loss(self, ids: torch.Tensor) -> torch.Tensor:
         recipe = self.recipe
@@ -284,7 +311,7 @@ class _Training:
     def _held_out(self, domain: Domain) -> HeldOut:
         distance = nll = 0.0
         tokens = 0
-        for ids in domain.held_out.to(self.device).split(self.recipe.together):
+        for ids in domain.held_out.to(self.device).split(self.together):
             with self._precision():
                 own = self.student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()

@@ -329,6 +329,32 @@ def test_one_that_never_is_ends_the_training(tmp_path: Path, monkeypatch: pytest
     assert "given up" in made.notes[-1]
 
 
+def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = trained(tmp_path / "plenty", recipe("3 steps", together=1))
+    seen: list[int] = []
+    original = training._Training._loss
+
+    def loss(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        if len(ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        seen.append(len(ids))
+        return original(self, ids)
+
+    monkeypatch.setattr(training._Training, "_loss", loss)
+    room = 1
+    student, made = trained(tmp_path / "little", recipe("3 steps", together=4))
+    assert made.steps == 3
+    assert seen == [1] * 12
+    assert [note.rpartition("with ")[2] for note in made.notes] == [f"{n} sequences in a forward pass" for n in (2, 1)]
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name], rtol=1e-4, atol=1e-6)
+    room = 0
+    with pytest.raises(BadInputError, match="with one sequence in a forward pass"):
+        trained(tmp_path / "none", recipe("3 steps", together=4))
+
+
 def test_a_budget_shorter_than_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="shorter than one step"):
         trained(tmp_path, recipe("63 tokens"))
