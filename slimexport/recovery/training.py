@@ -32,7 +32,7 @@ CLIP = 1.0  # norm of the gradient
 EVALUATIONS = 6
 MEASURED_STEPS = 4  # until a time is turned into steps, the first being slower than the others
 PATIENCE = 3  # evaluations in a row that are no better
-SPIKE = 2.0  # times the largest of the recent losses, or what is best on held-out text: the last saved state is gone back to
+SPIKE = 2.0  # times the largest of recent losses, or the best on held-out text: the last saved state is gone back to
 RECENT = 20  # steps: batches differ, by domain above all
 ROLLBACKS = 3
 
