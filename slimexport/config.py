@@ -136,10 +136,10 @@ class RunConfig(BaseModel):
         default=None, gt=0, description="Highest, after warm-up; default: the method's own."
     )
     recover_rank: int = Field(default=16, ge=1, description="lora: rank of the adapters.")
-    recover_sequences: int = Field(default=8, ge=1, description="Sequences in one step.")
+    recover_sequences: int = Field(default=4, ge=1, description="Sequences in one step.")
     recover_length: int = Field(default=512, ge=8, description="Tokens per sequence that is trained on.")
     recover_text_share: float = Field(
-        default=0.0,
+        default=0.5,
         ge=0,
         le=1,
         description="Share of the loss that is the text's; the rest is the dense model's.",

@@ -25,9 +25,9 @@ from slimexport.recovery.domains import Domain, OutOfTextError, Turns
 from slimexport.recovery.losses import distillation, divergence, hidden_states
 from slimexport.recovery.state import TrainingState
 
-WARM_UP = 0.05  # of all steps
+WARM_UP = 0.1  # of all steps
 LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
-BETAS = (0.9, 0.95)  # few steps: the second moment has to forget the beginning
+BETAS = (0.9, 0.98)  # few steps: the second moment has to forget the beginning
 CLIP = 1.0  # norm of the gradient
 EVALUATIONS = 6
 MEASURED_STEPS = 4  # until a time is turned into steps, the first being slower than the others

@@ -22,7 +22,7 @@ from slimexport.reporting.published import published
 from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
 
 TRAINING = {"recover": "distill", "recover_budget": "12 steps", "recover_learning_rate": 2e-3, "recover_length": 32,
-            "recover_sequences": 4}  # fmt: skip
+            "recover_sequences": 4, "recover_text_share": 0.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
