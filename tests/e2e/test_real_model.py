@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -174,3 +175,36 @@ def test_llama_cpp_computes_the_same(finished: Any, tmp_path: Path) -> None:
     assert decoder.model.tokenize(PROMPTS[0], special=True) == ids
     text = tokenizer.decode(decoder.greedy(np.array(ids), 8).tokens)
     assert text.strip()
+
+
+@pytest.mark.long
+def test_a_little_training_gives_much_back(finished: Any, tmp_path: Path) -> None:
+    """Pruned on far too little text, it has far to go; what is exported, measured and reported is the trained one."""
+    before, layout, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(before, out)
+
+    def call(*words: str) -> None:
+        command = [sys.executable, "-m", "slimexport.cli", words[0], str(out), *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    call("recover", "--recover-budget", "12 steps", "--recover-length", "256")
+    made = json.loads((out / "recover.json").read_text())
+    curve = [point["judged"] for point in made["points"]]
+    assert min(curve) < curve[0] - 0.05
+    pruned, trained = (slimexport.load(out / name)[0].state_dict() for name in ("checkpoint", "recovered"))
+    assert {name: t.shape for name, t in trained.items()} == {name: t.shape for name, t in pruned.items()}
+    assert torch.equal(trained["model.embed_tokens.weight"], pruned["model.embed_tokens.weight"])
+    call("export")
+    call("verify", "--latency-runs", "0", "--eval-tokens", "2048")
+    call("report", "--max-kl", "50")
+    figures = {
+        place: {f["name"]: f["shrunk"] for f in json.loads((place / "report" / "report.json").read_text())
+                ["verification"]["figures"]}
+        for place in (before, out)
+    }  # fmt: skip
+    assert figures[out]["accuracy.perplexity"] < 0.95 * figures[before]["accuracy.perplexity"]
+    assert figures[out]["size.export_mb"] == pytest.approx(figures[before]["size.export_mb"], rel=1e-3)
+    assert figures[out]["numerics.greedy_agreement"] == 1.0
+    assert ("trust_remote_code" in (out / "recovered" / "README.md").read_text()) == (layout == "per_layer")
