@@ -260,6 +260,11 @@ class RecoveryPoint:
     held_out: Mapping[str, HeldOut]  # by domain
     weights: Mapping[str, float]  # by which domains took turns before it
 
+    @property
+    def nll(self) -> float:
+        """Nats per token of the text, the mean over domains."""
+        return sum(of.nll for of in self.held_out.values()) / len(self.held_out)
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -280,6 +285,15 @@ class Recovery:
     @property
     def kept(self) -> RecoveryPoint:
         return self.points[self.best]
+
+    @property
+    def gain(self) -> str:
+        """Before and after, on held-out text, in words."""
+        before, after = self.points[0], self.kept
+        return (
+            f"on held-out text {before.nll:.3f} to {after.nll:.3f} nats/token, "
+            f"KL divergence to the dense model {before.divergence:.3f} to {after.divergence:.3f}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- export and verify

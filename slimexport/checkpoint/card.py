@@ -75,7 +75,7 @@ def model_card(
 # {title}
 
 Pruned by slimexport {__version__} (criterion {plan.criterion}, allocation {plan.allocation}, layout {plan.layout}),
-calibrated on {calibration.tokens} tokens of {calibration.name}. {_training(recovery)}
+calibrated on {calibration.tokens} tokens of {calibration.name}.{_training(recovery)}
 
 | | dense | this model |
 | --- | --- | --- |
@@ -96,19 +96,17 @@ model = {load}
 
 def _training(recovery: Recovery | None) -> str:
     if recovery is None:
-        return "No training after pruning."
+        return " No training after pruning."
     texts = "; ".join(
         f"{part.name} ({', '.join(said for said in (part.license, part.note) if said)})" if part.license or part.note
         else part.name
         for part in recovery.texts
     )  # fmt: skip
-    before, after = recovery.points[0].divergence, recovery.kept.divergence
     share = recovery.settings.get("recover_text_share", 0.0)
     toward = "the text" if share == 1 else f"the base model's output{f' and the text ({share:g})' if share else ''}"
     return (
-        f"Then trained toward {toward} ({recovery.method}, {recovery.kept.tokens:,} tokens, "
-        f"{recovery.seconds / 60:.0f} minutes): the KL divergence on held-out text went from {before:.3f} to "
-        f"{after:.3f} nats/token. Texts: {texts}."
+        f"\n\nThen trained toward {toward}: {recovery.method}, {recovery.kept.tokens:,} tokens, "
+        f"{recovery.seconds / 60:.0f} minutes; {recovery.gain}. Texts: {texts}."
     )
 
 

@@ -30,6 +30,7 @@ LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.98)  # few steps: the second moment has to forget the beginning
 CLIP = 1.0  # norm of the gradient
 EVALUATIONS = 6
+SHARE = 6  # training takes so many times as long as judging, at least: fewer evaluations of a short time
 MEASURED_STEPS = 4  # until a time is turned into steps, the first being slower than the others
 PATIENCE = 3  # evaluations in a row that are no better
 SPIKE = 2.0  # times the largest of recent losses, or the best on held-out text: the last saved state is gone back to
@@ -265,8 +266,8 @@ class _Training:
     def _say(self, loss: float) -> None:
         at, elapsed = self.at, self._elapsed()
         speed = at.step * self.tokens_per_step / elapsed
-        best = self.points[self.at.best].divergence
-        text = f"loss {loss:.3f}, held-out KL {best:.3f}, {speed:.0f} tokens/s"
+        best = self.points[self.at.best]
+        text = f"loss {loss:.3f}, held-out {best.nll:.3f} (KL {best.divergence:.3f}), {speed:.0f} tokens/s"
         if self.recipe.budget.unit == "seconds":
             self.progress.update(min(elapsed, self.recipe.budget.amount), self.recipe.budget.amount, text)
         else:
@@ -281,6 +282,8 @@ class _Training:
         if self.at.step >= self.at.total:
             return True
         every = max(1, self.at.total // EVALUATIONS)
+        if self.recipe.budget.unit == "seconds":
+            every = max(every, round(SHARE * self.judging * self.at.step / self._elapsed()))
         # the last full one ends with the budget
         return self.at.step - self.points[-1].step >= every and self.at.total - self.at.step >= every // 2
 

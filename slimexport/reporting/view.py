@@ -258,7 +258,6 @@ def recovery(made: Recovery) -> list[tuple[str, ...]]:
 
 def recovery_sentence(made: Recovery) -> str:
     """What training did, in a line."""
-    before, after = made.points[0].divergence, made.kept.divergence
     how = f"{made.method}, {made.tokens:,} tokens in {made.steps} steps, {seconds(made.seconds)}"
     ended = {
         "budget": "the budget was used up",
@@ -268,7 +267,7 @@ def recovery_sentence(made: Recovery) -> str:
     }.get(made.stopped, made.stopped)
     if made.checkpoint is None:
         return f"Trained ({how}; {ended}) and no better for it: the pruned model is what is exported."
-    return f"Trained ({how}; {ended}): KL divergence on held-out text {before:.3f} to {after:.3f} nats/token."
+    return f"Trained ({how}; {ended}): {made.gain}."
 
 
 def timings(report: Report) -> str:

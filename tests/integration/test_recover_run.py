@@ -80,7 +80,7 @@ def test_the_report_and_the_card_say_how_it_was_trained(whole: Path) -> None:
     assert "| recovery |" in text
     page = (whole / "report" / "report.html").read_text()
     assert "KL divergence to dense on held-out text over" in page
-    assert "Then trained toward the base model's output (distill," in (whole / "recovered" / "README.md").read_text()
+    assert "Then trained toward the base model's output: distill," in (whole / "recovered" / "README.md").read_text()
     assert "No training after pruning" in (whole / "checkpoint" / "README.md").read_text()
 
 
