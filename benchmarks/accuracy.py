@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,6 +94,15 @@ def dense_reference(
             nll.append(rows.sums(_nll_only, logits, part[1:])[0])
     used = sum(map(len, kept))
     return Reference(torch.tensor(text[:used]), torch.cat(kept), torch.tensor(nll, dtype=torch.float64), window, head)
+
+
+def kept_reference(path: Path, model: Any, ids: torch.Tensor, batch: int = BATCH) -> Reference:
+    """`dense_reference`, made once: what is in the file `path` is taken from there."""
+    if not path.is_file():
+        started = time.monotonic()
+        dense_reference(model, ids, batch=batch).save(path)
+        print(f"{path.stem}: {time.monotonic() - started:.0f} s", flush=True)
+    return Reference.load(path, model)
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import BATCH, Reference, dense_reference, evaluate
+from accuracy import BATCH, Reference, evaluate, kept_reference
 from common import RESULTS, load_rows, save_rows, table
 from texts import WINDOW, calibration_windows, evaluation_texts
 
@@ -294,11 +294,7 @@ class Bench:
             ids, key = windows[taken].reshape(-1), f"{name}-{PART[name]}"
         if key not in self.references:
             path = self.options.work / f"dense-{key}.safetensors"
-            if not path.is_file():
-                started = time.monotonic()
-                dense_reference(self.dense, ids, batch=self.batch()).save(path)
-                print(f"dense on {key}: {time.monotonic() - started:.0f} s", flush=True)
-            self.references[key] = Reference.load(path, self.dense)
+            self.references[key] = kept_reference(path, self.dense, ids, self.batch())
         return ids, WINDOW, self.references[key]
 
     def task(self, model: Any) -> dict[str, Any]:

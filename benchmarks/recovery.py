@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import dense_reference, evaluate
+from accuracy import evaluate, kept_reference
 from common import RESULTS, load_rows, save_rows, table
+from quality import RATIOS, SHIFTED
 from texts import WINDOW, evaluation_texts
 
 from slimexport import pipeline
@@ -41,15 +42,14 @@ from slimexport.environment import environment
 from slimexport.loading import LoadedModel, load_model
 from slimexport.progress import Progress
 from slimexport.pruning.shrink import shrink_block
-from slimexport.recovery.domains import Domain, read_domains
+from slimexport.recovery.domains import read_domains
 from slimexport.recovery.losses import divergence
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
-from slimexport.recovery.training import train
+from slimexport.recovery.training import Training
 from slimexport.stages.recover import recipe_of
 
-RATIOS = (0.2, 0.3, 0.5)
-TEXTS = ("wikitext2", "articles", "arc", "news", "wikitext2-raw")
+TEXTS = ("wikitext2", *SHIFTED)
 DEPTH_WINDOWS = 4  # by which blocks are chosen that go as a whole
 
 
@@ -100,7 +100,10 @@ class Bench:
         options.work.mkdir(parents=True, exist_ok=True)
         self.dense: LoadedModel = load_model(RunConfig(model=options.model))
         self.texts = evaluation_texts(self.dense.tokenizer, options.data)
-        self.references = {name: dense_reference(self.dense.model, self.texts[name]) for name in TEXTS}
+        self.references = {
+            name: kept_reference(options.work / f"dense-{name}.safetensors", self.dense.model, self.texts[name])
+            for name in TEXTS
+        }
         self.starts: dict[str, Callable[[float], Any]] = {
             "pruned": lambda ratio: load(self.pruned(ratio), dtype="float32")[0],
             "magnitude": lambda ratio: load(self.pruned(ratio, criterion="magnitude"), dtype="float32")[0],
@@ -135,7 +138,7 @@ class Bench:
         teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
         model = method.prepare(student, self.dense.architecture, config)
         place = self.options.work / row.key.replace("/", "_").replace(" ", "-")
-        made = train(model, teacher, domains, recipe, TrainingState(place, asdict(row)), Progress())
+        made = Training(model, teacher, domains, recipe, TrainingState(place, asdict(row)), Progress()).run()
         student = method.finish(model).eval()
         record = {
             "key": row.key, **asdict(row), "parameters": parameters, "text": self.options.text,
@@ -204,7 +207,7 @@ class Bench:
     def depth(self, ratio: float) -> Any:
         """Blocks go one by one, each time the one without which the output stays nearest to the dense one's."""
         model = copy.deepcopy(self.dense.model)
-        (news,) = [d for d in self.domains() if d.name == "news"]
+        (news,), _ = read_domains("news", self.dense.tokenizer, None, WINDOW, 0)
         ids = torch.cat([news.held_out, news.train])[:DEPTH_WINDOWS]
         target = sum(p.numel() for p in load(self.pruned(ratio))[0].parameters())
         blocks = model.get_submodule(self.dense.architecture.family.blocks)
@@ -221,9 +224,6 @@ class Bench:
             _set_blocks(model, blocks, layers[:worst] + layers[worst + 1 :])
         return model
 
-    def domains(self) -> tuple[Domain, ...]:
-        return read_domains("default", self.dense.tokenizer, None, WINDOW, 0)[0]
-
 
 def _set_blocks(model: Any, blocks: torch.nn.ModuleList, layers: list[torch.nn.Module]) -> None:
     """In place; nothing here caches keys, so that the blocks' own numbers do not matter."""
@@ -237,7 +237,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     head = ["ratio", "start", "method", "budget", "tokens", *(f"{name} before, after" for name in TEXTS), "worst after",
             "ARC-Easy"]  # fmt: skip
     body = []
-    for row in sorted(rows, key=lambda row: (row["ratio"], RATIOS.index(row["ratio"]), rows.index(row))):
+    for row in sorted(rows, key=lambda row: row["ratio"]):
         pairs = [(row["before"][name]["x_dense"], row["after"][name]["x_dense"]) for name in TEXTS]
         task = f"{row['arc_easy']['acc']:.1%}" if "arc_easy" in row else "–"
         body.append([

@@ -43,6 +43,7 @@ from slimexport.errors import BadInputError
 RUN, PLAN, COSTS, PRUNE, RECOVER = "run.json", "plan.json", "costs.json", "prune.json", "recover.json"
 NUMERICS, VERIFICATION, TASKS = "numerics.json", "verification.json", "tasks.json"
 CHECKPOINT, RECOVERED = "checkpoint", "recovered"
+CHECKPOINTS = (RECOVERED, CHECKPOINT)  # the first that is there is the shrunk model
 BASELINE, REPORT, WORK, LOCK = "baseline", "report", ".work", ".lock"
 STAGE_ORDER = ("prune", "recover", "export", "verify")
 

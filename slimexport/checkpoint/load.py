@@ -16,6 +16,7 @@ from slimexport.architectures.weights import (
 from slimexport.artifacts import read_json
 from slimexport.checkpoint.modeling_slimexport import PerBlockSizes
 from slimexport.errors import BadInputError, reason
+from slimexport.run_directory import CHECKPOINTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,11 +37,9 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    path = Path(directory)
-    for inside in ("recovered", "checkpoint"):
-        if not (path / "config.json").is_file() and (path / inside / "config.json").is_file():
-            path = path / inside
-    if not (path / "config.json").is_file():
+    places = (Path(directory), *(Path(directory, name) for name in CHECKPOINTS))
+    path = next((place for place in places if (place / "config.json").is_file()), None)
+    if path is None:
         raise BadInputError(f"{directory} is no checkpoint: it has no config.json.")
     model = load_weights(path, dtype=dtype).to(device)
     try:

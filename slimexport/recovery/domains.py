@@ -106,15 +106,13 @@ class Turns:
         return torch.stack([self._next() for _ in range(sequences)])
 
     def _next(self) -> torch.Tensor:
-        fresh = [d for d in self._domains if self._taken[d.name] < EPOCHS * len(d.train)]
+        fresh = [(i, d) for i, d in enumerate(self._domains) if self._taken[d.name] < EPOCHS * len(d.train)]
         if not fresh:
             raise OutOfTextError
-        total = sum(self.weights[domain.name] for domain in fresh)
-        for domain in fresh:
+        total = sum(self.weights[domain.name] for _, domain in fresh)
+        for _, domain in fresh:
             self._credit[domain.name] += self.weights[domain.name] / total
-        index, domain = max(
-            ((i, d) for i, d in enumerate(self._domains) if d in fresh), key=lambda at: self._credit[at[1].name]
-        )
+        index, domain = max(fresh, key=lambda at: self._credit[at[1].name])
         self._credit[domain.name] -= 1.0
         epoch, place = divmod(self._taken[domain.name], len(domain.train))
         self._taken[domain.name] += 1

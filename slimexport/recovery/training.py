@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimexport.artifacts import HeldOut, RecoveryPoint
+from slimexport.artifacts import HeldOut, RecoveryPoint, from_dict
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.recovery.budget import Budget
@@ -36,6 +36,7 @@ PATIENCE = 3  # evaluations in a row that are no better
 SPIKE = 2.0  # times the largest of recent losses, or the best on held-out text: the last saved state is gone back to
 RECENT = 20  # steps: batches differ, by domain above all
 ROLLBACKS = 3
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,9 @@ class _Numbers:
     best: int = 0
 
 
-def train(
-    student: nn.Module,
-    teacher: nn.Module,
-    domains: Sequence[Domain],
-    recipe: Recipe,
-    state: TrainingState,
-    progress: Progress,
-) -> Trained:
-    """Trains what of `student` requires a gradient, in place; `teacher` is only asked.
+class Training:
+    """`run` trains what of `student` requires a gradient, in place; `teacher` is only asked."""
 
-    Raises BadInputError where the budget is shorter than one step.
-    """
-    return _Training(student, teacher, domains, recipe, state, progress).run()
-
-
-class _Training:
     def __init__(
         self,
         student: nn.Module,
@@ -121,6 +109,7 @@ class _Training:
         self.tokens_per_step = recipe.sequences * domains[0].train.shape[1]
 
     def run(self) -> Trained:
+        """Raises BadInputError where the budget is shorter than one step."""
         planned = self.recipe.budget.steps(self.tokens_per_step)
         if planned == 0:
             raise BadInputError(
@@ -134,10 +123,7 @@ class _Training:
             self.at.total = planned
             self._judge(loss=None)
         stopped = self._steps()
-        with torch.no_grad():
-            best = self.state.tensors("best")
-            for name, parameter in self.trained.items():
-                parameter.copy_(best[name])
+        self._take("best")
         at = self.at
         return Trained(
             tuple(self.points), at.best, at.step, at.step * self.tokens_per_step, self._elapsed(), stopped,
@@ -346,7 +332,7 @@ class _Training:
         if numbers is None:
             return False
         self._restore(numbers)
-        self.points = [_point(of) for of in numbers["points"]]
+        self.points = [from_dict(RecoveryPoint, of, "the saved state of recovery") for of in numbers["points"]]
         self.notes = list(numbers["notes"])
         self.progress.note(f"going on after step {self.at.step}")
         return True
@@ -357,17 +343,21 @@ class _Training:
         self.turns.restore(numbers["turns"])
         self.recent = list(numbers["recent"])
         self.optimiser.state.clear()
-        weights = self.state.tensors("weights" if self.at.step else "best")
+        self._take("weights" if self.at.step else "best")
         moments = self.state.tensors("moments") if self.at.step else {}
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
         for name, parameter in self.trained.items():
             found = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
             if found:
                 self.optimiser.state[parameter] = {
                     key: value if key == "step" else value.to(parameter) for key, value in found.items()
                 }
+
+    @torch.no_grad()
+    def _take(self, what: str) -> None:
+        """The weights that were saved last as `what`."""
+        saved = self.state.tensors(what)
+        for name, parameter in self.trained.items():
+            parameter.copy_(saved[name])
 
     def _rolled_back(self, why: str) -> bool:
         """Goes on from the last saved state, at half the learning rate, with the text after that of the failure; False
@@ -387,11 +377,3 @@ class _Training:
         self.at.seconds, self.at.worse, self.at.total = elapsed, at.worse, at.total
         self.recent = []
         return True
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _point(data: Mapping[str, Any]) -> RecoveryPoint:
-    held_out = {name: HeldOut(**of) for name, of in data["held_out"].items()}
-    return RecoveryPoint(**{**data, "held_out": held_out})

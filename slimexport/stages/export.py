@@ -29,7 +29,15 @@ from slimexport.artifacts import (
 from slimexport.environment import version
 from slimexport.errors import BadInputError
 from slimexport.run_directory import BASELINE, NUMERICS, RunDirectory, lock_file
-from slimexport.stages.inputs import baselines, check_files, export_names, export_options, exports, fields_of
+from slimexport.stages.inputs import (
+    baselines,
+    check_files,
+    dense_model,
+    export_names,
+    export_options,
+    exports,
+    fields_of,
+)
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -148,12 +156,8 @@ def baseline_for(
 def _make_baseline(
     source: ModelSource, place: Path, key: str, kind: Kind, config: RunConfig, progress: Progress, text: Windows
 ) -> dict[str, Any]:
-    from slimexport.loading import load_model
-
     progress.note(f"{place.name}: dense baseline")
-    loaded = load_model(config)
-    if loaded.source.fingerprint != source.fingerprint:
-        raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
+    loaded = dense_model(config, source.fingerprint)
     _record(place).unlink(missing_ok=True)
     numerics = _export_model(loaded.model, loaded.tokenizer, place, kind, config, text)
     write_json(_record(place), _record_of(place, key, numerics))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slimexport.architectures.base import Architecture
     from slimexport.artifacts import TextSource, VerificationReport
     from slimexport.gates.decide import Earlier, GateResult
+    from slimexport.loading import LoadedModel
     from slimexport.targets.base import ExportOptions
 
 
@@ -191,6 +192,22 @@ def check_files(place: Path, files: Mapping[str, str]) -> None:
             raise BadInputError(
                 f"{path} is not the file that was written here: its sha256 differs. --force starts over."
             )
+
+
+def dense_model(
+    config: RunConfig,
+    fingerprint: str,
+    *,
+    streamed: bool = False,
+    advice: str = "--force starts over, or --no-baseline",
+) -> LoadedModel:
+    """The model that was pruned. Raises BadInputError where it has this `fingerprint` no more."""
+    from slimexport.loading import load_model
+
+    loaded = load_model(config, streamed=streamed)
+    if loaded.source.fingerprint != fingerprint:
+        raise BadInputError(f"{config.model} has changed since it was pruned: {advice}.")
+    return loaded
 
 
 def check_windows(config: RunConfig, model_config: Any) -> None:

@@ -27,7 +27,7 @@ from slimexport.run_directory import (
     PruneRecord,
     RunDirectory,
 )
-from slimexport.stages.inputs import check_files, fields_of
+from slimexport.stages.inputs import check_files, dense_model, fields_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,18 +42,21 @@ if TYPE_CHECKING:
     from slimexport.recovery.training import Recipe
 
 PLACE = "recovery"  # in WORK
+TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
 
 
 def recover_stage(
     directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False, resume: bool = False
 ) -> Recovery:
     """`force` trains again what was trained, and takes text that overlaps the evaluation text."""
+    import torch
+
     from slimexport.checkpoint import load
-    from slimexport.loading import load_model, resolve_device
+    from slimexport.loading import resolve_device
     from slimexport.recovery.domains import read_domains
     from slimexport.recovery.methods import registry as methods
     from slimexport.recovery.state import TrainingState
-    from slimexport.recovery.training import train
+    from slimexport.recovery.training import Training
 
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
@@ -66,13 +69,11 @@ def recover_stage(
     started = time.monotonic()
     with progress.stage("recover"):
         device = resolve_device(config.device)
-        teacher = load_model(config)
-        source = from_dict(ModelSource, directory.state["source"], "run.json")
-        if teacher.source.fingerprint != source.fingerprint:
-            raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over.")
+        teacher = dense_model(config, directory.state["source"]["fingerprint"], advice="--force starts over")
         architecture = teacher.architecture.with_blocks(directory.read(PLAN, PruningPlan).blocks)
         method.check(architecture)
-        student, tokenizer = load(directory / CHECKPOINT, dtype="float32")
+        student, tokenizer = load(directory / CHECKPOINT)
+        stored = student.dtype
         domains, notes = read_domains(
             config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update
         )
@@ -90,18 +91,17 @@ def recover_stage(
         place = directory / WORK / PLACE
         if not resume:
             remove(place)
-        teacher.model.requires_grad_(False).to(device, recipe.autocast or student.dtype)
-        model = method.prepare(student.to(device), architecture, config)
-        trained = train(model, teacher.model, domains, recipe, TrainingState(place, identity), progress)
+        teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
+        model = method.prepare(student.float().to(device), architecture, config)
+        trained = Training(model, teacher.model, domains, recipe, TrainingState(place, identity), progress).run()
         settings = {**fields_of(config, "recover"), "autocast": str(recipe.autocast).removeprefix("torch.")}
         made = Recovery(
             config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
         )  # fmt: skip
         if trained.best:
-            made = dataclasses.replace(
-                made, checkpoint=_save(directory, method.finish(model), teacher, architecture, made, config)
-            )
+            finished = method.finish(model).to("cpu", stored)
+            made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
             progress.note("training made it no better: the pruned model is kept as it is")
     directory.write(RECOVER, made)
@@ -127,9 +127,6 @@ def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe
         autocast=fast_bfloat16(device),
         seed=config.seed,
     )
-
-
-TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
 
 
 def _check_apart(
@@ -162,14 +159,10 @@ def _save(
     config: RunConfig,
 ) -> ShrunkCheckpoint:
     """Writes the checkpoint aside, reloads it in a fresh process, and only then puts it into place."""
-    import torch
-
     from slimexport.checkpoint.card import model_card
     from slimexport.checkpoint.save import check_round_trip, checkpoint_artifact, save_checkpoint
 
     plan, pruned = directory.read(PLAN, PruningPlan), directory.read(PRUNE, PruneRecord)
-    stored = _stored_dtype(directory)
-    student.to("cpu", getattr(torch, stored))
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     with staged_directory(directory / RECOVERED) as place:
         card = model_card(source, plan, pruned.calibration, recovery=how)
@@ -177,9 +170,3 @@ def _save(
         difference = check_round_trip(student, place, config.seed)
         made = checkpoint_artifact(place, architecture, files, difference)
     return dataclasses.replace(made, path=RECOVERED)
-
-
-def _stored_dtype(directory: RunDirectory) -> str:
-    from slimexport.checkpoint.load import load_weights
-
-    return str(load_weights(directory / CHECKPOINT).dtype).removeprefix("torch.")

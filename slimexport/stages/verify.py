@@ -25,6 +25,7 @@ from slimexport.stages.inputs import (
     check_files,
     check_windows,
     decided,
+    dense_model,
     earlier_exports,
     export_names,
     exports,
@@ -59,9 +60,8 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
     from slimexport.verification.streamed import streamed_accuracy
 
     shrunk = load_model(config.model_copy(update={"model": str(directory / directory.shrunk().path)}), streamed=True)
-    dense = load_model(config, streamed=True) if config.baseline else None
-    if dense is not None and dense.source.fingerprint != directory.state["source"]["fingerprint"]:
-        raise BadInputError(f"{config.model} has changed since it was pruned: --force starts over, or --no-baseline.")
+    fingerprint = directory.state["source"]["fingerprint"]
+    dense = dense_model(config, fingerprint, streamed=True) if config.baseline else None
     for model in (shrunk, dense):
         if model is not None and model.files is None:
             progress.note(f"{model.source.name} cannot be read block by block: it is in memory as a whole")

@@ -132,7 +132,7 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
     steps = 0
-    original = training._Training._step
+    original = training.Training._step
 
     def step(self: Any, batch: torch.Tensor) -> float | None:
         nonlocal steps
@@ -141,7 +141,7 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
             raise KeyboardInterrupt
         return original(self, batch)
 
-    monkeypatch.setattr(training._Training, "_step", step)
+    monkeypatch.setattr(training.Training, "_step", step)
     with pytest.raises(KeyboardInterrupt):
         pipeline.recover(out, TRAINING)
     assert not (out / "recovered").exists()

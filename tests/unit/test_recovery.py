@@ -20,7 +20,7 @@ from slimexport.recovery.budget import Budget
 from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
-from slimexport.recovery.training import Recipe, Trained, train
+from slimexport.recovery.training import Recipe, Trained, Training
 from slimexport.testing.models import tiny_config, tiny_model
 
 # ------------------------------------------------------------------------------------------------------------- budget
@@ -236,7 +236,9 @@ def recipe(budget: str = "12 steps", **more: Any) -> Recipe:
 def trained(place: Path, how: Recipe, student: Any = None, teacher: Any = None) -> tuple[Any, Trained]:
     own, other = models()
     student = own if student is None else student
-    made = train(student, teacher or other, texts(), how, TrainingState(place, {"of": 1}), Progress(quiet=True))
+    made = Training(
+        student, teacher or other, texts(), how, TrainingState(place, {"of": 1}), Progress(quiet=True)
+    ).run()
     return student, made
 
 
@@ -334,7 +336,7 @@ def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
 ) -> None:
     expected, _ = trained(tmp_path / "plenty", recipe("3 steps", together=1))
     seen: list[int] = []
-    original = training._Training._loss
+    original = training.Training._loss
 
     def loss(self: Any, ids: torch.Tensor) -> torch.Tensor:
         if len(ids) > room:
@@ -342,7 +344,7 @@ def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
         seen.append(len(ids))
         return original(self, ids)
 
-    monkeypatch.setattr(training._Training, "_loss", loss)
+    monkeypatch.setattr(training.Training, "_loss", loss)
     room = 1
     student, made = trained(tmp_path / "little", recipe("3 steps", together=4))
     assert made.steps == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.bench.subjects.onnx import has_experts
-from slimexport.run_directory import CHECKPOINT, RECOVERED
+from slimexport.run_directory import CHECKPOINTS
 from slimexport.runtime import CheckpointDecoder, is_checkpoint
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ kind = "transformers"
 
 def find(path: Path) -> list[Path]:
     """The directory with config and weights; of a run directory that has no graph yet, its checkpoint."""
-    for place in (path, path / RECOVERED, path / CHECKPOINT):
+    for place in (path, *(path / name for name in CHECKPOINTS)):
         if is_checkpoint(place):
             return [place]
     return []
