@@ -38,7 +38,7 @@ from slimexport.progress import Progress
 from slimexport.run_directory import COSTS, WORK
 
 RATIOS = (0.2, 0.3, 0.5)
-CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "magnitude", "random")
+CRITERIA = ("slimgpt", "fasp", "flap", "wanda_sp", "taylor", "taylor_lora", "magnitude", "random")
 PAPER = {"refit": 0.0, "curvature_tokens": 0}  # what we add to slimgpt, left out
 CALIBRATIONS = ("seeds", "sizes", "sources", "lengths")  # groups of rows that differ in the text alone
 COMPARED = ("criteria", "allocations")

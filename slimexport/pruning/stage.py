@@ -4,10 +4,10 @@ the allocation asks for them, the costs that the plan is made from."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, measure_curvature
 from slimexport.pruning.engine import HeldOut, prune_blocks
 from slimexport.pruning.forward import BATCH_TOKENS, Settings, first_states
-from slimexport.pruning.gradients import check_differentiable, collect_gradients
+from slimexport.pruning.gradients import check_differentiable, collect_gradients, collect_low_rank
 from slimexport.pruning.grid import COST_SEQUENCES, PROBE_LENGTH, centred
 from slimexport.pruning.probe import output_logits, output_scores
 from slimexport.pruning.sensitivity import measure_costs
@@ -141,11 +141,15 @@ def prune_model(
         if loaded.files is not None and sink is None and ranks.rank == 0:
             raise ValueError("blocks that are not in memory need a sink")
         criterion = criteria.get(plan.criterion)
-        gradients: list[dict[str, torch.Tensor]] = []
+        gradients: Sequence[Mapping[str, torch.Tensor]] = ()
         if getattr(criterion, "needs_gradients", False) and ranks.rank == 0:
-            gradients = collect_gradients(
-                model, loaded.architecture, calibration.input_ids, device=device, dtype=settings.dtype
-            )
+            where: dict[str, Any] = {"device": device, "dtype": settings.dtype}
+            whole = model, loaded.architecture, calibration.input_ids
+            rank = getattr(criterion, "gradient_rank", None)
+            if rank is None:
+                gradients = collect_gradients(*whole, **where)
+            else:
+                gradients = collect_low_rank(*whole, rank=rank, seed=config.seed, **where)
         if curvature is None and ranks.rank == 0:
             curvature = curvature_of(loaded, calibration, config, room)
         ids, norm = calibration.input_ids, _scalable_norm(loaded)

@@ -19,7 +19,7 @@ from slimexport.architectures import architecture_of
 from slimexport.artifacts import BlockSizes
 from slimexport.errors import BadInputError
 from slimexport.pruning.criteria import Site, fasp, flap, magnitude, registry, taylor, wanda_sp
-from slimexport.pruning.gradients import collect_gradients
+from slimexport.pruning.gradients import collect_gradients, collect_low_rank
 from slimexport.pruning.legal import keep_channels, keep_heads
 from slimexport.pruning.obs import Selection
 
@@ -321,7 +321,7 @@ def test_taylor_refuses_a_source_that_is_neither_heads_nor_groups() -> None:
 def test_what_each_criterion_asks_for() -> None:
     names = registry.names()
     assert {*ADDITIVE, "random", "slimgpt"} <= set(names)
-    assert [n for n in names if getattr(registry.get(n), "needs_gradients", False)] == ["taylor"]
+    assert [n for n in names if getattr(registry.get(n), "needs_gradients", False)] == ["taylor", "taylor_lora"]
     assert [n for n in names if getattr(registry.get(n), "compensates_bias", False)] == ["flap"]
 
 
@@ -439,6 +439,59 @@ def assert_same(got: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-6)
 def test_gradients_equal_those_of_the_whole_batch(family: str) -> None:
     model, ids = tiny_model(family), tokens()
     assert_same(gradients_of(model, ids), reference(model, ids))
+
+
+def low_rank_of(model: Any, ids: torch.Tensor, rank: int) -> list[dict[str, torch.Tensor]]:
+    architecture = architecture_of(model.config, "tiny")
+    return [dict(block) for block in collect_low_rank(model, architecture, ids, rank=rank, device=CPU)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi3"])
+def test_adapters_of_full_rank_have_the_whole_gradient(family: str) -> None:
+    model, ids = tiny_model(family, dtype=torch.float64), tokens()
+    assert_same(low_rank_of(model, ids, rank=1000), gradients_of(model, ids), rtol=1e-3, atol=1e-6)
+
+
+def test_adapters_of_low_rank_have_most_of_the_gradient() -> None:
+    model, ids = tiny_model(dtype=torch.float64), tokens()
+    rank = 4
+    seen = []
+    for whole, found in zip(gradients_of(model, ids), low_rank_of(model, ids, rank), strict=True):
+        assert whole.keys() == found.keys()
+        for name, gradient in whole.items():
+            if gradient.dim() < 2:
+                torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+                continue
+            exact, own = gradient.double(), found[name].double()
+            assert torch.linalg.matrix_rank(own, rtol=1e-4) <= rank
+            # It is a projection of the gradient, so that what it leaves is at a right angle to it, ...
+            left = exact - own
+            assert float((own * left).sum()) == pytest.approx(0, abs=1e-4 * float(exact.square().sum()))
+            # ... and no less than what the best matrix of that rank would leave.
+            values = torch.linalg.svdvals(exact).square()
+            assert float(left.square().sum()) >= float(values[rank:].sum()) * (1 - 1e-3)
+            # Halko et al., theorem 10.5: what it leaves on average, at most.
+            most = min(float(values[k:].sum()) * (1 + k / (rank - k - 1)) for k in range(rank - 1))
+            seen.append(float(left.square().sum()) / most)
+    assert sum(seen) / len(seen) < 1
+
+
+def test_adapters_leave_nothing_behind() -> None:
+    model, ids = tiny_model(), tokens()
+    with torch.no_grad():
+        before = model(ids).logits
+        low_rank_of(model, ids, rank=2)
+        assert torch.equal(model(ids).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_experts_in_one_tensor_have_their_whole_gradient() -> None:
+    model, ids = tiny_model("qwen3_moe"), tokens()
+    name = "mlp.experts.down_proj"
+    for whole, found in zip(gradients_of(model, ids), low_rank_of(model, ids, rank=2), strict=True):
+        assert whole.keys() == found.keys()
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_first_sequences_count() -> None:

@@ -43,9 +43,10 @@ class Site:
 class Criterion(Protocol):
     """Chooses and compensates. `Selection.kept` are query heads for `heads`, channels for `channels`.
 
-    A criterion with `needs_gradients = True` finds them in the site; one with `compensates_bias = True` returns a
-    `Selection.bias`; one with `weighs_errors = True` finds a `weighting` (or None) there: it chooses by the errors of
-    `weighted(W, site.weighting)`, and returns W `unweighted`.
+    A criterion with `needs_gradients = True` finds them in the site; where it has a `gradient_rank` as well, they are
+    those of adapters (pruning/gradients.py). One with `compensates_bias = True` returns a `Selection.bias`; one with
+    `weighs_errors = True` finds a `weighting` (or None) there: it chooses by the errors of `weighted(W,
+    site.weighting)`, and returns W `unweighted`.
     """
 
     def heads(self, site: Site) -> tuple[Selection, float]:

@@ -3,6 +3,9 @@
 A coupled structure is worth the sum of |w dL/dw| over all weights that go with it. A query head takes its rows of q
 and its columns of W; a KV group its rows of k and v as well; a channel its rows of gate and up and its column of W;
 biases go with their rows.
+
+`taylor_lora` takes for dL/dW what gradients by adapters of low rank say it is (LoRAPrune, arXiv 2305.18403): a model
+that is too large for a gradient by every weight can be scored all the same.
 """
 
 from __future__ import annotations
@@ -49,8 +52,12 @@ def channel_scores(site: Site) -> torch.Tensor:
     return scores
 
 
+RANK = 8  # LoRAPrune's
+
+
 class Taylor:
     needs_gradients = True
+    gradient_rank: int | None = None  # None: whole gradients
 
     def heads(self, site: Site) -> tuple[Selection, float]:
         return remove_heads(site, *head_scores(site)), 0.0
@@ -59,4 +66,9 @@ class Taylor:
         return remove_channels(site, channel_scores(site)), 0.0
 
 
+class TaylorLora(Taylor):
+    gradient_rank = RANK
+
+
 registry.register("taylor")(Taylor())
+registry.register("taylor_lora")(TaylorLora())
