@@ -207,7 +207,7 @@ def main() -> None:
     reproduce what it was made from.
     """
     command = click.get_current_context().invoked_subcommand
-    if ranks.several() and command not in ("run", "prune"):
+    if ranks.several() and command not in ("run", "prune", "recover"):
         raise UsageError(f"slimexport {command} is one process: start it without torchrun.")
 
 
@@ -274,7 +274,7 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
         from slimexport import artifacts, pipeline, reporting
 
         if not ranks.is_first():
-            pipeline.assist(config)
+            pipeline.assist(config, recovers=False)
             return ExitCode.PASSED
         checkpoint = pipeline.prune(config, output, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(checkpoint), lambda: reporting.checkpoint_text(checkpoint, output))
@@ -288,7 +288,7 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
 @common
 @click.pass_context
 def recover(ctx: click.Context, directory: Path, recipe: Path | None, force: bool, resume: bool, as_json: bool,
-            quiet: bool, debug: bool, **_: Any) -> None:  # fmt: skip
+            quiet: bool, debug: bool, **_: Any) -> int:  # fmt: skip
     """Train the checkpoint in a run directory toward the dense model.
 
     DIRECTORY is what `slimexport prune` or `run` wrote. The shape stays; what was exported before is exported anew.
@@ -297,8 +297,12 @@ def recover(ctx: click.Context, directory: Path, recipe: Path | None, force: boo
     with _working(quiet, debug) as progress:
         from slimexport import artifacts, pipeline, reporting
 
+        if not ranks.is_first():
+            pipeline.assist_recovery(overrides.get("device", "auto"))
+            return ExitCode.PASSED
         made = pipeline.recover(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.recovery_text(made, directory))
+    return ExitCode.PASSED
 
 
 @main.command(cls=ConfigCommand, stages=("export",))

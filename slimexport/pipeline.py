@@ -19,8 +19,9 @@ from slimexport.run_directory import RunDirectory
 from slimexport.stages.export import export_stage
 from slimexport.stages.inputs import absolute, check_targets, config_of, fields_of
 from slimexport.stages.plan import known_costs, measured_costs, plan_stage
-from slimexport.stages.prune import assist as assist_stage
+from slimexport.stages.prune import assist as assist_prune
 from slimexport.stages.prune import block_by_block, prune_stage
+from slimexport.stages.recover import assist as assist_recover
 from slimexport.stages.recover import recover_stage
 from slimexport.stages.report import report_stage
 from slimexport.stages.verify import verify_stage
@@ -52,13 +53,13 @@ def run(
             prune_stage(
                 directory, config, force=force, resume=resume, progress=progress, evaluated=True, ranks=them
             )  # fmt: skip
+            if config.recover != "none":
+                recover_stage(directory, config, progress, resume=resume, ranks=them)
         if config.recover == "none" and directory.done("recover"):
             before = directory.key("recover")["recover"]
             raise BadInputError(
                 f"{output} holds a model that was trained: name --recover {before} as well, or --force starts over."
             )
-        if config.recover != "none":
-            recover_stage(directory, config, progress, resume=resume)
         export_stage(directory, config, progress)
         verify_stage(directory, config, progress)
         directory.save_config(fields_of(config, "gate"))  # the run's own gates; those of `report` hold once
@@ -139,11 +140,20 @@ def prune(
         return prune_stage(directory, absolute(config), force=force, resume=resume, progress=progress, ranks=them)
 
 
-def assist(config: RunConfig) -> None:
+def assist(config: RunConfig, *, recovers: bool = True) -> None:
     """What every process but the first calls where torchrun started several (`ranks.is_first()` says which this is),
-    while that one calls `run` or `prune`: pruning is shared among all, the rest is the first one's."""
+    while that one calls `run`, or with `recovers=False` `prune`: pruning and training are shared among all, the rest is
+    the first one's."""
     with ranks.joined(config.device) as them:
-        assist_stage(absolute(config), them)
+        assist_prune(absolute(config), them)
+        if recovers and config.recover != "none":
+            assist_recover(them)
+
+
+def assist_recovery(device: str = "auto") -> None:
+    """As `assist`, while the first process calls `recover`."""
+    with ranks.joined(device) as them:
+        assist_recover(them)
 
 
 def recover(
@@ -163,7 +173,9 @@ def recover(
             config = config.model_copy(update={"recover": RECOVERY})
         if directory.done("recover") and not force and not resume:
             raise BadInputError(f"{output} is recovered already: --force replaces it, --resume keeps what is the same.")
-        return recover_stage(directory, config, progress or Progress(quiet=True), force=force, resume=resume)
+        progress = progress or Progress(quiet=True)
+        with ranks.joined(config.device) as them:
+            return recover_stage(directory, config, progress, force=force, resume=resume, ranks=them)
 
 
 def export(

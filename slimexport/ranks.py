@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slimexport.errors import BadInputError, SlimExportError
@@ -186,6 +187,34 @@ def summed(ranks: Ranks, value: float) -> float:
     total = torch.tensor([value], dtype=torch.float64)
     ranks.add_up([total])
     return float(total)
+
+
+def shared(ranks: Ranks, directory: Path | None, place: Path) -> Path:
+    """Where a rank has the files of the first one's `directory`: there itself, and otherwise copies in `place`."""
+
+    def read() -> Message:
+        import torch
+
+        assert directory is not None
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        contents = {
+            str(path.relative_to(directory)): torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in files
+            if path.stat().st_size
+        }
+        return Message(tensors=contents)
+
+    if ranks.size == 1:
+        assert directory is not None
+        return directory
+    said = ranks.told(read)
+    if directory is not None:
+        return directory
+    for name, content in said.tensors.items():
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.cpu().numpy().tobytes())
+    return place
 
 
 def check_alike(ranks: Ranks, facts: Mapping[str, str]) -> None:

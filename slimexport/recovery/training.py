@@ -3,6 +3,9 @@
 Held-out windows of every domain are judged at the beginning and EVALUATIONS times after that; the state that is
 best at them is what comes out. All that decides the next step is in the state that is saved there, so that a
 resumed run goes on as if nothing had happened.
+
+Of several ranks each takes every so many of a step's windows, and gradients are added up; the first one's clock and
+files are those that count, so that all take the same steps.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from torch import nn
 from slimexport.artifacts import HeldOut, RecoveryPoint, from_dict
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
+from slimexport.ranks import ALONE, Message, Ranks, summed
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.domains import Domain, OutOfTextError, Turns
 from slimexport.recovery.losses import distillation, divergence, hidden_states
-from slimexport.recovery.state import TrainingState
+from slimexport.recovery.state import Tensors, TrainingState
 
 WARM_UP = 0.1  # of all steps
 LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
@@ -81,7 +85,10 @@ class _Numbers:
 
 
 class Training:
-    """`run` trains what of `student` requires a gradient, in place; `teacher` is only asked."""
+    """`run` trains what of `student` requires a gradient, in place; `teacher` is only asked.
+
+    `state` is None for ranks that are not the first, and may be for those alone.
+    """
 
     def __init__(
         self,
@@ -89,11 +96,12 @@ class Training:
         teacher: nn.Module,
         domains: Sequence[Domain],
         recipe: Recipe,
-        state: TrainingState,
+        state: TrainingState | None,
         progress: Progress,
+        ranks: Ranks = ALONE,
     ):
         self.student, self.teacher, self.domains, self.recipe = student, teacher, domains, recipe
-        self.state, self.progress = state, progress
+        self._state, self.progress, self.ranks = state, progress, ranks
         self.device = next(student.parameters()).device
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
@@ -122,6 +130,8 @@ class Training:
         if not self._resumed():
             self.at.total = planned
             self._judge(loss=None)
+            if self.ranks.size > 1:
+                self._take("best")  # adapters were drawn by each rank
         stopped = self._steps()
         self._take("best")
         at = self.at
@@ -151,9 +161,9 @@ class Training:
                 continue
             self.at.step += 1
             self.recent = [*self.recent, loss][-RECENT:]
-            self._estimate()
+            due = self._due()
             self._say(loss)
-            if self._due():
+            if due:
                 self._judge(statistics.fmean(self.recent))
                 if not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged:
                     if not self._rolled_back("the held-out windows got worse by far"):
@@ -176,6 +186,7 @@ class Training:
                 reason = str(error).partition(". ")[0]
             self.optimiser.zero_grad(set_to_none=True)
             self._with_less(reason)
+        total = self._added_up(total)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         finite = math.isfinite(total) and bool(torch.isfinite(norm))
         if finite:
@@ -184,13 +195,23 @@ class Training:
         return total if finite else None
 
     def _gradient(self, batch: torch.Tensor) -> float:
-        """Added to what is there; returns the mean loss."""
+        """Added to what is there, of this rank's part of the batch; returns what it adds to the mean loss."""
         total = 0.0
-        for some in batch.split(self.together):
+        for some in batch[self.ranks.rank :: self.ranks.size].split(self.together):
             loss = self._loss(some) * (len(some) / len(batch))
             loss.backward()
             total += float(loss.detach())
         return total
+
+    def _added_up(self, total: float) -> float:
+        """Gradients become the sum of all ranks'; returns the sum of `total`."""
+        if self.ranks.size == 1:
+            return total
+        for parameter in self.trained.values():
+            if parameter.grad is None:  # there were fewer windows than ranks
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add_up([parameter.grad for parameter in self.trained.values() if parameter.grad is not None])
+        return summed(self.ranks, total)
 
     def _with_less(self, reason: str) -> None:
         """From here on half as many sequences in a forward pass. Raises BadInputError where there was but one."""
@@ -262,7 +283,18 @@ class Training:
     # ------------------------------------------------------------------------------------------- judging, going back
 
     def _due(self) -> bool:
-        """Whether another EVALUATIONS-th of the budget is used up."""
+        """Whether it is time to judge, by the first rank's clock, and what the budget comes to."""
+
+        def look() -> Message:
+            self._estimate()
+            return Message({"total": self.at.total, "due": self._used_up()})
+
+        said = self.ranks.told(look).values
+        self.at.total = said["total"]
+        return bool(said["due"])
+
+    def _used_up(self) -> bool:
+        """Whether another EVALUATIONS-th of the budget is."""
         if self.at.total is None:
             return False
         if self.at.step >= self.at.total:
@@ -300,16 +332,25 @@ class Training:
     def _held_out(self, domain: Domain) -> HeldOut:
         distance = nll = 0.0
         tokens = 0
-        for ids in domain.held_out.to(self.device).split(self.together):
+        own_part = domain.held_out[self.ranks.rank :: self.ranks.size]
+        for ids in own_part.to(self.device).split(self.together):
             with self._precision():
                 own = self.student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             distance += divergence(own, self._asked(ids).logits[:, :-1].flatten(0, 1))
             nll += float(nn.functional.cross_entropy(own.float(), targets, reduction="sum"))
             tokens += len(targets)
-        return HeldOut(distance / tokens, nll / tokens)
+        every = summed(self.ranks, tokens)
+        return HeldOut(summed(self.ranks, distance) / every, summed(self.ranks, nll) / every)
+
+    @property
+    def state(self) -> TrainingState:
+        assert self._state is not None  # of the first rank
+        return self._state
 
     def _save(self, better: bool) -> None:
+        if self.ranks.rank:
+            return
         moments = {}
         for name, parameter in self.trained.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
@@ -328,7 +369,7 @@ class Training:
 
     def _resumed(self) -> bool:
         """Whether there was a state to go on from."""
-        numbers = self.state.numbers()
+        numbers = self._saved_numbers()
         if numbers is None:
             return False
         self._restore(numbers)
@@ -344,7 +385,7 @@ class Training:
         self.recent = list(numbers["recent"])
         self.optimiser.state.clear()
         self._take("weights" if self.at.step else "best")
-        moments = self.state.tensors("moments") if self.at.step else {}
+        moments = self._saved("moments") if self.at.step else {}
         for name, parameter in self.trained.items():
             found = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
             if found:
@@ -352,10 +393,18 @@ class Training:
                     key: value if key == "step" else value.to(parameter) for key, value in found.items()
                 }
 
+    def _saved_numbers(self) -> dict[str, Any] | None:
+        said = self.ranks.told(lambda: Message({"numbers": self.state.numbers()}))
+        numbers: dict[str, Any] | None = said.values["numbers"]
+        return numbers
+
+    def _saved(self, what: str) -> Tensors:
+        return dict(self.ranks.told(lambda: Message(tensors=self.state.tensors(what))).tensors)
+
     @torch.no_grad()
     def _take(self, what: str) -> None:
         """The weights that were saved last as `what`."""
-        saved = self.state.tensors(what)
+        saved = self._saved(what)
         for name, parameter in self.trained.items():
             parameter.copy_(saved[name])
 
@@ -365,7 +414,7 @@ class Training:
         if self.at.rollbacks >= ROLLBACKS:
             self.notes.append(f"given up at step {self.at.step}: {why} again after {ROLLBACKS} rollbacks")
             return False
-        numbers = self.state.numbers()
+        numbers = self._saved_numbers()
         assert numbers is not None  # the first point was saved
         at, elapsed, turns = self.at, self._elapsed(), self.turns.state()
         self._restore(numbers)

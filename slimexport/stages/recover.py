@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import (
@@ -12,11 +14,16 @@ from slimexport.artifacts import (
     PruningPlan,
     Recovery,
     ShrunkCheckpoint,
+    TextPart,
     from_dict,
     remove,
     staged_directory,
+    to_dict,
 )
+from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
+from slimexport.progress import Progress
+from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared
 from slimexport.run_directory import (
     CHECKPOINT,
     PLAN,
@@ -34,43 +41,47 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
-    from slimexport.config import RunConfig
     from slimexport.loading import LoadedModel
-    from slimexport.progress import Progress
     from slimexport.recovery.domains import Domain
     from slimexport.recovery.methods import Method
-    from slimexport.recovery.training import Recipe
+    from slimexport.recovery.state import TrainingState
+    from slimexport.recovery.training import Recipe, Training
 
 PLACE = "recovery"  # in WORK
 TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
 
 
 def recover_stage(
-    directory: RunDirectory, config: RunConfig, progress: Progress, *, force: bool = False, resume: bool = False
+    directory: RunDirectory,
+    config: RunConfig,
+    progress: Progress,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Recovery:
-    """`force` trains again what was trained, and takes text that overlaps the evaluation text."""
-    import torch
-
+    """`force` trains again what was trained, and takes text that overlaps the evaluation text. `ranks`: this is the
+    first of them; the others `assist`."""
     from slimexport.checkpoint import load
-    from slimexport.loading import resolve_device
     from slimexport.recovery.domains import read_domains
     from slimexport.recovery.methods import registry as methods
     from slimexport.recovery.state import TrainingState
-    from slimexport.recovery.training import Training
 
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
     key = {"prune": directory.key("prune"), **fields_of(config, "recover"), "seed": config.seed}
     if directory.done("recover", key) and not force:
+        ranks.told(lambda: Message({"done": True}))
         return directory.read(RECOVER, Recovery)
     method = methods.get(config.recover)
     pruned = directory.read(PRUNE, PruneRecord)
     check_files(directory / CHECKPOINT, pruned.checkpoint.files)
     started = time.monotonic()
     with progress.stage("recover"):
-        device = resolve_device(config.device)
-        teacher = dense_model(config, directory.state["source"]["fingerprint"], advice="--force starts over")
-        architecture = teacher.architecture.with_blocks(directory.read(PLAN, PruningPlan).blocks)
+        fingerprint = directory.state["source"]["fingerprint"]
+        teacher = dense_model(config, fingerprint, advice="--force starts over")
+        plan = directory.read(PLAN, PruningPlan)
+        architecture = teacher.architecture.with_blocks(plan.blocks)
         method.check(architecture)
         student, tokenizer = load(directory / CHECKPOINT)
         stored = student.dtype
@@ -80,7 +91,14 @@ def recover_stage(
         _check_apart(domains, config, tokenizer, force, progress)
         for note in notes:
             progress.note(note)
-        recipe = recipe_of(config, device, method)
+        if ranks.size > 1:
+            options = config.model_dump(mode="json")
+            said = {"done": False, "config": options, "fingerprint": fingerprint, "plan": to_dict(plan)}
+            ranks.told(lambda: Message(said))
+            check_alike(ranks, _alike())
+            shared(ranks, directory / CHECKPOINT, directory / WORK)
+            _shared_domains(ranks, domains)
+            progress.note(f"{ranks.size} ranks share every step")
         identity = {
             **key,
             "checkpoint": dict(pruned.checkpoint.files),
@@ -91,16 +109,16 @@ def recover_stage(
         place = directory / WORK / PLACE
         if not resume:
             remove(place)
-        teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
-        model = method.prepare(student.float().to(device), architecture, config)
-        trained = Training(model, teacher.model, domains, recipe, TrainingState(place, identity), progress).run()
-        settings = {**fields_of(config, "recover"), "autocast": str(recipe.autocast).removeprefix("torch.")}
+        state = TrainingState(place, identity)
+        training = _training(config, student, teacher, architecture, domains, state, progress, ranks)
+        trained = training.run()
+        settings = {**fields_of(config, "recover"), "autocast": str(training.recipe.autocast).removeprefix("torch.")}
         made = Recovery(
             config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
         )  # fmt: skip
         if trained.best:
-            finished = method.finish(model).to("cpu", stored)
+            finished = method.finish(training.student).to("cpu", stored)
             made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
             progress.note("training made it no better: the pruned model is kept as it is")
@@ -109,6 +127,75 @@ def recover_stage(
     directory.finish("recover", key, time.monotonic() - started)
     remove(directory / WORK)
     return made
+
+
+def assist(ranks: Ranks) -> None:
+    """The recover stage of a rank that is not the first: it loads the same dense model, is told all else, and takes its
+    part of every step. It writes nothing."""
+    from slimexport.checkpoint import load
+
+    said = ranks.told(Message).values
+    if said["done"]:
+        return
+    config = RunConfig.model_validate(said["config"])
+    teacher = dense_model(config, said["fingerprint"], advice="all ranks need the same one")
+    check_alike(ranks, _alike())
+    plan = from_dict(PruningPlan, said["plan"], "the plan of rank 0")
+    architecture = teacher.architecture.with_blocks(plan.blocks)
+    with tempfile.TemporaryDirectory() as place:
+        student, _ = load(shared(ranks, None, Path(place)))
+        domains = _shared_domains(ranks, ())
+        _training(config, student, teacher, architecture, domains, None, Progress(quiet=True), ranks).run()
+
+
+def _alike() -> dict[str, str]:
+    from slimexport.environment import environment
+
+    found = environment()
+    versions = {name: str(found["packages"].get(name)) for name in ("torch", "transformers", "peft")}
+    return {f"version of {name}": of for name, of in {**versions, "slimexport": str(found["slimexport"])}.items()}
+
+
+def _shared_domains(ranks: Ranks, domains: Sequence[Domain]) -> list[Domain]:
+    """Those of the first rank."""
+    from slimexport.recovery.domains import Domain
+
+    def tell() -> Message:
+        named = [{"weight": domain.weight, "part": dataclasses.asdict(domain.part)} for domain in domains]
+        windows = {f"{i}.train": domain.train for i, domain in enumerate(domains)}
+        windows |= {f"{i}.held_out": domain.held_out for i, domain in enumerate(domains)}
+        return Message({"domains": named}, windows)
+
+    said = ranks.told(tell)
+    return [
+        Domain(
+            from_dict(TextPart, of["part"], "rank 0"), of["weight"],
+            said.tensors[f"{i}.train"].cpu(), said.tensors[f"{i}.held_out"].cpu(),
+        ) for i, of in enumerate(said.values["domains"])
+    ]  # fmt: skip
+
+
+def _training(
+    config: RunConfig,
+    student: PreTrainedModel,
+    teacher: LoadedModel,
+    architecture: Architecture,
+    domains: Sequence[Domain],
+    state: TrainingState | None,
+    progress: Progress,
+    ranks: Ranks,
+) -> Training:
+    import torch
+
+    from slimexport.loading import resolve_device
+    from slimexport.recovery.methods import registry as methods
+    from slimexport.recovery.training import Training
+
+    device, method = resolve_device(config.device), methods.get(config.recover)
+    recipe = recipe_of(config, device, method)
+    teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
+    model = method.prepare(student.float().to(device), architecture, config)
+    return Training(model, teacher.model, domains, recipe, state, progress, ranks)
 
 
 def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ import torch
 from models import tiny_directory, tiny_text
 from safetensors.torch import load_file
 
+from slimexport import pipeline
 from slimexport.artifacts import read_json
+from slimexport.config import RunConfig
 
 # Sums over two parts differ in the last bit of float64; what is stored are float32 weights of about 0.1.
 TOLERANCE = 1e-6
@@ -41,14 +44,18 @@ def started(
     model: Path, words: list[str], out: Path, size: int, *more: str, of_last: tuple[str, ...] = ()
 ) -> list[Any]:
     """`of_last`: words that the last rank is given besides."""
+    return ranks("prune", str(model), *words, *more, "-o", str(out), size=size, of_last=of_last)
+
+
+def ranks(*line: str, size: int, of_last: tuple[str, ...] = ()) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     known = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    line = [sys.executable, "-m", "slimexport", "prune", str(model), *words, *more, "-o", str(out)]
     return [
         subprocess.Popen(
-            [*line, *(of_last if rank == size - 1 else ())], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "slimexport", *line, *(of_last if rank == size - 1 else ())],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
         ) for rank in range(size)
     ]  # fmt: skip
@@ -120,6 +127,41 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(model: Path, words
     assert not (out / ".work").exists()
     # And once it is done there is nothing to do for anyone.
     assert [code for code, _ in ended(started(model, words, out, 2, "--fast", "--resume"))] == [0, 0]
+
+
+TRAINING = ("--recover-budget", "6 steps", "--recover-sequences", "3", "--recover-length", "48",
+            "--recover-learning-rate", "0.002")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["distill", "lora"])
+def test_two_ranks_train_as_one_does(model: Path, tmp_path: Path, method: str) -> None:
+    """Three windows a step, so that one of two ranks has more of them."""
+    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
+    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
+    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
+                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
+    pipeline.prune(config, tmp_path / "of1")
+    shutil.copytree(tmp_path / "of1", tmp_path / "of2")
+    for size in (1, 2):
+        line = ["recover", str(tmp_path / f"of{size}"), "--recover", method, *TRAINING]
+        for code, err in ended(ranks(*line, size=size)):
+            assert code == 0, err
+    one, two = (read_json(tmp_path / f"of{size}" / "recover.json") for size in (1, 2))
+    assert one["steps"] == two["steps"] == 6
+    assert one["best"] == two["best"] > 0
+    first, then = one["points"][:2], two["points"][:2]
+    assert [p["judged"] for p in first[:1]] == pytest.approx([p["judged"] for p in then[:1]], rel=1e-6)
+    assert first[1]["loss"] == pytest.approx(then[1]["loss"], rel=1e-5)  # of the same windows
+    # After that they differ: forward passes may be in bfloat16, and hold other windows together.
+    gained = first[0]["judged"] - one["points"][one["best"]]["judged"]
+    for a, b in zip(one["points"], two["points"], strict=True):
+        assert a["judged"] == pytest.approx(b["judged"], abs=0.1 * gained)
+    weights, others = (load_file(tmp_path / f"of{size}" / "recovered" / "model.safetensors") for size in (1, 2))
+    pruned = load_file(tmp_path / "of1" / "checkpoint" / "model.safetensors")
+    moved = sum(float((tensor - pruned[name]).square().sum()) for name, tensor in weights.items())
+    apart = sum(float((tensor - others[name]).square().sum()) for name, tensor in weights.items())
+    assert apart < 0.05 * moved
+    assert moved > 0
 
 
 def until(ready: Callable[[], bool], processes: list[Any]) -> None:

@@ -28,6 +28,7 @@ class Lora:
             raise BadInputError("recover lora: experts are kept in one tensor that takes no adapters; use distill.")
 
     def prepare(self, student: PreTrainedModel, architecture: Architecture, config: RunConfig) -> nn.Module:
+        import torch
         from peft import LoraConfig, get_peft_model
 
         blocks = f"{architecture.family.blocks}."
@@ -44,7 +45,9 @@ class Lora:
         adapters = LoraConfig(
             r=config.recover_rank, lora_alpha=config.recover_rank, target_modules=linear, fan_in_fan_out=transposed
         )
-        return get_peft_model(student, adapters)
+        with torch.random.fork_rng():  # half of them begin at random
+            torch.manual_seed(config.seed)
+            return get_peft_model(student, adapters)
 
     def finish(self, trained: nn.Module) -> PreTrainedModel:
         return trained.merge_and_unload()  # type: ignore[operator]
