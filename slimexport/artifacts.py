@@ -267,6 +267,17 @@ class RecoveryPoint:
 
 
 @dataclass(frozen=True)
+class ChatCheck:
+    """Whether the model still answers in its chat template: of `asked` prompts whose answers the dense model ends
+    within `tokens` tokens, how many the shrunk one ended, before training and after it."""
+
+    asked: int
+    tokens: int
+    pruned: int
+    recovered: int
+
+
+@dataclass(frozen=True)
 class Recovery:
     """How the shrunk model was trained, and the checkpoint it became; None where it got no better."""
 
@@ -281,6 +292,7 @@ class Recovery:
     stopped: str  # by: budget | patience | text | instability
     checkpoint: ShrunkCheckpoint | None = None
     notes: tuple[str, ...] = ()
+    chat: ChatCheck | None = None  # None: the model has no template, or does not end its own answers so soon
 
     @property
     def kept(self) -> RecoveryPoint:

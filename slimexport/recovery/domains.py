@@ -23,6 +23,7 @@ HELD_OUT = 4  # windows of each domain that are judged by, at most
 HELD_OUT_EVERY = 16  # one window of so many, where there are fewer
 WRITTEN_TOKENS = 16_384  # that the model writes of a domain, at most: it takes far longer than reading
 READ_TOKENS = 4_000_000  # of a text, at most
+CHAT_WEIGHT = 0.15  # beside the parts of the default text, of a model that has a chat template
 EPOCHS = 4  # more repetitions of a domain's text than that teach little (Muennighoff et al., arXiv 2305.16264)
 STRENGTH = 2.0  # of the worst domain's pull
 FURTHEST = 3.0  # a weight is multiplied or divided by at most
@@ -47,11 +48,14 @@ class Domain:
 def read_domains(
     spec: str, tokenizer: Any, teacher: Any, length: int, seed: int, progress: Told = lambda done, total, text: None
 ) -> tuple[tuple[Domain, ...], tuple[str, ...]]:
-    """The parts of `spec` (a value of --calibration) as domains, and a note for each of ours that is not there.
+    """The parts of `spec` (a value of --calibration) as domains, and a note for each of ours that is not there. Of
+    `default` answers in the model's chat template are one, where it has such.
 
     Raises BadInputError for texts of the user's that are missing, and for those that are too short.
     """
     weights = mix.parse(spec) if mix.is_mix(spec) else {spec: 1.0}
+    if spec == "default" and not sources.unable("chat", tokenizer):
+        weights["chat"] = CHAT_WEIGHT
     total = sum(weights.values())
     found: list[Domain] = []
     notes: list[str] = []

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slimexport.artifacts import BlockSizes, Continuation, Estimates, Figure, PruningPlan, Recovery, VerificationReport
+from slimexport.artifacts import (
+    BlockSizes,
+    ChatCheck,
+    Continuation,
+    Estimates,
+    Figure,
+    PruningPlan,
+    Recovery,
+    VerificationReport,
+)
 from slimexport.config import RunConfig
 from slimexport.gates.decide import GateResult
 from slimexport.gates.declared import Gate
@@ -267,7 +276,16 @@ def recovery_sentence(made: Recovery) -> str:
     }.get(made.stopped, made.stopped)
     if made.checkpoint is None:
         return f"Trained ({how}; {ended}) and no better for it: the pruned model is what is exported."
-    return f"Trained ({how}; {ended}): {made.gain}."
+    return f"Trained ({how}; {ended}): {made.gain}.{_answers(made.chat)}"
+
+
+def _answers(chat: ChatCheck | None) -> str:
+    if chat is None:
+        return ""
+    return (
+        f" Of {chat.asked} answers in its chat template that the dense model ends within {chat.tokens} tokens it ends "
+        f"{chat.recovered}, and ended {chat.pruned} before training."
+    )
 
 
 def timings(report: Report) -> str:

@@ -63,6 +63,7 @@ def recover_stage(
     """`force` trains again what was trained, and takes text that overlaps the evaluation text. `ranks`: this is the
     first of them; the others `assist`."""
     from slimexport.checkpoint import load
+    from slimexport.recovery.chat import Chat, warning
     from slimexport.recovery.domains import read_domains
     from slimexport.recovery.methods import registry as methods
     from slimexport.recovery.state import TrainingState
@@ -111,11 +112,18 @@ def recover_stage(
             remove(place)
         state = TrainingState(place, identity)
         training = _training(config, student, teacher, architecture, domains, state, progress, ranks)
+        chat = Chat(teacher.model, tokenizer)
+        ended = chat.ended(training.student)
         trained = training.run()
+        answers = chat.check(ended, chat.ended(training.student))
+        if answers is not None and (said_of_it := warning(answers)):
+            progress.note(said_of_it)
+            notes = (*notes, said_of_it)
         settings = {**fields_of(config, "recover"), "autocast": str(training.recipe.autocast).removeprefix("torch.")}
         made = Recovery(
             config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
+            answers,
         )  # fmt: skip
         if trained.best:
             finished = method.finish(training.student).to("cpu", stored)

@@ -58,6 +58,26 @@ def sample(
     return torch.cat(batches).flatten()[:total].view(sequences, length)
 
 
+def ended(model: Any, tokenizer: Any, asked: int = 16, tokens: int = 64) -> list[bool]:
+    """For each of our first `asked` prompts: whether the model ends its answer, greedy, within so many tokens, and
+    without another mark of the template in it.
+
+    Raises BadInputError where the tokenizer has no chat template, and where the logits are not finite.
+    """
+    if problem := unable(tokenizer):
+        raise BadInputError(f"chat: {problem}.")
+    openings = [_opening(tokenizer, prompt) for prompt in PROMPTS[:asked]]
+    ends = _ends(model, tokenizer)
+    marks = set(tokenizer.all_special_ids) - ends
+    written = write(model, openings, max(map(len, openings)) + tokens, None)
+    found = []
+    for opening, row in zip(openings, written.tolist(), strict=True):
+        answer = row[len(opening) : len(opening) + tokens]
+        length = next((at for at, token in enumerate(answer) if token in ends), None)
+        found.append(bool(length) and not marks & set(answer[:length]))
+    return found
+
+
 def unable(tokenizer: Any) -> str | None:
     """Why conversations cannot be written with this tokenizer; None where they can."""
     if not getattr(tokenizer, "chat_template", None):

@@ -57,11 +57,12 @@ def write(
     model: Any,
     beginnings: Sequence[Sequence[int]],
     length: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     follow: Callable[[int], Sequence[int]] = lambda token: (),
     step: Callable[[int], None] = lambda columns: None,
 ) -> torch.Tensor:
-    """int64 [rows, length]: each row continues its beginning (one token at least), at temperature 1.
+    """int64 [rows, length]: each row continues its beginning (one token at least), at temperature 1; with the likeliest
+    tokens where there is no generator.
 
     `follow` is asked after every token that was drawn: what it returns comes next in that row, undrawn. Beginnings may
     differ in length: all rows go on token by token, the given ones where they have any left, so nothing is padded.
@@ -80,7 +81,10 @@ def write(
             probabilities = out.logits[:, -1].float().cpu().softmax(dim=-1)
             if not torch.isfinite(probabilities).all():
                 raise BadInputError("The model's logits are not finite: try --dtype float32, or --calibration FILE.")
-            column = torch.multinomial(probabilities, 1, generator=generator)
+            if generator is None:
+                column = probabilities.argmax(-1, keepdim=True)
+            else:
+                column = torch.multinomial(probabilities, 1, generator=generator)
             for i, row in enumerate(waiting):
                 if row:
                     column[i] = row.popleft()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.recovery import losses, training
 from slimexport.recovery.budget import Budget
-from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns
+from slimexport.recovery.chat import ASKED, Chat, warning
+from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns, read_domains
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
 from slimexport.recovery.training import Recipe, Trained, Training
-from slimexport.testing.models import tiny_config, tiny_model
+from slimexport.testing.models import VOCAB, tiny_config, tiny_model, tiny_tokenizer
+from slimexport.texts import chat as chat_text
 
 # ------------------------------------------------------------------------------------------------------------- budget
 
@@ -204,6 +207,57 @@ def test_distill_trains_the_blocks_and_leaves_embedding_and_head() -> None:
     model = methods.get("distill").prepare(student, architecture_of(config, "llama"), RunConfig(model="x"))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+
+class Scripted:
+    """A model that says after each token what `script` has for it, and w9 after any other."""
+
+    device = torch.device("cpu")
+    config = generation_config = None
+
+    def __init__(self, script: dict[int, int]):
+        self.script = script
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        logits = torch.zeros(len(input_ids), 1, VOCAB)
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            logits[row, 0, self.script.get(last, 12)] = 1.0
+        return SimpleNamespace(logits=logits, past_key_values=None)
+
+
+ENDS, LOOPS, MARKS, SILENT = ({12: 13, 13: 2}, {12: 13, 13: 12}, {12: 1, 1: 2}, {0: 2})  # 2: </s>, 1: <s>, 0: <unk>
+
+
+@pytest.mark.parametrize(("script", "ended"), [(ENDS, True), (LOOPS, False), (MARKS, False), (SILENT, False)])
+def test_an_answer_ends_its_turn_and_has_no_other_marks(script: dict[int, int], ended: bool) -> None:
+    assert chat_text.ended(Scripted(script), tiny_tokenizer(), asked=3, tokens=8) == [ended] * 3
+
+
+def test_what_the_student_still_answers_is_counted_where_the_teacher_does() -> None:
+    asks = Chat(Scripted(ENDS), tiny_tokenizer())
+    assert (asks.ended(Scripted(ENDS)), asks.ended(Scripted(LOOPS))) == (ASKED, 0)
+    lost, kept = asks.check(ASKED, 0), asks.check(0, 0)
+    assert lost is not None
+    assert kept is not None
+    assert "give chat a part" in str(warning(lost))
+    assert warning(kept) is None  # nothing that training did
+    never = Chat(Scripted(LOOPS), tiny_tokenizer())
+    assert never.ended(Scripted(ENDS)) == 0
+    assert never.check(0, 0) is None
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    assert Chat(Scripted(ENDS), plain).check(0, 0) is None
+
+
+def test_answers_in_the_template_are_a_domain_of_the_default_text() -> None:
+    teacher, tokenizer = tiny_model(tiny_config("llama")).eval(), tiny_tokenizer()
+    found, _ = read_domains("default", tokenizer, teacher, 64, 0)
+    assert "chat" in [of.name for of in found]
+    tokenizer.chat_template = None
+    assert "chat" not in [of.name for of in read_domains("default", tokenizer, teacher, 64, 0)[0]]
 
 
 # ----------------------------------------------------------------------------------------------------------- training
