@@ -123,7 +123,7 @@ class RunConfig(BaseModel):
     recover: str = Field(
         default="none",
         description="Train the shrunk model after pruning, toward the dense model's output: distill (all weights of "
-        "the blocks), lora (adapters that are merged).",
+        "the blocks), lora (adapters that are merged), local (every block by itself).",
     )
     recover_budget: str = Field(
         default="20m", description="How long to train: a time (20m, 1h30m), or 500k tokens, or 200 steps."

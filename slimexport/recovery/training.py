@@ -82,6 +82,7 @@ class _Numbers:
     rollbacks: int = 0
     worse: int = 0  # evaluations since the best
     best: int = 0
+    block: int = 0  # how many are done, where they are trained one by one
 
 
 class Training:

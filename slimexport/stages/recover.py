@@ -197,13 +197,13 @@ def _training(
 
     from slimexport.loading import resolve_device
     from slimexport.recovery.methods import registry as methods
-    from slimexport.recovery.training import Training
 
     device, method = resolve_device(config.device), methods.get(config.recover)
     recipe = recipe_of(config, device, method)
     teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
     model = method.prepare(student.float().to(device), architecture, config)
-    return Training(model, teacher.model, domains, recipe, state, progress, ranks)
+    made = method.training(architecture)
+    return made(model, teacher.model, domains, recipe, state, progress, ranks)
 
 
 def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe:

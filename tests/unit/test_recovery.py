@@ -17,6 +17,7 @@ from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.recovery import losses, training
+from slimexport.recovery.blockwise import BlockwiseTraining, relative_error
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.chat import ASKED, Chat, warning
 from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns, read_domains
@@ -449,3 +450,77 @@ def test_the_text_alone_needs_no_teacher(tmp_path: Path) -> None:
     assert len(asked) == len(made.points) * len(texts())  # to judge by
     assert made.steps >= training.PATIENCE
     assert made.points[1].judged == pytest.approx(sum(of.nll for of in made.points[1].held_out.values()) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------ block by block
+
+
+def test_every_token_counts_once_however_large_it_is() -> None:
+    wanted = torch.randn(2, 3, 5, dtype=torch.float64) * torch.tensor([1.0, 1000.0, 30.0])[None, :, None]
+    made = wanted + torch.randn_like(wanted)
+    each = [
+        float((m - w).square().sum() / w.square().sum())
+        for m, w in zip(made.view(6, 5), wanted.view(6, 5), strict=True)
+    ]
+    assert float(relative_error(made, wanted)) == pytest.approx(sum(each) / 6, rel=1e-4)
+    given = (torch.randn(1, 2, 3, dtype=torch.float64)).requires_grad_()
+    to = torch.randn(1, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: relative_error(x, to), (given,), eps=1e-3, atol=1e-2, rtol=1e-2)
+
+
+def blockwise(place: Path, how: Recipe, student: Any = None) -> tuple[Any, Trained]:
+    own, teacher = models()
+    student = own if student is None else student
+    architecture = architecture_of(teacher.config, "tiny")
+    make = methods.get("local").training(architecture)
+    state = TrainingState(place, {"of": 1})
+    return student, make(student, teacher, texts(), how, state, Progress(quiet=True)).run()
+
+
+def test_blocks_one_by_one_bring_the_student_nearer(tmp_path: Path) -> None:
+    before, _ = models()
+    student, made = blockwise(tmp_path, recipe("60 steps", text_share=0.0))
+    assert made.stopped == "budget"
+    assert made.steps == 60 // 3 * 3
+    assert made.best == len(made.points) - 1
+    assert made.points[-1].divergence < 0.9 * made.points[0].divergence
+    for name, parameter in student.named_parameters():
+        trained = not torch.equal(parameter, dict(before.named_parameters())[name])
+        assert trained == name.startswith("model.layers."), name
+
+
+def test_a_block_that_gets_no_better_stays_as_it_was(tmp_path: Path) -> None:
+    _, teacher = models()
+    student, _ = models()
+    student.load_state_dict(teacher.state_dict())
+    blockwise(tmp_path, recipe("9 steps", learning_rate=0.5), student)
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, dict(teacher.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_it_goes_on_with_the_block_it_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    whole, expected = blockwise(tmp_path / "whole", recipe())
+    original = BlockwiseTraining._fit
+
+    def fit(self: Any, index: int, *arguments: Any) -> None:
+        if index == after and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise Stopped
+        original(self, index, *arguments)
+
+    monkeypatch.setattr(BlockwiseTraining, "_fit", fit)
+    with pytest.raises(Stopped):
+        blockwise(tmp_path / "part", recipe())
+    resumed, made = blockwise(tmp_path / "part", recipe())
+    assert [p.divergence for p in made.points] == [p.divergence for p in expected.points]
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
+
+
+def test_every_block_needs_a_step_and_a_time_is_divided_among_them(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="one step for each of 3 blocks"):
+        blockwise(tmp_path / "short", recipe("2 steps"))
+    _, made = blockwise(tmp_path / "time", recipe("2s"))
+    assert made.steps > 3
+    assert made.stopped == "budget"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from slimexport.registry import Registry
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
+    from slimexport.recovery.training import Training
 
 
 class Method(Protocol):
@@ -25,6 +27,10 @@ class Method(Protocol):
 
     def prepare(self, student: PreTrainedModel, architecture: Architecture, config: RunConfig) -> nn.Module:
         """What is called in training, made of `student`: parameters that are trained require a gradient, no others."""
+        ...
+
+    def training(self, architecture: Architecture) -> Callable[..., Training]:
+        """What is called as `Training` is, and makes one."""
         ...
 
     def finish(self, trained: nn.Module) -> PreTrainedModel:

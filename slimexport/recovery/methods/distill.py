@@ -3,6 +3,7 @@ that the text has not would be drawn along."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slimexport.recovery.methods import registry
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
+    from slimexport.recovery.training import Training
 
 
 class Distill:
@@ -27,6 +29,11 @@ class Distill:
             if part is not None:
                 part.requires_grad_(False)
         return student
+
+    def training(self, architecture: Architecture) -> Callable[..., Training]:
+        from slimexport.recovery.training import Training
+
+        return Training
 
     def finish(self, trained: nn.Module) -> PreTrainedModel:
         return trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slimexport.errors import BadInputError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
+    from slimexport.recovery.training import Training
 
 INSTALL = "pip install 'slimexport[lora]'"
 
@@ -48,6 +50,11 @@ class Lora:
         with torch.random.fork_rng():  # half of them begin at random
             torch.manual_seed(config.seed)
             return get_peft_model(student, adapters)
+
+    def training(self, architecture: Architecture) -> Callable[..., Training]:
+        from slimexport.recovery.training import Training
+
+        return Training
 
     def finish(self, trained: nn.Module) -> PreTrainedModel:
         return trained.merge_and_unload()  # type: ignore[operator]

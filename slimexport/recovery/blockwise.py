@@ -1,0 +1,164 @@
+"""Block by block toward what the dense block gives, without a pass through the whole model.
+
+Two streams of hidden states, through the dense blocks and through the trained ones before; of one block at a time there
+are gradients and moments. What a block learns is what its own inputs allow: errors of blocks before are seen, and what
+an error does to the output is not (recovery/training.py sees both).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimexport.architectures.base import Architecture
+from slimexport.errors import BadInputError
+from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
+from slimexport.pruning.states import HiddenStates
+from slimexport.recovery.domains import Turns
+from slimexport.recovery.training import BETAS, CLIP, EVALUATIONS, LAST_RATE, WARM_UP, Training
+
+TOKENS = 131_072  # whose hidden states are kept, at most: 0.3 GB for each stream of a model of 576 channels
+ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
+_SMALL = 1e-6
+
+
+class BlockwiseTraining(Training):
+    """The blocks have equal shares of the budget. A resumed training begins anew with the block it was at."""
+
+    def __init__(self, architecture: Architecture, *arguments: Any):
+        super().__init__(*arguments)
+        self._architecture = architecture
+        of = architecture.family.blocks
+        self._blocks, self._dense = (list(model.get_submodule(of).children()) for model in (self.student, self.teacher))
+
+    def _steps(self) -> str:
+        count = len(self._blocks)
+        budget, planned = self.recipe.budget, self.at.total
+        if planned is not None and planned < count:
+            raise BadInputError(
+                f"A budget of {budget} is shorter than one step for each of {count} blocks, of {self.tokens_per_step} "
+                "tokens each: give more, or fewer --recover-sequences."
+            )
+        windows = sum(len(domain.train) for domain in self.domains)
+        length = self.domains[0].train.shape[1]
+        ids = Turns(self.domains, self.recipe.seed).batch(min(windows, max(2 * ASIDE, TOKENS // length)))
+        own, known = self._states(self.student, ids)
+        other, given = self._states(self.teacher, ids)
+        for index in range(self.at.block):
+            self._advance(own, known, other, given, index)
+        for index in range(self.at.block, count):
+            inputs = [state.clone() for state in own]
+            with torch.no_grad():
+                advance(other, index, self._dense[index], given)
+            self._fit(index, inputs, other, known, planned // count if planned else None)
+            self._advance(own, known, None, given, index)
+            self.at.block = index + 1
+            every = max(1, count // EVALUATIONS)
+            if self.at.block % every == 0 or self.at.block == count:
+                self._judge(statistics.fmean(self.recent) if self.recent else None)
+        return "budget"
+
+    def _states(self, model: Any, ids: torch.Tensor) -> tuple[HiddenStates, Arguments]:
+        settings = Settings(
+            device=self.device, dtype=next(model.parameters()).dtype, group_size_start=None, group_size_end=None,
+            damping=0.0, ranks=self.ranks, batch_tokens=self.together * ids.shape[1],
+        )  # fmt: skip
+        return first_states(model, self._architecture, ids, settings)
+
+    def _advance(
+        self, own: HiddenStates, known: Arguments, other: HiddenStates | None, given: Arguments, index: int
+    ) -> None:
+        with torch.no_grad(), self._precision():
+            advance(own, index, self._blocks[index], known)
+            if other is not None:
+                advance(other, index, self._dense[index], given)
+
+    def _fit(
+        self, index: int, inputs: list[torch.Tensor], wanted: HiddenStates, known: Arguments, steps: int | None
+    ) -> None:
+        """Trains one block for `steps`, or for its share of the time; the weights that were best on what is set aside
+        are those that it ends with."""
+        block = self._blocks[index]
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        kept = [parameter.detach().clone() for parameter in trained]
+        optimiser = torch.optim.AdamW(trained, lr=self.recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
+        aside = list(range(0, len(inputs), ASIDE)) if len(inputs) > 1 else [0]
+        others = [batch for batch in range(len(inputs)) if batch not in aside] or aside
+        generator = torch.Generator().manual_seed(self.recipe.seed * len(self._blocks) + index)
+
+        def distance(batch: int) -> torch.Tensor:
+            with self._precision():
+                made = output(block(inputs[batch], **known(index, batch)))
+            return relative_error(made, wanted[batch])
+
+        def judged() -> float:
+            with torch.no_grad():
+                return self._mean([float(distance(batch)) for batch in aside])
+
+        before = judged()
+        together = max(1, self.recipe.sequences // self.together)
+        done = self._share(len(self._blocks) - index, steps)
+        order: list[int] = []
+        while (share := done()) < 1:
+            rate = min(share / WARM_UP, 1.0) if share else WARM_UP
+            falling = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
+            optimiser.param_groups[0]["lr"] = (
+                self.recipe.learning_rate * rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * falling)) / 2)
+            )
+            total = 0.0
+            for _ in range(together):
+                if not order:
+                    order = [others[at] for at in torch.randperm(len(others), generator=generator).tolist()]
+                loss = distance(order.pop()) / (together * self.ranks.size)
+                loss.backward()
+                total += float(loss.detach())
+            if self.ranks.size > 1:
+                self.ranks.add_up([parameter.grad for parameter in trained if parameter.grad is not None])
+            norm = nn.utils.clip_grad_norm_(trained, CLIP)
+            if bool(torch.isfinite(norm)):
+                optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            self.at.step += 1
+            self.recent = [*self.recent, total * self.ranks.size][-together:]
+        after = judged()
+        if not after < before:
+            with torch.no_grad():
+                for parameter, value in zip(trained, kept, strict=True):
+                    parameter.copy_(value)
+        text = f"block {index + 1} of {len(self._blocks)}, error {before:.4f} to {min(before, after):.4f}"
+        self.progress.update(index + 1, len(self._blocks), text)
+
+    def _mean(self, values: list[float]) -> float:
+        from slimexport.ranks import summed
+
+        return summed(self.ranks, statistics.fmean(values)) / self.ranks.size
+
+    def _share(self, blocks: int, steps: int | None) -> Callable[[], float]:
+        """What of the block's part of the budget is used up, asked before every step; at least one is taken."""
+        from slimexport.ranks import Message
+
+        begun, first = time.monotonic(), self.at.step
+        left = max(self.recipe.budget.amount - self._elapsed(), 0.0) / blocks
+
+        def look() -> Message:
+            if self.at.step == first:
+                return Message({"share": 0.0})
+            if steps is not None:
+                return Message({"share": (self.at.step - first) / steps})
+            return Message({"share": (time.monotonic() - begun) / left if left else 1.0})
+
+        return lambda: float(self.ranks.told(look).values["share"])
+
+
+def relative_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of ||made - wanted||^2 / ||wanted||^2: [..., width] -> float32 []. A few tokens have hidden
+    states a thousand times as large as all others (attention sinks): they count once each, like any other."""
+    wanted = wanted.float()
+    size = wanted.square().sum(-1)
+    return ((made.float() - wanted).square().sum(-1) / (size + _SMALL)).mean()
