@@ -46,10 +46,10 @@ from slimexport.recovery.domains import read_domains
 from slimexport.recovery.losses import divergence
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
-from slimexport.recovery.training import Training
 from slimexport.stages.recover import recipe_of
 
 TEXTS = ("wikitext2", *SHIFTED)
+STEP_TOKENS = 2048
 DEPTH_WINDOWS = 4  # by which blocks are chosen that go as a whole
 
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
     parser.add_argument("--budget", default="60m")
     parser.add_argument("--text", default="default", help="as --recover-text")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence; a step has 2,048")
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     parser.add_argument("--render", action="store_true")
@@ -128,23 +129,28 @@ class Bench:
         parameters = sum(p.numel() for p in student.parameters())
         before = self.figures(student)
         config = RunConfig(
-            model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text
-        )
+            model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text,
+            recover_length=self.options.length, recover_sequences=STEP_TOKENS // self.options.length,
+        )  # fmt: skip
+        started = time.monotonic()
         domains, notes = read_domains(
             config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
         )
+        read = time.monotonic() - started  # what the model writes of it takes minutes
         method = methods.get(row.method)
         recipe = recipe_of(config, torch.device("cpu"), method)
         teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
         model = method.prepare(student, self.dense.architecture, config)
         place = self.options.work / row.key.replace("/", "_").replace(" ", "-")
-        made = Training(model, teacher, domains, recipe, TrainingState(place, asdict(row)), Progress()).run()
+        state = TrainingState(place, {**asdict(row), "text": self.options.text, "length": self.options.length})
+        made = method.training(self.dense.architecture)(model, teacher, domains, recipe, state, Progress()).run()
         student = method.finish(model).eval()
         record = {
-            "key": row.key, **asdict(row), "parameters": parameters, "text": self.options.text,
+            "key": row.key, **asdict(row), "parameters": parameters,
+            "text": self.options.text.replace(f"{self.options.data}/", ""), "length": self.options.length,
             "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
-            "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "stopped": made.stopped,
-            "notes": [*notes, *made.notes], "points": [asdict(point) for point in made.points],
+            "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "seconds_of_text": read,
+            "stopped": made.stopped, "notes": [*notes, *made.notes], "points": [asdict(p) for p in made.points],
             "before": before, "after": self.figures(student),
         }  # fmt: skip
         if self.options.arc_easy:

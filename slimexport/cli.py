@@ -281,7 +281,7 @@ def prune(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
     return ExitCode.PASSED
 
 
-@main.command(cls=ConfigCommand, stages=("recover",))
+@main.command(cls=ConfigCommand, stages=("recover", "limits"))
 @directory_argument
 @recipe_option
 @resumable

@@ -21,9 +21,9 @@ from slimexport.errors import BadInputError
 from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
 from slimexport.pruning.states import HiddenStates
 from slimexport.recovery.domains import Turns
+from slimexport.recovery.memory import TOKENS
 from slimexport.recovery.training import BETAS, CLIP, EVALUATIONS, LAST_RATE, WARM_UP, Training
 
-TOKENS = 131_072  # whose hidden states are kept, at most: 0.3 GB for each stream of a model of 576 channels
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
 

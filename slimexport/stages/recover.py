@@ -196,12 +196,15 @@ def _training(
     import torch
 
     from slimexport.loading import resolve_device
+    from slimexport.recovery.memory import fitting
     from slimexport.recovery.methods import registry as methods
 
     device, method = resolve_device(config.device), methods.get(config.recover)
     recipe = recipe_of(config, device, method)
+    model = method.prepare(student.float(), architecture, config)
+    recipe = fitting(model, teacher.model, architecture, recipe, config, device, one_by_one=method.one_by_one)
     teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
-    model = method.prepare(student.float().to(device), architecture, config)
+    model = model.to(device)
     made = method.training(architecture)
     return made(model, teacher.model, domains, recipe, state, progress, ranks)
 

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """`learning_rate` is the highest one where the config names none."""
+    """`learning_rate` is the highest one where the config names none; `one_by_one`: blocks are trained one after the
+    other."""
 
     learning_rate: float
+    one_by_one: bool
 
     def check(self, architecture: Architecture) -> None:
         """Raises BadInputError for a family that it cannot train, or for a package that is not here."""

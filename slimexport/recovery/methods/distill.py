@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 class Distill:
     learning_rate = 2e-4
+    one_by_one = False
 
     def check(self, architecture: Architecture) -> None:
         """Every family can."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class Local(Distill):
     learning_rate = 3e-4
+    one_by_one = True
 
     def training(self, architecture: Architecture) -> Callable[..., Training]:
         from slimexport.recovery.blockwise import BlockwiseTraining

@@ -22,6 +22,7 @@ INSTALL = "pip install 'slimexport[lora]'"
 
 class Lora:
     learning_rate = 1e-3
+    one_by_one = False
 
     def check(self, architecture: Architecture) -> None:
         if importlib.util.find_spec("peft") is None:
