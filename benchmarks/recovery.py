@@ -35,7 +35,7 @@ from texts import WINDOW, evaluation_texts
 
 from slimexport import pipeline
 from slimexport.architectures.family import Kept
-from slimexport.artifacts import BlockSizes, PruningPlan, from_dict, read_json
+from slimexport.artifacts import BlockSizes, PruningPlan, from_dict, read_json, write_json
 from slimexport.checkpoint import load
 from slimexport.config import RunConfig
 from slimexport.environment import environment
@@ -50,6 +50,8 @@ from slimexport.stages.recover import recipe_of
 
 TEXTS = ("wikitext2", *SHIFTED)
 STEP_TOKENS = 2048
+CURVE = {"wikitext2": 20, "articles": 10, "arc": 10}  # windows on which the model is looked at while it is trained
+INT8_TOKENS = 20_000  # of WikiText-2's test split
 DEPTH_WINDOWS = 4  # by which blocks are chosen that go as a whole
 
 
@@ -105,6 +107,11 @@ class Bench:
             name: kept_reference(options.work / f"dense-{name}.safetensors", self.dense.model, self.texts[name])
             for name in TEXTS
         }
+        self.parts = {name: self.texts[name][: windows * WINDOW] for name, windows in CURVE.items()}
+        self.part_references = {
+            name: kept_reference(options.work / f"dense-{name}-part.safetensors", self.dense.model, part)
+            for name, part in self.parts.items()
+        }
         self.starts: dict[str, Callable[[float], Any]] = {
             "pruned": lambda ratio: load(self.pruned(ratio), dtype="float32")[0],
             "magnitude": lambda ratio: load(self.pruned(ratio, criterion="magnitude"), dtype="float32")[0],
@@ -143,7 +150,9 @@ class Bench:
         model = method.prepare(student, self.dense.architecture, config)
         place = self.options.work / row.key.replace("/", "_").replace(" ", "-")
         state = TrainingState(place, {**asdict(row), "text": self.options.text, "length": self.options.length})
-        made = method.training(self.dense.architecture)(model, teacher, domains, recipe, state, Progress()).run()
+        training = method.training(self.dense.architecture)(model, teacher, domains, recipe, state, Progress())
+        curve = self.watched(training, place / "curve.json")
+        made = training.run()
         student = method.finish(model).eval()
         record = {
             "key": row.key, **asdict(row), "parameters": parameters,
@@ -151,7 +160,7 @@ class Bench:
             "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
             "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "seconds_of_text": read,
             "stopped": made.stopped, "notes": [*notes, *made.notes], "points": [asdict(p) for p in made.points],
-            "before": before, "after": self.figures(student),
+            "curve": curve, "before": before, "after": self.figures(student),
         }  # fmt: skip
         if self.options.arc_easy:
             from tasks import arc_easy
@@ -159,6 +168,27 @@ class Bench:
             questions = self.options.data / "arc" / "arc_easy_validation.jsonl"
             record["arc_easy"] = arc_easy(student, self.dense.tokenizer, questions)
         return record
+
+    def watched(self, training: Any, kept: Path) -> list[dict[str, Any]]:
+        """What is filled in while `training` runs, and kept in the file: at every point of its own the perplexity on
+        CURVE, times the dense one. The time that takes is not the training's."""
+        curve: list[dict[str, Any]] = read_json(kept)["points"] if kept.is_file() else []
+        judge = training._judge
+
+        def judged(loss: float | None) -> None:
+            judge(loss)
+            begun = time.monotonic()
+            model = getattr(training.student, "get_base_model", lambda: training.student)()
+            point: dict[str, Any] = {"step": training.at.step, "seconds": training.points[-1].seconds}
+            for name, part in self.parts.items():
+                point[name] = evaluate(model, part, WINDOW, self.part_references[name])["x_dense"]
+            curve[:] = [*(of for of in curve if of["step"] < point["step"]), point]
+            write_json(kept, {"points": curve})
+            print(point, flush=True)
+            training.begun += time.monotonic() - begun
+
+        training._judge = judged
+        return curve
 
     def figures(self, model: Any) -> dict[str, Any]:
         model.eval()
