@@ -1,6 +1,6 @@
 """What training gives back, and whether pruning was worth it: the same budget for our models and for controls.
 
-    python benchmarks/recovery.py --data DATA --work /tmp/recovery [--only distill,lora] [--ratios 0.3] [--budget 60m]
+    python benchmarks/recovery.py --data DATA --work /tmp/recovery [--only pruned/distill] [--ratios 0.3] [--budget 60m]
     python benchmarks/recovery.py --render      # the table, from the JSON alone
 
 DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one model of the parameters that a ratio leaves, trained
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -52,6 +53,13 @@ TEXTS = ("wikitext2", *SHIFTED)
 STEP_TOKENS = 2048
 CURVE = {"wikitext2": 20, "articles": 10, "arc": 10}  # windows on which the model is looked at while it is trained
 INT8_TOKENS = 20_000  # of WikiText-2's test split
+PICTURE = Path(__file__).parent.parent / "docs" / "recovery.svg"
+STARTS = {
+    "pruned": "slimexport", "magnitude": "magnitude", "depth": "whole blocks removed", "first": "first rows",
+    "random": "random blocks",
+}  # fmt: skip
+TITLES = {"wikitext2": "WikiText-2 test", "articles": "other articles"}
+FURTHEST = 30.0  # times dense that is drawn
 DEPTH_WINDOWS = 4  # by which blocks are chosen that go as a whole
 
 
@@ -82,18 +90,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, help="keeps pruned models and what the dense model says")
-    parser.add_argument("--only", help="starts or methods, joined by commas")
+    parser.add_argument("--only", help="starts, or START/METHOD, joined by commas")
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
     parser.add_argument("--budget", default="60m")
     parser.add_argument("--text", default="default", help="as --recover-text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence; a step has 2,048")
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
+    parser.add_argument("--int8", action="store_true", help="also as int8 graphs, of rows that are there as well")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--render", action="store_true")
     options = parser.parse_args()
     rows = load_rows(options.out)
     if not options.render:
         Bench(options, rows).run()
+    draw(rows, options.picture)
     print(render(rows))
 
 
@@ -124,12 +135,18 @@ class Bench:
         ratios = [float(ratio) for ratio in self.options.ratios.split(",")]
         only = self.options.only.split(",") if self.options.only else None
         for row in wanted(self.options.budget):
-            skipped = row.ratio not in ratios or (only and not {row.start, row.method} & set(only))
-            if skipped or any(record["key"] == row.key for record in self.rows):
+            if row.ratio not in ratios or (only and not {row.start, f"{row.start}/{row.method}"} & set(only)):
                 continue
-            self.rows.append(self.measured(row))
-            save_rows(self.options.out, self.rows)
-            print(row.key, {n: round(t["x_dense"], 3) for n, t in self.rows[-1]["after"].items()}, flush=True)
+            record = next((record for record in self.rows if record["key"] == row.key), None)
+            if record is None:
+                record = self.measured(row)
+                self.rows.append(record)
+                save_rows(self.options.out, self.rows)
+                print(row.key, {n: round(t["x_dense"], 3) for n, t in record["after"].items()}, flush=True)
+            if self.options.int8 and "int8" not in record:
+                record["int8"] = self.int8(row)
+                save_rows(self.options.out, self.rows)
+                print(row.key, record["int8"], flush=True)
 
     def measured(self, row: Row) -> dict[str, Any]:
         student = self.starts[row.start](row.ratio)
@@ -148,7 +165,7 @@ class Bench:
         recipe = recipe_of(config, torch.device("cpu"), method)
         teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
         model = method.prepare(student, self.dense.architecture, config)
-        place = self.options.work / row.key.replace("/", "_").replace(" ", "-")
+        place = self.place(row)
         state = TrainingState(place, {**asdict(row), "text": self.options.text, "length": self.options.length})
         training = method.training(self.dense.architecture)(model, teacher, domains, recipe, state, Progress())
         curve = self.watched(training, place / "curve.json")
@@ -168,6 +185,28 @@ class Bench:
             questions = self.options.data / "arc" / "arc_easy_validation.jsonl"
             record["arc_easy"] = arc_easy(student, self.dense.tokenizer, questions)
         return record
+
+    def place(self, row: Row) -> Path:
+        return self.options.work / row.key.replace("/", "_").replace(" ", "-")
+
+    def int8(self, row: Row) -> dict[str, Any]:
+        """Of the model that came out of the training: bytes of its int8 graph, and its perplexity in ONNX Runtime times
+        that of the dense model in float32."""
+        from size import exported
+
+        method = methods.get(row.method)
+        config = RunConfig(model=self.options.model, recover=row.method)
+        model = method.prepare(self.starts[row.start](row.ratio), self.dense.architecture, config)
+        kept = TrainingState(self.place(row), {}).tensors("best")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+        student = method.finish(model).eval().requires_grad_(False)
+        ids = self.texts["wikitext2"][:INT8_TOKENS]
+        dense = kept_reference(self.options.work / "dense-wikitext2-int8.safetensors", self.dense.model, ids)
+        size, nll = exported(student, self.dense.tokenizer, self.options.work, "int8", ids.numpy())
+        return {"bytes": size, "x_dense": math.exp(nll - math.log(dense.perplexity)), "tokens": len(ids)}
 
     def watched(self, training: Any, kept: Path) -> list[dict[str, Any]]:
         """What is filled in while `training` runs, and kept in the file: at every point of its own the perplexity on
@@ -270,17 +309,84 @@ def _set_blocks(model: Any, blocks: torch.nn.ModuleList, layers: list[torch.nn.M
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    head = ["ratio", "start", "method", "budget", "tokens", *(f"{name} before, after" for name in TEXTS), "worst after",
-            "ARC-Easy"]  # fmt: skip
+    """Every row with every text."""
+    head = ["ratio", "start", "trained by", "tokens", "minutes", *TEXTS, "worst", "ARC-Easy", "int8"]
     body = []
-    for row in sorted(rows, key=lambda row: row["ratio"]):
-        pairs = [(row["before"][name]["x_dense"], row["after"][name]["x_dense"]) for name in TEXTS]
-        task = f"{row['arc_easy']['acc']:.1%}" if "arc_easy" in row else "–"
+    for row in _sorted(rows):
+        after = [row["after"][name]["x_dense"] for name in TEXTS]
         body.append([
-            f"{row['ratio']:.0%}", row["start"], row["method"], row["budget"], f"{row['tokens'] / 1e3:.0f} k",
-            *(f"{_times(a)} → {_times(b)}" for a, b in pairs), _times(max(b for _, b in pairs)), task,
+            *_named(row), f"{row['tokens'] / 1e3:.0f} k", f"{row['seconds'] / 60:.0f}",
+            *(f"{_times(row['before'][name]['x_dense'])} → {_times(row['after'][name]['x_dense'])}" for name in TEXTS),
+            _times(max(after)), _task(row), _int8(row),
         ])  # fmt: skip
     return table(head, body)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """WikiText-2 and the worst text, before and after."""
+    head = ["ratio", "start", "trained by", "tokens", "minutes", "x dense", "interval", "worst of five", "ARC-Easy",
+            "x dense in int8"]  # fmt: skip
+    body = []
+    for row in _sorted(rows):
+        before, after = ([row[when][name]["x_dense"] for name in TEXTS] for when in ("before", "after"))
+        low, high = row["after"]["wikitext2"]["x_dense_interval"]
+        body.append([
+            *_named(row), f"{row['tokens'] / 1e3:.0f} k", f"{row['seconds'] / 60:.0f}",
+            f"{_times(before[0])} → {_times(after[0])}", f"{_times(low)}-{_times(high)}",
+            f"{_times(max(before))} → {_times(max(after))}", _task(row), _int8(row),
+        ])  # fmt: skip
+    return table(head, body)
+
+
+def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    order = [row.key.partition("/")[0] for row in wanted("")]
+    return sorted(rows, key=lambda row: (row["ratio"], -row["tokens"] // 100_000, order.index(row["start"])))
+
+
+def _named(row: dict[str, Any]) -> list[str]:
+    return [f"{row['ratio']:.0%}", STARTS[row["start"]], row["method"]]
+
+
+def _task(row: dict[str, Any]) -> str:
+    return f"{row['arc_easy']['acc']:.1%}" if "arc_easy" in row else "–"
+
+
+def _int8(row: dict[str, Any]) -> str:
+    return _times(row["int8"]["x_dense"]) if "int8" in row else "–"
+
+
+def draw(rows: list[dict[str, Any]], place: Path) -> None:
+    """Perplexity over the time of training: a panel a ratio, a line a row."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "slimexport"  # the same bytes for the same figures
+    from matplotlib import pyplot
+
+    drawn = [row for row in _sorted(rows) if row.get("curve")]
+    ratios = sorted({row["ratio"] for row in drawn})
+    if not ratios:
+        return
+    lines = [(row["start"], row["method"]) for row in drawn]
+    colours = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(lines))}
+    figure, panels = pyplot.subplots(
+        2, len(ratios), figsize=(3.4 * len(ratios) + 1, 6), layout="constrained", squeeze=False, sharex="col"
+    )
+    for column, ratio in enumerate(ratios):
+        for axes, text in zip(panels[:, column], ("wikitext2", "articles"), strict=True):
+            for row in (row for row in drawn if row["ratio"] == ratio):
+                line = (row["start"], row["method"])
+                points = [(point["seconds"] / 60, min(point[text], FURTHEST)) for point in row["curve"]]
+                axes.plot(*zip(*points, strict=True), marker=".", color=colours[line],
+                          label=f"{STARTS[row['start']]}, {row['method']}")  # fmt: skip
+            axes.set(title=f"{ratio:.0%}, {TITLES[text]}", ylabel="token perplexity, times dense", yscale="log")
+            axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axes.grid(alpha=0.3, which="both")
+        panels[-1, column].set_xlabel("minutes of training")
+    panels[0, 0].legend(fontsize=7)
+    place.parent.mkdir(exist_ok=True)
+    figure.savefig(place, metadata={"Date": None})
 
 
 def _times(value: float) -> str:

@@ -20,6 +20,7 @@ import gate_noise
 import latency
 import operators
 import quality
+import recovery
 import rounding
 import scale
 import size
@@ -29,13 +30,15 @@ import task_agreement
 from common import RESULTS, load_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("pruning", "graphs", "speed", "gates", "families", "scale")
+PAGES = ("pruning", "graphs", "speed", "gates", "families", "scale", "recovery")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-summary": ("quality.json", quality.summary),
     "quality": ("quality.json", quality.render),
     "quality-compared": ("quality.json", quality.compared),
     "quality-calibration": ("quality.json", quality.calibrations),
+    "recovery-summary": ("recovery.json", recovery.summary),
+    "recovery": ("recovery.json", recovery.render),
     "size": ("size.json", size.render),
     "cost": ("cost.json", cost.render),
     "families": (families.CHECKED, families.render),

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from models import tiny_text
 
 import slimexport
 from slimexport import pipeline
 from slimexport.artifacts import Recovery, from_dict, read_json, sha256_tree
 from slimexport.checkpoint import load
+from slimexport.cli import main
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, SlimExportError
 from slimexport.recovery import training
@@ -108,6 +110,16 @@ def test_adapters_are_merged_into_the_same_shape(model: Path, tmp_path: Path) ->
     assert all(name.endswith("proj.weight") for name in changed)
 
 
+def test_blocks_that_are_trained_one_by_one(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    made = pipeline.recover(out, {**TRAINING, "recover": "local", "recover_budget": "60 steps"})
+    assert made.checkpoint is not None
+    assert made.kept.divergence < made.points[0].divergence
+    assert made.steps == 60
+    assert load(out / "recovered")[0]
+
+
 def test_what_was_exported_before_is_exported_anew(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     slimexport.run(options(model), out)
@@ -165,6 +177,15 @@ def test_training_that_makes_it_worse_keeps_the_pruned_model(model: Path, tmp_pa
     assert exported["onnx"].files
 
 
+def test_a_gate_that_fails_leaves_both_models(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = slimexport.run(options(model, **TRAINING, gates=("accuracy.kl<=1e-6",)), out)
+    assert not report.passed
+    assert load(out / "checkpoint")[0]
+    assert load(out / "recovered")[0]
+    assert CliRunner().invoke(main, ["report", str(out)]).exit_code == 3
+
+
 def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
@@ -185,6 +206,8 @@ def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_pat
         ({"recover_budget": "soon"}, "is no budget"),
         ({"recover_text": "/nowhere.txt"}, "nowhere"),
         ({"recover": "distil"}, "Did you mean 'distill'"),
+        ({"recover": "local", "recover_budget": "2 steps"}, "one step for each of 3 blocks"),
+        ({"max_memory": "0.6GB"}, "Training needs .* GB of memory, with one sequence .*--max-memory 0.60 GB"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(

@@ -16,7 +16,8 @@ from slimexport.artifacts import TextPart
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.recovery import losses, training
+from slimexport.pruning.states import CPU
+from slimexport.recovery import losses, memory, training
 from slimexport.recovery.blockwise import BlockwiseTraining, relative_error
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.chat import ASKED, Chat, warning
@@ -524,3 +525,39 @@ def test_every_block_needs_a_step_and_a_time_is_divided_among_them(tmp_path: Pat
     _, made = blockwise(tmp_path / "time", recipe("2s"))
     assert made.steps > 3
     assert made.stopped == "budget"
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_of(how: Recipe, length: int = 64, one_by_one: bool = False, method: str = "distill") -> memory.Needs:
+    config = tiny_config("llama")
+    architecture = architecture_of(config, "tiny")
+    student = methods.get(method).prepare(tiny_model(config), architecture, RunConfig(model="x"))
+    return memory.needs(student, tiny_model(config), architecture, how, length, CPU, one_by_one=one_by_one)
+
+
+def test_memory_grows_with_what_is_trained_and_with_tokens_at_once() -> None:
+    plain = memory_of(recipe()).host
+    assert memory_of(recipe(together=4)).host > plain
+    assert memory_of(recipe(), 128).host == memory_of(recipe(together=4)).host
+    assert memory_of(recipe(), method="lora").host < plain
+    assert memory_of(recipe()).device == 0
+    trained = sum(p.numel() for p in models()[0].parameters() if p.requires_grad)
+    assert plain > memory.LIBRARIES_BYTES + 16 * trained
+
+
+def test_fewer_sequences_at_once_keep_a_limit() -> None:
+    config = tiny_config("llama")
+    architecture = architecture_of(config, "tiny")
+    student, teacher = models()
+
+    def fitted(limit: int | None) -> Recipe:
+        given = RunConfig(model="x", recover_length=64, max_memory=limit and f"{limit}B")
+        return memory.fitting(student, teacher, architecture, recipe(together=4), given, CPU)
+
+    assert fitted(None).together == 4
+    each = [memory.needs(student, teacher, architecture, recipe(together=n), 64, CPU).host for n in (1, 2, 4)]
+    assert [fitted(limit).together for limit in each] == [1, 2, 4]
+    with pytest.raises(BadInputError, match=r"Training needs .* with one sequence of 64 tokens"):
+        fitted(each[0] - 1000)
