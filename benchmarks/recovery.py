@@ -167,9 +167,9 @@ class Bench:
         model = method.prepare(student, self.dense.architecture, config)
         place = self.place(row)
         state = TrainingState(place, {**asdict(row), "text": self.options.text, "length": self.options.length})
-        training = method.training(self.dense.architecture)(model, teacher, domains, recipe, state, Progress())
+        training = method.training(self.dense.architecture)(model, teacher, domains, recipe, Progress())
         curve = self.watched(training, place / "curve.json")
-        made = training.run()
+        made = training.run(state)
         student = method.finish(model).eval()
         record = {
             "key": row.key, **asdict(row), "parameters": parameters,

@@ -36,15 +36,14 @@ class BlockwiseTraining(Training):
         self._architecture = architecture
         of = architecture.family.blocks
         self._blocks, self._dense = (list(model.get_submodule(of).children()) for model in (self.student, self.teacher))
+        if self.planned is not None and self.planned < len(self._blocks):
+            raise BadInputError(
+                f"A budget of {self.recipe.budget} is shorter than one step for each of {len(self._blocks)} blocks, of "
+                f"{self.tokens_per_step} tokens each: give more, or fewer --recover-sequences."
+            )
 
     def _steps(self) -> str:
         count = len(self._blocks)
-        budget, planned = self.recipe.budget, self.at.total
-        if planned is not None and planned < count:
-            raise BadInputError(
-                f"A budget of {budget} is shorter than one step for each of {count} blocks, of {self.tokens_per_step} "
-                "tokens each: give more, or fewer --recover-sequences."
-            )
         windows = sum(len(domain.train) for domain in self.domains)
         length = self.domains[0].train.shape[1]
         ids = Turns(self.domains, self.recipe.seed).batch(min(windows, max(2 * ASIDE, TOKENS // length)))
@@ -56,7 +55,7 @@ class BlockwiseTraining(Training):
             inputs = [state.clone() for state in own]
             with torch.no_grad():
                 advance(other, index, self._dense[index], given)
-            self._fit(index, inputs, other, known, planned // count if planned else None)
+            self._fit(index, inputs, other, known, self.planned // count if self.planned else None)
             self._advance(own, known, None, given, index)
             self.at.block = index + 1
             every = max(1, count // EVALUATIONS)

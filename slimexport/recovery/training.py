@@ -88,7 +88,7 @@ class _Numbers:
 class Training:
     """`run` trains what of `student` requires a gradient, in place; `teacher` is only asked.
 
-    `state` is None for ranks that are not the first, and may be for those alone.
+    Raises BadInputError where the budget is shorter than one step.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Training:
         teacher: nn.Module,
         domains: Sequence[Domain],
         recipe: Recipe,
-        state: TrainingState | None,
         progress: Progress,
         ranks: Ranks = ALONE,
     ):
         self.student, self.teacher, self.domains, self.recipe = student, teacher, domains, recipe
-        self._state, self.progress, self.ranks = state, progress, ranks
+        self.progress, self.ranks = progress, ranks
+        self._state: TrainingState | None = None
         self.device = next(student.parameters()).device
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
@@ -116,20 +116,22 @@ class Training:
         self.notes: list[str] = []
         self.judging = 0.0  # seconds that it took last
         self.tokens_per_step = recipe.sequences * domains[0].train.shape[1]
-
-    def run(self) -> Trained:
-        """Raises BadInputError where the budget is shorter than one step."""
-        planned = self.recipe.budget.steps(self.tokens_per_step)
-        if planned == 0:
+        self.planned = recipe.budget.steps(self.tokens_per_step)  # None: only their time will tell
+        if self.planned == 0:
             raise BadInputError(
-                f"A budget of {self.recipe.budget} is shorter than one step, which has {self.tokens_per_step} tokens: "
+                f"A budget of {recipe.budget} is shorter than one step, which has {self.tokens_per_step} tokens: "
                 "give more, or fewer --recover-sequences."
             )
+
+    def run(self, state: TrainingState | None) -> Trained:
+        """Goes on from `state` where there is anything in it, and keeps it up to date; None for ranks that are not the
+        first."""
+        self._state = state
         for model in (self.student, self.teacher):
             model.eval()  # while it is trained, too: dropout would be draws that a resumed run has to repeat
         self.begun = time.monotonic()
         if not self._resumed():
-            self.at.total = planned
+            self.at.total = self.planned
             self._judge(loss=None)
             if self.ranks.size > 1:
                 self._take("best")  # adapters were drawn by each rank

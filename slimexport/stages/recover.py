@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
     from slimexport.recovery.domains import Domain
     from slimexport.recovery.methods import Method
-    from slimexport.recovery.state import TrainingState
     from slimexport.recovery.training import Recipe, Training
 
 PLACE = "recovery"  # in WORK
@@ -100,21 +99,21 @@ def recover_stage(
             shared(ranks, directory / CHECKPOINT, directory / WORK)
             _shared_domains(ranks, domains)
             progress.note(f"{ranks.size} ranks share every step")
+        training = _training(config, student, teacher, architecture, domains, progress, ranks)
         identity = {
             **key,
             "checkpoint": dict(pruned.checkpoint.files),
             "texts": {d.name: d.part.sha256 for d in domains},
         }
+        # What the user could have got wrong has been looked at.
         directory.begin("recover")
         remove(directory / RECOVERED)  # of another recovery, if any: it is not to pass for this one
         place = directory / WORK / PLACE
         if not resume:
             remove(place)
-        state = TrainingState(place, identity)
-        training = _training(config, student, teacher, architecture, domains, state, progress, ranks)
         chat = Chat(teacher.model, tokenizer)
         ended = chat.ended(training.student)
-        trained = training.run()
+        trained = training.run(TrainingState(place, identity))
         answers = chat.check(ended, chat.ended(training.student))
         if answers is not None and (said_of_it := warning(answers)):
             progress.note(said_of_it)
@@ -153,7 +152,7 @@ def assist(ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as place:
         student, _ = load(shared(ranks, None, Path(place)))
         domains = _shared_domains(ranks, ())
-        _training(config, student, teacher, architecture, domains, None, Progress(quiet=True), ranks).run()
+        _training(config, student, teacher, architecture, domains, Progress(quiet=True), ranks).run(None)
 
 
 def _alike() -> dict[str, str]:
@@ -189,7 +188,6 @@ def _training(
     teacher: LoadedModel,
     architecture: Architecture,
     domains: Sequence[Domain],
-    state: TrainingState | None,
     progress: Progress,
     ranks: Ranks,
 ) -> Training:
@@ -206,7 +204,7 @@ def _training(
     teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
     model = model.to(device)
     made = method.training(architecture)
-    return made(model, teacher.model, domains, recipe, state, progress, ranks)
+    return made(model, teacher.model, domains, recipe, progress, ranks)
 
 
 def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe:

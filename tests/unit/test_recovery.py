@@ -294,9 +294,7 @@ def recipe(budget: str = "12 steps", **more: Any) -> Recipe:
 def trained(place: Path, how: Recipe, student: Any = None, teacher: Any = None) -> tuple[Any, Trained]:
     own, other = models()
     student = own if student is None else student
-    made = Training(
-        student, teacher or other, texts(), how, TrainingState(place, {"of": 1}), Progress(quiet=True)
-    ).run()
+    made = Training(student, teacher or other, texts(), how, Progress(quiet=True)).run(TrainingState(place, {"of": 1}))
     return student, made
 
 
@@ -475,7 +473,7 @@ def blockwise(place: Path, how: Recipe, student: Any = None) -> tuple[Any, Train
     architecture = architecture_of(teacher.config, "tiny")
     make = methods.get("local").training(architecture)
     state = TrainingState(place, {"of": 1})
-    return student, make(student, teacher, texts(), how, state, Progress(quiet=True)).run()
+    return student, make(student, teacher, texts(), how, Progress(quiet=True)).run(state)
 
 
 def test_blocks_one_by_one_bring_the_student_nearer(tmp_path: Path) -> None:
