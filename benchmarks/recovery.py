@@ -4,17 +4,19 @@
     python benchmarks/recovery.py --render      # the table, from the JSON alone
 
 DATA holds `wikitext2/` and `arc/` (see texts.py). One row is one model of the parameters that a ratio leaves, trained
-by `slimexport.recovery` on the default text, and measured on the texts of the quality table, before and after. It is:
+by `slimexport.recovery`, and measured on the texts of the quality table, before and after. It is:
 
-    pruned     `slimexport prune` as it is                 (trained by distill, and by lora)
+    pruned     `slimexport prune` as it is (trained by distill, by local, and by lora as LLM-Pruner does: rank 8, the
+               text alone)
     magnitude  the same sizes, what goes chosen by magnitude, nothing compensated
     first      the same sizes, the dense model's first heads and channels ("Rethinking the Value of Network Pruning",
                arXiv 1810.05270)
     random     the same sizes, blocks from random weights (likewise)
     depth      whole blocks removed, those whose removal moves the output least, until as few parameters are left
 
-Rows that are in the JSON already are not measured again; pruned models and a training that was interrupted are kept in
---work.
+With --part it is measured on the beginning of three of the texts: enough to tell controls from ours, in a tenth of the
+time. Rows that are in the JSON already are not measured again; pruned models and a training that was interrupted are
+kept in --work.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import evaluate, kept_reference
+from accuracy import Reference, evaluate, kept_reference
 from common import RESULTS, load_rows, save_rows, table
 from quality import RATIOS, SHIFTED
 from texts import WINDOW, evaluation_texts
@@ -53,6 +55,7 @@ TEXTS = ("wikitext2", *SHIFTED)
 STEP_TOKENS = 2048
 CURVE = {"wikitext2": 20, "articles": 10, "arc": 10}  # windows on which the model is looked at while it is trained
 INT8_TOKENS = 20_000  # of WikiText-2's test split
+LLM_PRUNERS: dict[str, Any] = {"recover_rank": 8, "recover_text_share": 1.0}  # its LoRA: the text alone, rank 8
 PICTURE = Path(__file__).parent.parent / "docs" / "recovery.svg"
 STARTS = {
     "pruned": "slimexport", "magnitude": "magnitude", "depth": "whole blocks removed", "first": "first rows",
@@ -80,7 +83,7 @@ class Row:
 def wanted(budget: str) -> Iterator[Row]:
     """All rows, the most telling first."""
     for start, method in (("pruned", "distill"), ("pruned", "lora"), ("magnitude", "distill"), ("depth", "distill"),
-                          ("first", "distill"), ("random", "distill")):  # fmt: skip
+                          ("first", "distill"), ("random", "distill"), ("pruned", "local")):  # fmt: skip
         for ratio in RATIOS:
             yield Row(start, method, ratio, budget)
 
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--text", default="default", help="as --recover-text")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence; a step has 2,048")
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
+    parser.add_argument("--part", action="store_true", help="measured on the beginnings of three texts")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     parser.add_argument("--int8", action="store_true", help="also as int8 graphs, of rows that are there as well")
     parser.add_argument("--picture", type=Path, default=PICTURE)
@@ -114,10 +118,6 @@ class Bench:
         options.work.mkdir(parents=True, exist_ok=True)
         self.dense: LoadedModel = load_model(RunConfig(model=options.model))
         self.texts = evaluation_texts(self.dense.tokenizer, options.data)
-        self.references = {
-            name: kept_reference(options.work / f"dense-{name}.safetensors", self.dense.model, self.texts[name])
-            for name in TEXTS
-        }
         self.parts = {name: self.texts[name][: windows * WINDOW] for name, windows in CURVE.items()}
         self.part_references = {
             name: kept_reference(options.work / f"dense-{name}-part.safetensors", self.dense.model, part)
@@ -152,10 +152,7 @@ class Bench:
         student = self.starts[row.start](row.ratio)
         parameters = sum(p.numel() for p in student.parameters())
         before = self.figures(student)
-        config = RunConfig(
-            model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text,
-            recover_length=self.options.length, recover_sequences=STEP_TOKENS // self.options.length,
-        )  # fmt: skip
+        config = self.config(row)
         started = time.monotonic()
         domains, notes = read_domains(
             config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
@@ -186,6 +183,13 @@ class Bench:
             record["arc_easy"] = arc_easy(student, self.dense.tokenizer, questions)
         return record
 
+    def config(self, row: Row) -> RunConfig:
+        more = LLM_PRUNERS if row.method == "lora" else {}
+        return RunConfig(
+            model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text,
+            recover_length=self.options.length, recover_sequences=STEP_TOKENS // self.options.length, **more,
+        )  # fmt: skip
+
     def place(self, row: Row) -> Path:
         return self.options.work / row.key.replace("/", "_").replace(" ", "-")
 
@@ -195,8 +199,7 @@ class Bench:
         from size import exported
 
         method = methods.get(row.method)
-        config = RunConfig(model=self.options.model, recover=row.method)
-        model = method.prepare(self.starts[row.start](row.ratio), self.dense.architecture, config)
+        model = method.prepare(self.starts[row.start](row.ratio), self.dense.architecture, self.config(row))
         kept = TrainingState(self.place(row), {}).tensors("best")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -231,7 +234,12 @@ class Bench:
 
     def figures(self, model: Any) -> dict[str, Any]:
         model.eval()
-        return {name: evaluate(model, self.texts[name], WINDOW, self.references[name]) for name in TEXTS}
+        if self.options.part:
+            return {name: evaluate(model, ids, WINDOW, self.part_references[name]) for name, ids in self.parts.items()}
+        return {name: evaluate(model, self.texts[name], WINDOW, self.reference(name)) for name in TEXTS}
+
+    def reference(self, name: str) -> Reference:
+        return kept_reference(self.options.work / f"dense-{name}.safetensors", self.dense.model, self.texts[name])
 
     # ------------------------------------------------------------------------------------------------------- starts
 
@@ -309,33 +317,43 @@ def _set_blocks(model: Any, blocks: torch.nn.ModuleList, layers: list[torch.nn.M
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """Every row with every text."""
+    """Every row that was measured on all texts."""
     head = ["ratio", "start", "trained by", "tokens", "minutes", *TEXTS, "worst", "ARC-Easy", "int8"]
     body = []
     for row in _sorted(rows):
+        if not _whole(row):
+            continue
         after = [row["after"][name]["x_dense"] for name in TEXTS]
-        body.append([
-            *_named(row), f"{row['tokens'] / 1e3:.0f} k", f"{row['seconds'] / 60:.0f}",
-            *(f"{_times(row['before'][name]['x_dense'])} → {_times(row['after'][name]['x_dense'])}" for name in TEXTS),
-            _times(max(after)), _task(row), _int8(row),
-        ])  # fmt: skip
+        body.append([*_named(row), *(_pair(row, name) for name in TEXTS), _times(max(after)), _task(row), _int8(row)])
     return table(head, body)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """WikiText-2 and the worst text, before and after."""
+    """WikiText-2 and the worst text, before and after, of the same rows."""
     head = ["ratio", "start", "trained by", "tokens", "minutes", "x dense", "interval", "worst of five", "ARC-Easy",
             "x dense in int8"]  # fmt: skip
     body = []
     for row in _sorted(rows):
-        before, after = ([row[when][name]["x_dense"] for name in TEXTS] for when in ("before", "after"))
+        if not _whole(row):
+            continue
         low, high = row["after"]["wikitext2"]["x_dense_interval"]
+        worst = [_times(max(row[when][name]["x_dense"] for name in TEXTS)) for when in ("before", "after")]
         body.append([
-            *_named(row), f"{row['tokens'] / 1e3:.0f} k", f"{row['seconds'] / 60:.0f}",
-            f"{_times(before[0])} → {_times(after[0])}", f"{_times(low)}-{_times(high)}",
-            f"{_times(max(before))} → {_times(max(after))}", _task(row), _int8(row),
+            *_named(row), _pair(row, "wikitext2"), f"{_times(low)}-{_times(high)}", " → ".join(worst), _task(row),
+            _int8(row),
         ])  # fmt: skip
     return table(head, body)
+
+
+def controls(rows: list[dict[str, Any]]) -> str:
+    """Rows that were measured on the beginnings of three texts."""
+    head = ["ratio", "start", "trained by", "tokens", "minutes", *CURVE]
+    found = [row for row in _sorted(rows) if not _whole(row)]
+    return table(head, [[*_named(row), *(_pair(row, name) for name in CURVE)] for row in found])
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    return set(TEXTS) <= set(row["after"])
 
 
 def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -344,7 +362,14 @@ def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _named(row: dict[str, Any]) -> list[str]:
-    return [f"{row['ratio']:.0%}", STARTS[row["start"]], row["method"]]
+    return [
+        f"{row['ratio']:.0%}", STARTS[row["start"]], row["method"], f"{row['tokens'] / 1e3:.0f} k",
+        f"{row['seconds'] / 60:.0f}",
+    ]  # fmt: skip
+
+
+def _pair(row: dict[str, Any], name: str) -> str:
+    return f"{_times(row['before'][name]['x_dense'])} → {_times(row['after'][name]['x_dense'])}"
 
 
 def _task(row: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[str | Path, Callable[..., str]]] = {
     "quality-calibration": ("quality.json", quality.calibrations),
     "recovery-summary": ("recovery.json", recovery.summary),
     "recovery": ("recovery.json", recovery.render),
+    "recovery-controls": ("recovery.json", recovery.controls),
     "size": ("size.json", size.render),
     "cost": ("cost.json", cost.render),
     "families": (families.CHECKED, families.render),
