@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from slimexport.artifacts import (
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared
+from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared, summed
 from slimexport.run_directory import (
     CHECKPOINT,
     PLAN,
@@ -96,7 +96,7 @@ def recover_stage(
             said = {"done": False, "config": options, "fingerprint": fingerprint, "plan": to_dict(plan)}
             ranks.told(lambda: Message(said))
             check_alike(ranks, _alike())
-            shared(ranks, directory / CHECKPOINT, directory / WORK)
+            _shared_checkpoint(ranks, directory / CHECKPOINT, pruned.checkpoint.files, directory / WORK)
             _shared_domains(ranks, domains)
             progress.note(f"{ranks.size} ranks share every step")
         training = _training(config, student, teacher, architecture, domains, progress, ranks)
@@ -150,7 +150,7 @@ def assist(ranks: Ranks) -> None:
     plan = from_dict(PruningPlan, said["plan"], "the plan of rank 0")
     architecture = teacher.architecture.with_blocks(plan.blocks)
     with tempfile.TemporaryDirectory() as place:
-        student, _ = load(shared(ranks, None, Path(place)))
+        student, _ = load(_shared_checkpoint(ranks, None, {}, Path(place)))
         domains = _shared_domains(ranks, ())
         _training(config, student, teacher, architecture, domains, Progress(quiet=True), ranks).run(None)
 
@@ -161,6 +161,21 @@ def _alike() -> dict[str, str]:
     found = environment()
     versions = {name: str(found["packages"].get(name)) for name in ("torch", "transformers", "peft")}
     return {f"version of {name}": of for name, of in {**versions, "slimexport": str(found["slimexport"])}.items()}
+
+
+def _shared_checkpoint(ranks: Ranks, path: Path | None, files: Mapping[str, str], aside: Path) -> Path:
+    """Where this rank finds the first one's checkpoint: at the same path where all can read it there, otherwise in
+    `aside`, where it is sent to."""
+    said = ranks.told(lambda: Message({"path": str(path and path.resolve()), "files": dict(files)})).values
+    there = Path(said["path"])
+    try:
+        check_files(there, said["files"])
+        found = True
+    except BadInputError:
+        found = False
+    if not summed(ranks, float(not found)):
+        return there
+    return shared(ranks, path, aside)
 
 
 def _shared_domains(ranks: Ranks, domains: Sequence[Domain]) -> list[Domain]:
