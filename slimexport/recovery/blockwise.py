@@ -7,7 +7,6 @@ an error does to the output is not (recovery/training.py sees both).
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
 from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
 from slimexport.pruning.states import HiddenStates
+from slimexport.ranks import Message, summed
 from slimexport.recovery.domains import Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import BETAS, CLIP, EVALUATIONS, LAST_RATE, WARM_UP, Training
+from slimexport.recovery.training import CLIP, EVALUATIONS, WARM_UP, Training, adamw, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
@@ -86,7 +86,7 @@ class BlockwiseTraining(Training):
         block = self._blocks[index]
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         kept = [parameter.detach().clone() for parameter in trained]
-        optimiser = torch.optim.AdamW(trained, lr=self.recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
+        optimiser = adamw(trained, self.recipe)
         aside = list(range(0, len(inputs), ASIDE)) if len(inputs) > 1 else [0]
         others = [batch for batch in range(len(inputs)) if batch not in aside] or aside
         generator = torch.Generator().manual_seed(self.recipe.seed * len(self._blocks) + index)
@@ -106,10 +106,8 @@ class BlockwiseTraining(Training):
         order: list[int] = []
         while (share := done()) < 1:
             rate = min(share / WARM_UP, 1.0) if share else WARM_UP
-            falling = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
-            optimiser.param_groups[0]["lr"] = (
-                self.recipe.learning_rate * rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * falling)) / 2)
-            )
+            after_it = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
+            optimiser.param_groups[0]["lr"] = self.recipe.learning_rate * rate * falling(after_it)
             total = 0.0
             for _ in range(together):
                 if not order:
@@ -134,14 +132,10 @@ class BlockwiseTraining(Training):
         self.progress.update(index + 1, len(self._blocks), text)
 
     def _mean(self, values: list[float]) -> float:
-        from slimexport.ranks import summed
-
         return summed(self.ranks, statistics.fmean(values)) / self.ranks.size
 
     def _share(self, blocks: int, steps: int | None) -> Callable[[], float]:
         """What of the block's part of the budget is used up, asked before every step; at least one is taken."""
-        from slimexport.ranks import Message
-
         begun, first = time.monotonic(), self.at.step
         left = max(self.recipe.budget.amount - self._elapsed(), 0.0) / blocks
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,6 +56,15 @@ class Recipe:
     hidden_weight: float = 0.0
     autocast: torch.dtype | None = None  # None: the forward passes are in the weights' own precision
     seed: int = 0
+
+
+def adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+def falling(done: float) -> float:
+    """The share of the learning rate after warm-up: a cosine from 1 to LAST_RATE."""
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,7 @@ class Training:
         self._state: TrainingState | None = None
         self.device = next(student.parameters()).device
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(
-            self.trained.values(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
-        )
+        self.optimiser = adamw(self.trained.values(), recipe)
         self.together = recipe.together  # fewer where the device has no room for them
         self.turns = Turns(domains, recipe.seed)
         self.at = _Numbers()
@@ -264,7 +271,7 @@ class Training:
         if self.at.step < warm:
             return (self.at.step + 1) / warm
         done = min((self.at.step - warm) / max(1, total - warm), 1.0)
-        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return falling(done)
 
     def _estimate(self) -> None:
         budget = self.recipe.budget

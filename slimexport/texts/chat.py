@@ -58,7 +58,7 @@ def sample(
     return torch.cat(batches).flatten()[:total].view(sequences, length)
 
 
-def ended(model: Any, tokenizer: Any, asked: int = 16, tokens: int = 64) -> list[bool]:
+def ended(model: Any, tokenizer: Any, asked: int, tokens: int) -> list[bool]:
     """For each of our first `asked` prompts: whether the model ends its answer, greedy, within so many tokens, and
     without another mark of the template in it.
 
