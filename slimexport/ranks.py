@@ -217,6 +217,15 @@ def shared(ranks: Ranks, directory: Path | None, place: Path) -> Path:
     return place
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Of ourselves and of these packages, as facts for `check_alike`."""
+    from slimexport.environment import environment
+
+    found = environment()
+    packages = {f"version of {name}": str(found["packages"].get(name)) for name in names}
+    return {**packages, "version of slimexport": str(found["slimexport"])}
+
+
 def check_alike(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """Raises BadInputError, on every rank, where one has another version, model, text or option than the first."""
     first = ranks.told(lambda: Message(dict(facts))).values

@@ -23,7 +23,7 @@ from slimexport.artifacts import (
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.ranks import ALONE, Message, Ranks, check_alike
+from slimexport.ranks import ALONE, Message, Ranks, check_alike, versions
 from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
 from slimexport.stages.inputs import check_exportable, check_windows, fields_of
 from slimexport.stages.plan import assist_planning, known_costs, measured_plan, plan_stage
@@ -211,14 +211,10 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
 
 def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:
     """What all ranks have to have the same of."""
-    from slimexport.environment import environment
-
-    packages = environment()["packages"]
     of_the_machine = ("model", "calibration", "device", "costs", "sizes")  # paths differ, what is there does not
     options = fields_of(config, "load", "calibrate", "prune")
     return {
-        **{f"version of {name}": str(packages.get(name)) for name in ("torch", "transformers")},
-        "version of slimexport": str(environment()["slimexport"]),
+        **versions("torch", "transformers"),
         "model": loaded.source.fingerprint,
         "text": calibration.source.sha256,
         **{f"option {name}": str(value) for name, value in options.items() if name not in of_the_machine},

@@ -23,7 +23,7 @@ from slimexport.artifacts import (
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
-from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared, summed
+from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared, summed, versions
 from slimexport.run_directory import (
     CHECKPOINT,
     PLAN,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from slimexport.recovery.training import Recipe, Training
 
 PLACE = "recovery"  # in WORK
+PACKAGES = ("torch", "transformers", "peft")  # that all ranks need the same versions of
 TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
 
 
@@ -95,7 +96,7 @@ def recover_stage(
             options = config.model_dump(mode="json")
             said = {"done": False, "config": options, "fingerprint": fingerprint, "plan": to_dict(plan)}
             ranks.told(lambda: Message(said))
-            check_alike(ranks, _alike())
+            check_alike(ranks, versions(*PACKAGES))
             _shared_checkpoint(ranks, directory / CHECKPOINT, pruned.checkpoint.files, directory / WORK)
             _shared_domains(ranks, domains)
             progress.note(f"{ranks.size} ranks share every step")
@@ -146,21 +147,13 @@ def assist(ranks: Ranks) -> None:
         return
     config = RunConfig.model_validate(said["config"])
     teacher = dense_model(config, said["fingerprint"], advice="all ranks need the same one")
-    check_alike(ranks, _alike())
+    check_alike(ranks, versions(*PACKAGES))
     plan = from_dict(PruningPlan, said["plan"], "the plan of rank 0")
     architecture = teacher.architecture.with_blocks(plan.blocks)
     with tempfile.TemporaryDirectory() as place:
         student, _ = load(_shared_checkpoint(ranks, None, {}, Path(place)))
         domains = _shared_domains(ranks, ())
         _training(config, student, teacher, architecture, domains, Progress(quiet=True), ranks).run(None)
-
-
-def _alike() -> dict[str, str]:
-    from slimexport.environment import environment
-
-    found = environment()
-    versions = {name: str(found["packages"].get(name)) for name in ("torch", "transformers", "peft")}
-    return {f"version of {name}": of for name, of in {**versions, "slimexport": str(found["slimexport"])}.items()}
 
 
 def _shared_checkpoint(ranks: Ranks, path: Path | None, files: Mapping[str, str], aside: Path) -> Path:
