@@ -52,7 +52,6 @@ from slimexport.recovery.state import TrainingState
 from slimexport.stages.recover import recipe_of
 
 TEXTS = ("wikitext2", *SHIFTED)
-STEP_TOKENS = 2048
 CURVE = {"wikitext2": 20, "articles": 10, "arc": 10}  # windows on which the model is looked at while it is trained
 INT8_TOKENS = 20_000  # of WikiText-2's test split
 LLM_PRUNERS: dict[str, Any] = {"recover_rank": 8, "recover_text_share": 1.0}  # its LoRA: the text alone, rank 8
@@ -97,7 +96,9 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.2,0.3,0.5")
     parser.add_argument("--budget", default="60m")
     parser.add_argument("--text", default="default", help="as --recover-text")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence; a step has 2,048")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--step", type=int, default=2048, help="tokens of a step")
+    parser.add_argument("--rate", type=float, help="as --recover-learning-rate")
     parser.add_argument("--arc-easy", action="store_true", help="also the task, through lm-eval")
     parser.add_argument("--part", action="store_true", help="measured on the beginnings of three texts")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
@@ -163,15 +164,14 @@ class Bench:
         teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
         model = method.prepare(student, self.dense.architecture, config)
         place = self.place(row)
-        state = TrainingState(place, {**asdict(row), "text": self.options.text, "length": self.options.length})
+        state = TrainingState(place, {**asdict(row), **self.settings()})
         training = method.training(self.dense.architecture)(model, teacher, domains, recipe, Progress())
         curve = self.watched(training, place / "curve.json")
         made = training.run(state)
         student = method.finish(model).eval()
         record = {
             "key": row.key, **asdict(row), "parameters": parameters,
-            "text": self.options.text.replace(f"{self.options.data}/", ""), "length": self.options.length,
-            "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
+            **self.settings(), "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
             "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "seconds_of_text": read,
             "stopped": made.stopped, "notes": [*notes, *made.notes], "points": [asdict(p) for p in made.points],
             "curve": curve, "before": before, "after": self.figures(student),
@@ -187,8 +187,14 @@ class Bench:
         more = LLM_PRUNERS if row.method == "lora" else {}
         return RunConfig(
             model=self.options.model, recover=row.method, recover_budget=row.budget, recover_text=self.options.text,
-            recover_length=self.options.length, recover_sequences=STEP_TOKENS // self.options.length, **more,
+            recover_length=self.options.length, recover_sequences=self.options.step // self.options.length,
+            recover_learning_rate=self.options.rate, **more,
         )  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """Those of all rows of this call."""
+        text = self.options.text.replace(f"{self.options.data}/", "")
+        return {"text": text, "length": self.options.length, "step": self.options.step, "rate": self.options.rate}
 
     def place(self, row: Row) -> Path:
         return self.options.work / row.key.replace("/", "_").replace(" ", "-")
