@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ import torch
 from accuracy import Reference, evaluate, kept_reference
 from common import RESULTS, load_rows, save_rows, table
 from quality import RATIOS, SHIFTED
+from safetensors import safe_open
+from safetensors.torch import save_file
 from texts import WINDOW, evaluation_texts
 
 from slimexport import pipeline
@@ -45,11 +49,12 @@ from slimexport.environment import environment
 from slimexport.loading import LoadedModel, load_model
 from slimexport.progress import Progress
 from slimexport.pruning.shrink import shrink_block
-from slimexport.recovery.domains import read_domains
+from slimexport.ranks import ALONE
+from slimexport.recovery.domains import Domain, packed, read_domains, unpacked
 from slimexport.recovery.losses import divergence
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
-from slimexport.stages.recover import recipe_of
+from slimexport.stages.recover import training_of
 
 TEXTS = ("wikitext2", *SHIFTED)
 CURVE = {"wikitext2": 20, "articles": 10, "arc": 10}  # windows on which the model is looked at while it is trained
@@ -152,29 +157,27 @@ class Bench:
     def measured(self, row: Row) -> dict[str, Any]:
         student = self.starts[row.start](row.ratio)
         parameters = sum(p.numel() for p in student.parameters())
-        before = self.figures(student)
         config = self.config(row)
-        started = time.monotonic()
-        domains, notes = read_domains(
-            config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
-        )
-        read = time.monotonic() - started  # what the model writes of it takes minutes
-        method = methods.get(row.method)
-        recipe = recipe_of(config, torch.device("cpu"), method)
-        teacher = copy.deepcopy(self.dense.model).to(recipe.autocast or torch.float32)
-        model = method.prepare(student, self.dense.architecture, config)
+        domains, notes, read = self.domains(config)
+        teacher = replace(self.dense, model=copy.deepcopy(self.dense.model))
+        training = training_of(config, student, teacher, self.dense.architecture, domains, Progress(), ALONE)
         place = self.place(row)
         state = TrainingState(place, {**asdict(row), **self.settings()})
-        training = method.training(self.dense.architecture)(model, teacher, domains, recipe, Progress())
         curve = self.watched(training, place / "curve.json")
+        before = {} if self.options.part else self.figures(student)
         made = training.run(state)
-        student = method.finish(model).eval()
+        student = methods.get(row.method).finish(training.student).eval()
+        looked = {at["step"]: at["figures"] for at in curve}
+        if self.options.part:
+            before, after = looked[0], looked.get(made.points[made.best].step) or self.figures(student)
+        else:
+            after = self.figures(student)
         record = {
             "key": row.key, **asdict(row), "parameters": parameters,
             **self.settings(), "machine": str(environment()["cpu"]), "steps": made.steps, "tokens": made.tokens,
             "kept_tokens": made.points[made.best].tokens, "seconds": made.seconds, "seconds_of_text": read,
             "stopped": made.stopped, "notes": [*notes, *made.notes], "points": [asdict(p) for p in made.points],
-            "curve": curve, "before": before, "after": self.figures(student),
+            "curve": [_point(at) for at in curve], "before": before, "after": after,
         }  # fmt: skip
         if self.options.arc_easy:
             from tasks import arc_easy
@@ -182,6 +185,23 @@ class Bench:
             questions = self.options.data / "arc" / "arc_easy_validation.jsonl"
             record["arc_easy"] = arc_easy(student, self.dense.tokenizer, questions)
         return record
+
+    def domains(self, config: RunConfig) -> tuple[list[Domain], list[str], float]:
+        """With the seconds that it took when they were read: what the model writes of them takes minutes."""
+        asked = json.dumps([config.recover_text, config.recover_length, config.seed])
+        kept = self.options.work / f"text-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.safetensors"
+        if not kept.is_file():
+            started = time.monotonic()
+            found, notes = read_domains(
+                config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
+            )
+            named, windows = packed(found)
+            about = {"domains": named, "notes": notes, "seconds": time.monotonic() - started}
+            save_file(windows, kept, metadata={"about": json.dumps(about)})
+        with safe_open(kept, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return unpacked(about["domains"], windows), about["notes"], about["seconds"]
 
     def config(self, row: Row) -> RunConfig:
         more = LLM_PRUNERS if row.method == "lora" else {}
@@ -218,21 +238,21 @@ class Bench:
         return {"bytes": size, "x_dense": math.exp(nll - math.log(dense.perplexity)), "tokens": len(ids)}
 
     def watched(self, training: Any, kept: Path) -> list[dict[str, Any]]:
-        """What is filled in while `training` runs, and kept in the file: at every point of its own the perplexity on
-        CURVE, times the dense one. The time that takes is not the training's."""
+        """What is filled in while `training` runs, and kept in the file: at every point of its own, or with --part at
+        every second one, the figures on CURVE. The time that takes is not the training's."""
         curve: list[dict[str, Any]] = read_json(kept)["points"] if kept.is_file() else []
         judge = training._judge
 
         def judged(loss: float | None) -> None:
             judge(loss)
+            if self.options.part and len(training.points) % 2 == 0:
+                return
             begun = time.monotonic()
             model = getattr(training.student, "get_base_model", lambda: training.student)()
-            point: dict[str, Any] = {"step": training.at.step, "seconds": training.points[-1].seconds}
-            for name, part in self.parts.items():
-                point[name] = evaluate(model, part, WINDOW, self.part_references[name])["x_dense"]
-            curve[:] = [*(of for of in curve if of["step"] < point["step"]), point]
+            at = {"step": training.at.step, "seconds": training.points[-1].seconds, "figures": self.beginnings(model)}
+            curve[:] = [*(of for of in curve if of["step"] < at["step"]), at]
             write_json(kept, {"points": curve})
-            print(point, flush=True)
+            print(_point(at), flush=True)
             training.begun += time.monotonic() - begun
 
         training._judge = judged
@@ -241,8 +261,11 @@ class Bench:
     def figures(self, model: Any) -> dict[str, Any]:
         model.eval()
         if self.options.part:
-            return {name: evaluate(model, ids, WINDOW, self.part_references[name]) for name, ids in self.parts.items()}
+            return self.beginnings(model)
         return {name: evaluate(model, self.texts[name], WINDOW, self.reference(name)) for name in TEXTS}
+
+    def beginnings(self, model: Any) -> dict[str, Any]:
+        return {name: evaluate(model, ids, WINDOW, self.part_references[name]) for name, ids in self.parts.items()}
 
     def reference(self, name: str) -> Reference:
         return kept_reference(self.options.work / f"dense-{name}.safetensors", self.dense.model, self.texts[name])
@@ -312,6 +335,12 @@ class Bench:
             _, worst = min(found)
             _set_blocks(model, blocks, layers[:worst] + layers[worst + 1 :])
         return model
+
+
+def _point(at: dict[str, Any]) -> dict[str, Any]:
+    """Of a curve, as rows keep it."""
+    times = {name: of["x_dense"] for name, of in at["figures"].items()}
+    return {"step": at["step"], "seconds": at["seconds"], **times}
 
 
 def _set_blocks(model: Any, blocks: torch.nn.ModuleList, layers: list[torch.nn.Module]) -> None:

@@ -226,7 +226,9 @@ class RunConfig(BaseModel):
         default=None, gt=0, description="Fail if the exported files are larger (MB = 1e6 bytes)."
     )
     gates: tuple[Gate, ...] = Field(
-        default=(), description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2."
+        default=(),
+        description="A further gate, such as accuracy.kl<=0.2, ratio(FIGURE)<=1.5 or speedup(FIGURE)>=1.2; it replaces "
+        "one on the same figure in a recipe or, for `report`, of the run.",
     )
     against: Path | None = Field(
         default=None,

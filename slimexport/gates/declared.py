@@ -105,6 +105,27 @@ def gates_of(value: Any) -> Any:
     return value
 
 
+def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `below`, and those of `above` in their place; gates are added, but for one on a figure that has one
+    `above` (of the same model or relation, with the same operator)."""
+    merged = {**below, **above}
+    if below.get("gates") and above.get("gates"):
+        merged["gates"] = _added(below["gates"], above["gates"])
+    return merged
+
+
+def _added(below: Any, above: Any) -> Any:
+    def key(gate: Gate) -> tuple[str, str, str]:
+        return gate.figure, gate.of, gate.op
+
+    try:
+        first, then = ([Gate.model_validate(gate) for gate in gates_of(gates)] for gates in (below, above))
+    except (TypeError, ValueError):  # what is wrong with them is found, and said, where the settings are checked
+        return [item for gates in (below, above) for item in (gates if isinstance(gates, list | tuple) else (gates,))]
+    named = {key(gate) for gate in then}
+    return [*(gate for gate in first if key(gate) not in named), *then]
+
+
 def _holds_gates(item: Any) -> bool:
     return isinstance(item, str | Mapping)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import TextPart
+from slimexport.artifacts import TextPart, from_dict
 from slimexport.errors import BadInputError
 from slimexport.texts import mix, sources
 from slimexport.texts.windows import check_tokens, grid, pack
@@ -91,6 +91,22 @@ def _domain(name: str, weight: float, tokenizer: Any, teacher: Any, length: int,
     aside = min(HELD_OUT, max(1, len(windows) // HELD_OUT_EVERY))
     part = TextPart(name, windows.numel(), text.sha256, text.license, text.note, name in sources.WRITTEN)
     return Domain(part, weight, windows[:-aside], windows[-aside:])
+
+
+def packed(domains: Sequence[Domain]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Plain data and tensors that `unpacked` makes the same domains of."""
+    named = [{"weight": domain.weight, "part": asdict(domain.part)} for domain in domains]
+    windows = {f"{i}.train": domain.train for i, domain in enumerate(domains)}
+    return named, windows | {f"{i}.held_out": domain.held_out for i, domain in enumerate(domains)}
+
+
+def unpacked(named: Sequence[Mapping[str, Any]], windows: Mapping[str, torch.Tensor]) -> list[Domain]:
+    return [
+        Domain(
+            from_dict(TextPart, of["part"], "the domains of a text"), of["weight"],
+            windows[f"{i}.train"].cpu(), windows[f"{i}.held_out"].cpu(),
+        ) for i, of in enumerate(named)
+    ]  # fmt: skip
 
 
 class Turns:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimexport.architectures.cache import cache_argument, cache_of
 from slimexport.errors import BadInputError
 from slimexport.machine.cores import default_threads
 from slimexport.providers import PROVIDERS
@@ -64,7 +65,7 @@ class CheckpointDecoder(Decoder):
         ids = np.asarray(input_ids)
         total = (ids.shape[-1] if ids.ndim else 0) + (past.length if past else 0)
         self.check_ids(ids, past.batch if past else None, total)
-        given: dict[str, Any] = {"past_key_values": past.values if past else None, "use_cache": True}
+        given: dict[str, Any] = {cache_argument(self.model): past.values if past else None, "use_cache": True}
         padded = False
         if mask is not None:
             mask = np.asarray(mask)
@@ -82,7 +83,7 @@ class CheckpointDecoder(Decoder):
             new = mask[:, -ids.shape[1] :]
             kept = new.shape[1] - 1 - new[:, ::-1].argmax(axis=1)
             logits = logits[np.arange(len(ids)), kept][:, None]
-        return logits, TorchCache(made.past_key_values, len(ids), total)
+        return logits, TorchCache(cache_of(made), len(ids), total)
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         import torch

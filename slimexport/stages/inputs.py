@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slimexport.artifacts import is_quantised, sha256_file
 from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
+from slimexport.gates.declared import over
 from slimexport.loading import BUILTIN
 from slimexport.options import STAGES
 from slimexport.run_directory import BASELINE, RunDirectory
@@ -33,14 +34,14 @@ class Overrides(dict[str, Any]):
     """
 
     def __init__(self, recipe: Mapping[str, Any], flags: Mapping[str, Any], where: str):
-        super().__init__({**recipe, **flags})
+        super().__init__(over(recipe, flags))
         self.flags, self.where = frozenset(flags), where
 
 
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
     """What the run was made with, and what this command changes."""
     changes = overrides if isinstance(overrides, Overrides) else Overrides({}, overrides or {}, "options")
-    return absolute(make_config({**directory.state.get("config", {}), **changes}, changes.where, changes.flags))
+    return absolute(make_config(over(directory.state.get("config", {}), changes), changes.where, changes.flags))
 
 
 def absolute(config: RunConfig) -> RunConfig:

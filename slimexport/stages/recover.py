@@ -14,7 +14,6 @@ from slimexport.artifacts import (
     PruningPlan,
     Recovery,
     ShrunkCheckpoint,
-    TextPart,
     from_dict,
     remove,
     staged_directory,
@@ -100,7 +99,7 @@ def recover_stage(
             _shared_checkpoint(ranks, directory / CHECKPOINT, pruned.checkpoint.files, directory / WORK)
             _shared_domains(ranks, domains)
             progress.note(f"{ranks.size} ranks share every step")
-        training = _training(config, student, teacher, architecture, domains, progress, ranks)
+        training = training_of(config, student, teacher, architecture, domains, progress, ranks)
         identity = {
             **key,
             "checkpoint": dict(pruned.checkpoint.files),
@@ -153,7 +152,7 @@ def assist(ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as place:
         student, _ = load(_shared_checkpoint(ranks, None, {}, Path(place)))
         domains = _shared_domains(ranks, ())
-        _training(config, student, teacher, architecture, domains, Progress(quiet=True), ranks).run(None)
+        training_of(config, student, teacher, architecture, domains, Progress(quiet=True), ranks).run(None)
 
 
 def _shared_checkpoint(ranks: Ranks, path: Path | None, files: Mapping[str, str], aside: Path) -> Path:
@@ -173,24 +172,17 @@ def _shared_checkpoint(ranks: Ranks, path: Path | None, files: Mapping[str, str]
 
 def _shared_domains(ranks: Ranks, domains: Sequence[Domain]) -> list[Domain]:
     """Those of the first rank."""
-    from slimexport.recovery.domains import Domain
+    from slimexport.recovery.domains import packed, unpacked
 
     def tell() -> Message:
-        named = [{"weight": domain.weight, "part": dataclasses.asdict(domain.part)} for domain in domains]
-        windows = {f"{i}.train": domain.train for i, domain in enumerate(domains)}
-        windows |= {f"{i}.held_out": domain.held_out for i, domain in enumerate(domains)}
+        named, windows = packed(domains)
         return Message({"domains": named}, windows)
 
     said = ranks.told(tell)
-    return [
-        Domain(
-            from_dict(TextPart, of["part"], "rank 0"), of["weight"],
-            said.tensors[f"{i}.train"].cpu(), said.tensors[f"{i}.held_out"].cpu(),
-        ) for i, of in enumerate(said.values["domains"])
-    ]  # fmt: skip
+    return unpacked(said.values["domains"], said.tensors)
 
 
-def _training(
+def training_of(
     config: RunConfig,
     student: PreTrainedModel,
     teacher: LoadedModel,
@@ -199,6 +191,8 @@ def _training(
     progress: Progress,
     ranks: Ranks,
 ) -> Training:
+    """All that `config` says of it, on its device, ready to run. The teacher's model is put into the precision of the
+    forward passes."""
     import torch
 
     from slimexport.loading import resolve_device

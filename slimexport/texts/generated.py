@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.cache import cache_argument, cache_of
 from slimexport.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def write(
     with torch.inference_mode():
         while done < length:
             ids = columns[-1].to(model.device)
-            out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
+            out = model(input_ids=ids, **{cache_argument(model): past}, use_cache=True, logits_to_keep=1)
+            past = cache_of(out)
             probabilities = out.logits[:, -1].float().cpu().softmax(dim=-1)
             if not torch.isfinite(probabilities).all():
                 raise BadInputError("The model's logits are not finite: try --dtype float32, or --calibration FILE.")

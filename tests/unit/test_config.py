@@ -180,6 +180,22 @@ def test_builtin_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_recipe(Path(name)) == {"ratio": 0.01}
 
 
+def test_gates_are_added_to_those_of_a_recipe_or_a_run(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.state["config"] = {"model": "m", "gates": [{"figure": "accuracy.kl", "bound": 0.2}]}
+    recipe = {"gates": {"accuracy.perplexity": {"max_ratio_to_baseline": 1.5}}}
+
+    def gates(flags: dict[str, Any]) -> list[str]:
+        return [str(gate) for gate in config_of(directory, Overrides(recipe, flags, "r.yaml")).gates]
+
+    assert gates({}) == ["accuracy.kl<=0.2", "ratio(accuracy.perplexity)<=1.5"]
+    assert gates({"gates": (Gate.parse("load.seconds<=1"),)}) == [*gates({}), "load.seconds<=1"]
+    # the same figure, but of the shrunk model alone
+    assert gates({"gates": "accuracy.perplexity<=20"}) == [*gates({}), "accuracy.perplexity<=20"]
+    replaced = {"gates": ["accuracy.kl<=0.3", "accuracy.kl>=0.1", "ratio(accuracy.perplexity)<=2"]}
+    assert gates(replaced) == replaced["gates"]
+
+
 def test_an_error_is_the_recipes_or_the_flags(tmp_path: Path) -> None:
     """Of a command that goes on in a run directory: exit code 4 or 2."""
     directory = RunDirectory(tmp_path)
@@ -191,4 +207,6 @@ def test_an_error_is_the_recipes_or_the_flags(tmp_path: Path) -> None:
         config_of(directory, Overrides({"max_kl": 0.1}, wrong, "r.yaml"))
     with pytest.raises(UsageError, match="--gate"):
         config_of(directory, wrong)
+    with pytest.raises(UsageError, match="'a<1' is not a gate"):
+        config_of(directory, Overrides({"gates": ["accuracy.kl<=1"]}, {"gates": ["a<1"]}, "r.yaml"))
     assert config_of(directory, Overrides({"seed": 1}, {"max_kl": 0.1}, "r.yaml")).seed == 1

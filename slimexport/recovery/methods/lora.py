@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slimexport.errors import BadInputError
 from slimexport.recovery.methods import registry
+from slimexport.recovery.methods.distill import Distill
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
     from slimexport.config import RunConfig
-    from slimexport.recovery.training import Training
 
 INSTALL = "pip install 'slimexport[lora]'"
 
 
-class Lora:
+class Lora(Distill):
     learning_rate = 1e-3
-    one_by_one = False
 
     def check(self, architecture: Architecture) -> None:
         if importlib.util.find_spec("peft") is None:
@@ -51,11 +49,6 @@ class Lora:
         with torch.random.fork_rng():  # half of them begin at random
             torch.manual_seed(config.seed)
             return get_peft_model(student, adapters)
-
-    def training(self, architecture: Architecture) -> Callable[..., Training]:
-        from slimexport.recovery.training import Training
-
-        return Training
 
     def finish(self, trained: nn.Module) -> PreTrainedModel:
         return trained.merge_and_unload()  # type: ignore[operator]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from slimexport.architectures.cache import cache_argument, cache_of
 from slimexport.providers import PROVIDERS
 from slimexport.runtime.base import DTYPES
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
@@ -84,7 +85,7 @@ def _cache_shapes(model: PreTrainedModel) -> Shapes:
 
     with torch.no_grad():
         output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
+    layers = getattr(cache_of(output), "layers", None) or []
     shapes: Shapes = []
     for layer in layers:
         of: dict[str, tuple[int | None, ...]] = {}
@@ -124,12 +125,12 @@ def _sample(model: PreTrainedModel, shapes: Shapes) -> dict[str, Any]:
     else:  # only the model itself knows what kinds of states go where
         with torch.no_grad():
             ids = torch.zeros(batch, past, dtype=torch.int64)
-            cache = model(input_ids=ids, attention_mask=mask[:, :past], use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids, attention_mask=mask[:, :past], use_cache=True))
     return {
         "input_ids": torch.zeros(batch, tokens, dtype=torch.int64),
         "attention_mask": mask,
         "position_ids": torch.arange(past, past + tokens).expand(batch, tokens).clone(),
-        "past_key_values": cache,
+        cache_argument(model): cache,
         "use_cache": True,
     }
 
@@ -141,7 +142,7 @@ def _trace(model: PreTrainedModel, shapes: Shapes, options: ExportOptions) -> An
 
     auto = torch.export.Dim.AUTO
     dynamic: dict[str, Any] = {name: {0: auto, 1: auto} for name in ("input_ids", "attention_mask", "position_ids")}
-    dynamic["past_key_values"] = [{0: auto, **{i + 1: auto for i, size in enumerate(sizes) if size is None}}
+    dynamic[cache_argument(model)] = [{0: auto, **{i + 1: auto for i, size in enumerate(sizes) if size is None}}
                                   for of in shapes for sizes in of.values()]  # fmt: skip
     config = OnnxConfig(dynamic=True, dynamic_shapes=dynamic, ort_fusions=PROVIDERS[options.provider].fusions)
     return OnnxExporter().export(model, _sample(model, shapes), config=config).program
