@@ -1,14 +1,17 @@
 # CPU:  docker build -t slimexport .
 # GPU:  docker build -t slimexport --build-arg EXTRA=gpu --build-arg TORCH_INDEX=https://pypi.org/simple .
-# Use:  docker run --rm -v "$PWD:/work" slimexport run smollm2-135m --ratio 0.25 --target onnx -o out/
+# Use:  docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" slimexport run smollm2-135m --ratio 0.25 --target onnx -o out/
 FROM python:3.11-slim
 
 ARG EXTRA=cpu
 # PyPI's Linux wheel of torch brings CUDA along; the CPU image does not want those gigabytes.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+# Under --user there is no such user in the image: libraries that ask for its name or home are told.
 ENV PYTHONUNBUFFERED=1 \
-    HF_HOME=/tmp/huggingface
+    HF_HOME=/tmp/huggingface \
+    HOME=/tmp \
+    USER=slimexport
 
 # Before the sources: changing those does not download torch again.
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" torch==2.13.0

@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 EXTRA ?= cpu
 OUT ?= demo
-# A quarter of the default's text: minutes on two cores. Empty for the run as it is without options.
+# A quarter of the default's text: 10 to 30 minutes on two cores. Empty for the run as it is without options.
 DEMO_TEXT ?= --calibration-tokens 16384 --probe-tokens 1024
 # One process for every core, of one thread each. Empty for all tests in one process.
 PARALLEL ?= -n logical --maxprocesses 8 --dist loadfile

@@ -51,7 +51,7 @@ from slimexport.progress import Progress
 from slimexport.pruning.shrink import shrink_block
 from slimexport.ranks import ALONE
 from slimexport.recovery.domains import Domain, packed, read_domains, unpacked
-from slimexport.recovery.losses import divergence
+from slimexport.recovery.losses import distances, targets_of
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
 from slimexport.stages.recover import training_of
@@ -331,7 +331,8 @@ class Bench:
             for index in range(len(layers)):
                 _set_blocks(model, blocks, layers[:index] + layers[index + 1 :])
                 with torch.inference_mode():
-                    found.append((divergence(model(ids, use_cache=False).logits.flatten(0, 1), expected), index))
+                    logits = model(ids, use_cache=False).logits.flatten(0, 1)
+                    found.append((distances(logits, expected, targets_of(ids))[0], index))
             _, worst = min(found)
             _set_blocks(model, blocks, layers[:worst] + layers[worst + 1 :])
         return model

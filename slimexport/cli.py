@@ -448,7 +448,7 @@ def sweep(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Interleaved rounds.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; default: the affinity mask.")
 @click.option("--provider", type=click.Choice(tuple(PROVIDERS)), default="cpu", show_default=True,
-              help="Where graphs run; all but cpu and cuda are untested.")  # fmt: skip
+              help="Where graphs run; all but cpu are untested.")  # fmt: skip
 @click.option("--provider-option", multiple=True, metavar="KEY=VALUE", help="For the execution provider.")
 @click.option("--huge-pages/--no-huge-pages", default=True, show_default=True,
               help="Weights in memory pages of 2 MB, or the model that is opened first is slower.")  # fmt: skip

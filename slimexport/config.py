@@ -167,7 +167,7 @@ class RunConfig(BaseModel):
         default="auto", description="Graph builder; auto tries in order."
     )
     provider: Literal["cpu", "cuda", "tensorrt", "openvino", "directml", "coreml"] = Field(
-        default="cpu", description="ONNX Runtime execution provider; all but cpu and cuda are untested."
+        default="cpu", description="ONNX Runtime execution provider; all but cpu are untested."
     )
     provider_option: tuple[str, ...] = Field(
         default=(), description="KEY=VALUE for the execution provider, as ONNX Runtime documents them."
@@ -232,7 +232,7 @@ class RunConfig(BaseModel):
     )
     against: Path | None = Field(
         default=None,
-        description="report.json of an earlier run, which gates such as earlier(FIGURE)<=1.02 compare with.",
+        description="Run directory or report.json of an earlier run, for gates like earlier(FIGURE)<=1.02.",
     )
     on_undecided: Literal["fail", "warn"] = Field(
         default="fail", description="What a gate does whose figure is not known well enough to tell."

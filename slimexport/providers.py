@@ -37,4 +37,4 @@ PROVIDERS = {
     "directml": Provider("DmlExecutionProvider", builder="dml", package="onnxruntime-directml"),
     "coreml": Provider("CoreMLExecutionProvider"),
 }
-SUPPORTED = ("cpu", "cuda")  # the others: the same interface, untested
+SUPPORTED = ("cpu", "cuda")  # the others: the same interface, without tests

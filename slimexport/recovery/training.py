@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, summed
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.domains import Domain, OutOfTextError, Turns
-from slimexport.recovery.losses import distillation, divergence, hidden_states
+from slimexport.recovery.losses import NOTHING, distances, distillation, hidden_states, targets_of
 from slimexport.recovery.state import Tensors, TrainingState
 
 WARM_UP = 0.1  # of all steps
@@ -190,7 +190,7 @@ class Training:
             group["lr"] = self.recipe.learning_rate * self.at.scale * self._share_of_rate()
         while True:
             try:
-                total = self._gradient(batch.to(self.device))
+                total = self._gradient(batch)
                 break
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition(". ")[0]
@@ -207,11 +207,17 @@ class Training:
     def _gradient(self, batch: torch.Tensor) -> float:
         """Added to what is there, of this rank's part of the batch; returns what it adds to the mean loss."""
         total = 0.0
-        for some in batch[self.ranks.rank :: self.ranks.size].split(self.together):
+        for some in self._own_part(batch):
             loss = self._loss(some) * (len(some) / len(batch))
             loss.backward()
             total += float(loss.detach())
         return total
+
+    def _own_part(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """This rank's of `windows`, as many at once as there is room for; nothing where there are fewer than ranks."""
+        own = windows[self.ranks.rank :: self.ranks.size]
+        for start in range(0, len(own), self.together):
+            yield own[start : start + self.together].to(self.device)
 
     def _added_up(self, total: float) -> float:
         """Gradients become the sum of all ranks'; returns the sum of `total`."""
@@ -244,9 +250,9 @@ class Training:
         with self._precision():
             made = self.student(ids, use_cache=False, output_hidden_states=hidden)
         loss = distillation(
-            made.logits[:, :-1].flatten(0, 1),
-            None if given is None else given.logits[:, :-1].flatten(0, 1),
-            ids[:, 1:].flatten(),
+            made.logits.flatten(0, 1),  # a view: without the last of every window it would be a copy
+            None if given is None else given.logits.flatten(0, 1),
+            targets_of(ids),
             text_share=recipe.text_share,
             temperature=recipe.temperature,
         )
@@ -340,18 +346,16 @@ class Training:
 
     @torch.no_grad()
     def _held_out(self, domain: Domain) -> HeldOut:
-        distance = nll = 0.0
+        divergence = nll = 0.0
         tokens = 0
-        own_part = domain.held_out[self.ranks.rank :: self.ranks.size]
-        for ids in own_part.to(self.device).split(self.together):
+        for ids in self._own_part(domain.held_out):
             with self._precision():
-                own = self.student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            distance += divergence(own, self._asked(ids).logits[:, :-1].flatten(0, 1))
-            nll += float(nn.functional.cross_entropy(own.float(), targets, reduction="sum"))
-            tokens += len(targets)
+                own = self.student(ids, use_cache=False).logits.flatten(0, 1)
+            targets = targets_of(ids)
+            one, other = distances(own, self._asked(ids).logits.flatten(0, 1), targets)
+            divergence, nll, tokens = divergence + one, nll + other, tokens + int((targets != NOTHING).sum())
         every = summed(self.ranks, tokens)
-        return HeldOut(summed(self.ranks, distance) / every, summed(self.ranks, nll) / every)
+        return HeldOut(summed(self.ranks, divergence) / every, summed(self.ranks, nll) / every)
 
     @property
     def state(self) -> TrainingState:
@@ -400,7 +404,9 @@ class Training:
             found = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
             if found:
                 self.optimiser.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter) for key, value in found.items()
+                    # the fused optimiser counts its steps, in float32, where the parameter is
+                    key: value.to(parameter.device) if key == "step" else value.to(parameter)
+                    for key, value in found.items()
                 }
 
     def _saved_numbers(self) -> dict[str, Any] | None:

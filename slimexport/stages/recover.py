@@ -21,6 +21,7 @@ from slimexport.artifacts import (
 )
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
+from slimexport.precisions import cast_parameters
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared, summed, versions
 from slimexport.run_directory import (
@@ -125,7 +126,8 @@ def recover_stage(
             answers,
         )  # fmt: skip
         if trained.best:
-            finished = method.finish(training.student).to("cpu", stored)
+            finished = method.finish(training.student).to("cpu")
+            cast_parameters(finished, stored)
             made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
             progress.note("training made it no better: the pruned model is kept as it is")
@@ -203,7 +205,8 @@ def training_of(
     recipe = recipe_of(config, device, method)
     model = method.prepare(student.float(), architecture, config)
     recipe = fitting(model, teacher.model, architecture, recipe, config, device, one_by_one=method.one_by_one)
-    teacher.model.requires_grad_(False).to(device, recipe.autocast or torch.float32)
+    cast_parameters(teacher.model.requires_grad_(False), recipe.autocast or torch.float32)
+    teacher.model.to(device)
     model = model.to(device)
     made = method.training(architecture)
     return made(model, teacher.model, domains, recipe, progress, ranks)

@@ -214,6 +214,8 @@ def test_precedence_is_default_recipe_flag(cli, pipeline, tmp_path) -> None:
     assert (config.model, config.ratio, config.seed, config.baseline) == ("from-recipe", 0.25, 3, True)
     assert config.target == ("genai",)
     assert config.damping == RunConfig(model="m").damping
+    assert cli("run", "m", "-o", tmp_path, "--recipe", "ci", "--gate", "load.seconds<=9")[0] == 0
+    assert [str(gate) for gate in pipeline.config.gates][1:] == ["ratio(size.export_mb)<=0.85", "load.seconds<=9"]
     assert cli("plan", "typed", "--recipe", recipe)[0] == 0
     assert pipeline.config.model == "typed"
 

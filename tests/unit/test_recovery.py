@@ -101,7 +101,27 @@ def test_the_same_distribution_has_no_divergence_and_no_gradient() -> None:
     assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
     assert x.grad is not None
     assert float(x.grad.abs().max()) < 1e-12
-    assert losses.divergence(own, own) == 0.0
+    assert losses.distances(own, own, targets)[0] == 0.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_token_after_which_nothing_comes_counts_for_nothing(share: float) -> None:
+    own, other, _ = logits(300)
+    ids = torch.randint(7, (3, 100), generator=torch.Generator().manual_seed(4))
+    targets = losses.targets_of(ids)
+    assert targets.tolist() == [t for row in ids.tolist() for t in (*row[1:], losses.NOTHING)]
+    kept = targets != losses.NOTHING
+
+    def gradient(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = own.clone().requires_grad_()
+        loss = losses.distillation(x[rows], other[rows], targets[rows], text_share=share)
+        loss.backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad
+
+    torch.testing.assert_close(gradient(torch.ones_like(kept)), gradient(kept), rtol=1e-12, atol=1e-15)
+    divergence, nll = losses.distances(own, other, targets)
+    assert (1 - share) * divergence + share * nll == pytest.approx(297 * float(gradient(kept)[0]), rel=1e-5)
 
 
 def test_hidden_states_count_by_their_own_size() -> None:

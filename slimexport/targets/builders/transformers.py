@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures.cache import cache_argument, cache_of
+from slimexport.precisions import cast_parameters
 from slimexport.providers import PROVIDERS
 from slimexport.runtime.base import DTYPES
 from slimexport.targets.base import BuilderUnsupportedError, BuiltGraph, ExportOptions
@@ -76,7 +77,9 @@ def _prepared(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel
     dtype = getattr(torch, DTYPES[options.float_precision])
     if model.device.type == "cpu" and model.dtype == dtype:
         return model
-    return copy.deepcopy(model).to(device="cpu", dtype=dtype)
+    made = copy.deepcopy(model).to("cpu")
+    cast_parameters(made, dtype)
+    return made
 
 
 def _cache_shapes(model: PreTrainedModel) -> Shapes:
