@@ -299,7 +299,7 @@ def recover(ctx: click.Context, directory: Path, recipe: Path | None, force: boo
         from slimexport import artifacts, pipeline, reporting
 
         if not ranks.is_first():
-            pipeline.assist_recovery(overrides.get("device", "auto"))
+            pipeline.assist_recovery(directory, overrides)
             return ExitCode.PASSED
         made = pipeline.recover(directory, overrides, **flags, progress=progress)
     _print(as_json, lambda: artifacts.to_dict(made), lambda: reporting.recovery_text(made, directory))

@@ -147,13 +147,14 @@ def assist(config: RunConfig, *, recovers: bool = True) -> None:
     with ranks.joined(config.device) as them:
         assist_prune(absolute(config), them)
         if recovers and config.recover != "none":
-            assist_recover(them)
+            assist_recover(them, absolute(config).model)
 
 
-def assist_recovery(device: str = "auto") -> None:
-    """As `assist`, while the first process calls `recover`."""
-    with ranks.joined(device) as them:
-        assist_recover(them)
+def assist_recovery(output: str | Path, overrides: dict[str, Any] | None = None) -> None:
+    """As `assist`, while the first process calls `recover` on this directory, or on one that is the same elsewhere."""
+    config = config_of(RunDirectory(Path(output)), overrides)
+    with ranks.joined(config.device) as them:
+        assist_recover(them, config.model)
 
 
 def recover(

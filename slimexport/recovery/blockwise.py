@@ -22,7 +22,7 @@ from slimexport.pruning.states import HiddenStates
 from slimexport.ranks import Message, summed
 from slimexport.recovery.domains import Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import CLIP, EVALUATIONS, WARM_UP, Training, adamw, falling
+from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
@@ -43,6 +43,16 @@ class BlockwiseTraining(Training):
             )
 
     def _steps(self) -> str:
+        try:
+            return self._one_by_one()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+            raise BadInputError(
+                f"{self.device} ran out of memory at block {self.at.block + 1} ({reason}): give fewer "
+                "--recover-sequences, or a shorter --recover-length."
+            ) from error
+
+    def _one_by_one(self) -> str:
         count = len(self._blocks)
         windows = sum(len(domain.train) for domain in self.domains)
         length = self.domains[0].train.shape[1]
@@ -50,13 +60,12 @@ class BlockwiseTraining(Training):
         own, known = self._states(self.student, ids)
         other, given = self._states(self.teacher, ids)
         for index in range(self.at.block):
-            self._advance(own, known, other, given, index)
+            self._advance(other, given, self._dense[index], index)
+            self._advance(own, known, self._blocks[index], index)
         for index in range(self.at.block, count):
-            inputs = [state.clone() for state in own]
-            with torch.no_grad():
-                advance(other, index, self._dense[index], given)
-            self._fit(index, inputs, other, known, self.planned // count if self.planned else None)
-            self._advance(own, known, None, given, index)
+            self._advance(other, given, self._dense[index], index)
+            self._fit(index, own, other, known, self.planned // count if self.planned else None)
+            self._advance(own, known, self._blocks[index], index)
             self.at.block = index + 1
             every = max(1, count // EVALUATIONS)
             if self.at.block % every == 0 or self.at.block == count:
@@ -70,17 +79,18 @@ class BlockwiseTraining(Training):
         )  # fmt: skip
         return first_states(model, self._architecture, ids, settings)
 
-    def _advance(
-        self, own: HiddenStates, known: Arguments, other: HiddenStates | None, given: Arguments, index: int
-    ) -> None:
+    def _advance(self, states: HiddenStates, arguments: Arguments, block: nn.Module, index: int) -> None:
         with torch.no_grad(), self._precision():
-            advance(own, index, self._blocks[index], known)
-            if other is not None:
-                advance(other, index, self._dense[index], given)
+            advance(states, index, block, arguments)
 
-    def _fit(
-        self, index: int, inputs: list[torch.Tensor], wanted: HiddenStates, known: Arguments, steps: int | None
-    ) -> None:
+    def _sequences_of_a_step(self) -> int:
+        return self.together * self._batches() * self.ranks.size
+
+    def _batches(self) -> int:
+        """Of a step, that each rank takes."""
+        return max(1, self.recipe.sequences // (self.together * self.ranks.size))
+
+    def _fit(self, index: int, inputs: HiddenStates, wanted: HiddenStates, known: Arguments, steps: int | None) -> None:
         """Trains one block for `steps`, or for its share of the time; the weights that were best on what is set aside
         are those that it ends with."""
         block = self._blocks[index]
@@ -93,7 +103,8 @@ class BlockwiseTraining(Training):
 
         def distance(batch: int) -> torch.Tensor:
             with self._precision():
-                made = output(block(inputs[batch], **known(index, batch)))
+                # a clone: some families' blocks add to what they are given
+                made = output(block(inputs[batch].clone(), **known(index, batch)))
             return relative_error(made, wanted[batch])
 
         def judged() -> float:
@@ -101,7 +112,7 @@ class BlockwiseTraining(Training):
                 return self._mean([float(distance(batch)) for batch in aside])
 
         before = judged()
-        together = max(1, self.recipe.sequences // self.together)
+        batches = self._batches()
         done = self._share(len(self._blocks) - index, steps)
         order: list[int] = []
         while (share := done()) < 1:
@@ -109,20 +120,19 @@ class BlockwiseTraining(Training):
             after_it = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
             optimiser.param_groups[0]["lr"] = self.recipe.learning_rate * rate * falling(after_it)
             total = 0.0
-            for _ in range(together):
+            for _ in range(batches):
                 if not order:
                     order = [others[at] for at in torch.randperm(len(others), generator=generator).tolist()]
-                loss = distance(order.pop()) / (together * self.ranks.size)
+                loss = distance(order.pop()) / (batches * self.ranks.size)
                 loss.backward()
                 total += float(loss.detach())
-            if self.ranks.size > 1:
-                self.ranks.add_up([parameter.grad for parameter in trained if parameter.grad is not None])
+            total = self._added_up(total, trained)
             norm = nn.utils.clip_grad_norm_(trained, CLIP)
             if bool(torch.isfinite(norm)):
                 optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             self.at.step += 1
-            self.recent = [*self.recent, total * self.ranks.size][-together:]
+            self.recent = [*self.recent, total][-RECENT:]
         after = judged()
         if not after < before:
             with torch.no_grad():

@@ -7,13 +7,13 @@ the weights follow the domain that is worst (the idea of DRPruning, arXiv 2411.1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import TextPart, from_dict
 from slimexport.errors import BadInputError
-from slimexport.texts import mix, sources
+from slimexport.texts import Text, mix, sources
 from slimexport.texts.windows import check_tokens, grid, pack
 
 if TYPE_CHECKING:
@@ -46,10 +46,17 @@ class Domain:
 
 
 def read_domains(
-    spec: str, tokenizer: Any, teacher: Any, length: int, seed: int, progress: Told = lambda done, total, text: None
+    spec: str,
+    tokenizer: Any,
+    teacher: Any,
+    length: int,
+    seed: int,
+    progress: Told = lambda done, total, text: None,
+    kept: Iterable[Domain] = (),
 ) -> tuple[tuple[Domain, ...], tuple[str, ...]]:
     """The parts of `spec` (a value of --calibration) as domains, and a note for each of ours that is not there. Of
-    `default` answers in the model's chat template are one, where it has such.
+    `default` answers in the model's chat template are one, where it has such. What is among the `kept` is not written
+    by the model again.
 
     Raises BadInputError for texts of the user's that are missing, and for those that are too short.
     """
@@ -57,9 +64,13 @@ def read_domains(
     if spec == "default" and not sources.unable("chat", tokenizer):
         weights["chat"] = CHAT_WEIGHT
     total = sum(weights.values())
+    there = {domain.name: domain for domain in kept if domain.part.written}
     found: list[Domain] = []
     notes: list[str] = []
     for name, weight in weights.items():
+        if name in there:
+            found.append(there[name])
+            continue
         if name in sources.WRITTEN and (problem := sources.unable(name, tokenizer)):
             notes.append(f"{name} left out: {problem}")
             continue
@@ -74,14 +85,20 @@ def read_domains(
     return tuple(found), tuple(notes)
 
 
+def read_text(name: str, tokenizer: Any) -> tuple[Text, list[int]]:
+    """What a domain that is not written by the model is cut from, and its tokens."""
+    text = sources.read(name, "calibration", READ_TOKENS)
+    tokens = pack(text, tokenizer)[:READ_TOKENS]
+    check_tokens(tokens, tokenizer, text.name)
+    return text, tokens
+
+
 def _domain(name: str, weight: float, tokenizer: Any, teacher: Any, length: int, seed: int, progress: Told) -> Domain:
     if name in sources.WRITTEN:
         count = max(2, WRITTEN_TOKENS // length)
         windows, text = sources.write(name, teacher, tokenizer, count, length, seed, progress)
     else:
-        text = sources.read(name, "calibration", READ_TOKENS)
-        tokens = pack(text, tokenizer)[:READ_TOKENS]
-        check_tokens(tokens, tokenizer, text.name)
+        text, tokens = read_text(name, tokenizer)
         windows = grid(tokens, length)
     if len(windows) < 2:
         raise BadInputError(

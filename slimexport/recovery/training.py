@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +41,8 @@ PATIENCE = 3  # evaluations in a row that are no better
 SPIKE = 2.0  # times the largest of recent losses, or the best on held-out text: the last saved state is gone back to
 RECENT = 20  # steps: batches differ, by domain above all
 ROLLBACKS = 3
+WORN_OUT = "all of the text was gone through as often as it helps: more text would help more"
+T = TypeVar("T")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
@@ -122,13 +125,23 @@ class Training:
         self.recent: list[float] = []
         self.notes: list[str] = []
         self.judging = 0.0  # seconds that it took last
-        self.tokens_per_step = recipe.sequences * domains[0].train.shape[1]
+        self.tokens_per_step = self._sequences_of_a_step() * domains[0].train.shape[1]
         self.planned = recipe.budget.steps(self.tokens_per_step)  # None: only their time will tell
+        windows = sum(len(domain.train) for domain in domains)
+        if windows < recipe.sequences:
+            raise BadInputError(
+                f"The text is too short to recover on: it holds {windows} sequences to train on, of "
+                f"{domains[0].train.shape[1]} tokens, needed are {recipe.sequences}, as many as a step takes. "
+                "Give more, or fewer --recover-sequences."
+            )
         if self.planned == 0:
             raise BadInputError(
                 f"A budget of {recipe.budget} is shorter than one step, which has {self.tokens_per_step} tokens: "
                 "give more, or fewer --recover-sequences."
             )
+
+    def _sequences_of_a_step(self) -> int:
+        return self.recipe.sequences
 
     def run(self, state: TrainingState | None) -> Trained:
         """Goes on from `state` where there is anything in it, and keeps it up to date; None for ranks that are not the
@@ -156,11 +169,14 @@ class Training:
     def _steps(self) -> str:
         """Trains until the budget, the patience or the text is used up, and says which."""
         while self.at.total is None or self.at.step < self.at.total:
+            if self.at.worse >= PATIENCE:
+                return "patience"
             try:
                 batch = self.turns.batch(self.recipe.sequences)
             except OutOfTextError:
-                self.notes.append("all of the text was gone through as often as it helps: more text would help more")
-                if self.points[-1].step < self.at.step:
+                if WORN_OUT not in self.notes:
+                    self.notes.append(WORN_OUT)
+                if self._judged_last() < self.at.step:
                     self._judge(statistics.fmean(self.recent))
                 return "text"
             loss = self._step(batch)
@@ -175,11 +191,9 @@ class Training:
             self._say(loss)
             if due:
                 self._judge(statistics.fmean(self.recent))
-                if not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged:
-                    if not self._rolled_back("the held-out windows got worse by far"):
-                        return "instability"
-                elif self.at.worse >= PATIENCE:
-                    return "patience"
+                far = not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged
+                if far and not self._rolled_back("the held-out windows got worse by far"):
+                    return "instability"
         return "budget"
 
     # ------------------------------------------------------------------------------------------------------ one step
@@ -188,24 +202,17 @@ class Training:
         """The mean loss of the batch; None, and nothing is changed, where it or its gradient is not finite."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * self.at.scale * self._share_of_rate()
-        while True:
-            try:
-                total = self._gradient(batch)
-                break
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
-            self.optimiser.zero_grad(set_to_none=True)
-            self._with_less(reason)
-        total = self._added_up(total)
+        total = self._added_up(self._with_room(lambda: self._gradient(batch)), self.trained.values())
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         finite = math.isfinite(total) and bool(torch.isfinite(norm))
         if finite:
-            self.optimiser.step()
+            self._with_room(self.optimiser.step)  # the first one makes the moments
         self.optimiser.zero_grad(set_to_none=True)
         return total if finite else None
 
     def _gradient(self, batch: torch.Tensor) -> float:
-        """Added to what is there, of this rank's part of the batch; returns what it adds to the mean loss."""
+        """Of this rank's part of the batch; returns what that adds to the mean loss."""
+        self.optimiser.zero_grad(set_to_none=True)
         total = 0.0
         for some in self._own_part(batch):
             loss = self._loss(some) * (len(some) / len(batch))
@@ -219,22 +226,33 @@ class Training:
         for start in range(0, len(own), self.together):
             yield own[start : start + self.together].to(self.device)
 
-    def _added_up(self, total: float) -> float:
+    def _added_up(self, total: float, parameters: Iterable[nn.Parameter]) -> float:
         """Gradients become the sum of all ranks'; returns the sum of `total`."""
         if self.ranks.size == 1:
             return total
-        for parameter in self.trained.values():
-            if parameter.grad is None:  # there were fewer windows than ranks
+        gradients: list[torch.Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:  # fewer windows than ranks, or an expert that no token went to
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up([parameter.grad for parameter in self.trained.values() if parameter.grad is not None])
+            gradients.append(parameter.grad)
+        self.ranks.add_up(gradients)
         return summed(self.ranks, total)
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which is begun anew with fewer sequences at once where the device has no room for it."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            self._with_less(reason)
 
     def _with_less(self, reason: str) -> None:
         """From here on half as many sequences in a forward pass. Raises BadInputError where there was but one."""
         if self.together == 1:
             raise BadInputError(
                 f"{self.device} ran out of memory ({reason}), with one sequence in a forward pass: give a shorter "
-                "--recover-length, --recover lora, or --device cpu."
+                "--recover-length, or --recover lora."
             )
         self.together = (self.together + 1) // 2
         if self.device.type == "cuda":
@@ -281,8 +299,8 @@ class Training:
 
     def _estimate(self) -> None:
         budget = self.recipe.budget
-        if budget.unit == "seconds" and self.at.step >= MEASURED_STEPS:
-            elapsed = self._elapsed()
+        elapsed = self._elapsed()
+        if budget.unit == "seconds" and (self.at.step >= MEASURED_STEPS or elapsed >= budget.amount):
             left = max(budget.amount - self.judging - elapsed, 0.0)
             self.at.total = self.at.step + int(left / elapsed * self.at.step)
 
@@ -319,16 +337,20 @@ class Training:
         if self.recipe.budget.unit == "seconds":
             every = max(every, round(SHARE * self.judging * self.at.step / self._elapsed()))
         # the last full one ends with the budget
-        return self.at.step - self.points[-1].step >= every and self.at.total - self.at.step >= every // 2
+        return self.at.step - self._judged_last() >= every and self.at.total - self.at.step >= every // 2
+
+    def _judged_last(self) -> int:
+        """The step; of those that were gone back behind none counts."""
+        return max(point.step for point in self.points if point.step <= self.at.step)
 
     def _judge(self, loss: float | None) -> None:
         """One more point of the curve; what is best so far, and where the training is, is saved."""
         begun = time.monotonic()
-        found = {domain.name: self._held_out(domain) for domain in self.domains}
+        found, judged = self._measured()
         self.judging = time.monotonic() - begun
         mean = statistics.fmean(of.divergence for of in found.values())
-        share = self.recipe.text_share
-        judged = (1 - share) * mean + share * statistics.fmean(of.nll for of in found.values())
+        if not self.points and not math.isfinite(judged):
+            raise BadInputError("The pruned model's loss on the held-out text is not finite: nothing can be trained.")
         self.points.append(
             RecoveryPoint(
                 self.at.step, self.at.step * self.tokens_per_step, round(self._elapsed(), 1), loss, mean, judged, found,
@@ -343,6 +365,18 @@ class Training:
         self.turns.follow({name: of.divergence for name, of in found.items()})
         if judged <= SPIKE * self.points[self.at.best].judged:
             self._save(better)
+
+    def _measured(self) -> tuple[dict[str, HeldOut], float]:
+        """The held-out windows by domain, and what the student is judged by: the loss on them, every domain alike."""
+        found = {domain.name: self._with_room(partial(self._held_out, domain)) for domain in self.domains}
+        share = self.recipe.text_share
+        each = [(1 - share) * of.divergence + share * of.nll for of in found.values()]
+        return found, statistics.fmean(each)
+
+    def judged(self, finished: nn.Module) -> float:
+        """As a point's, of what was made of the student after `run`, by this process alone."""
+        self.student, self.ranks = finished, ALONE
+        return self._measured()[1]
 
     @torch.no_grad()
     def _held_out(self, domain: Domain) -> HeldOut:

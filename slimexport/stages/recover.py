@@ -38,7 +38,7 @@ from slimexport.stages.inputs import check_files, dense_model, fields_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from slimexport.architectures.base import Architecture
     from slimexport.loading import LoadedModel
@@ -62,11 +62,15 @@ def recover_stage(
 ) -> Recovery:
     """`force` trains again what was trained, and takes text that overlaps the evaluation text. `ranks`: this is the
     first of them; the others `assist`."""
+    import torch
+
+    from slimexport.calibration import evaluation_ids
     from slimexport.checkpoint import load
+    from slimexport.recovery import texts
     from slimexport.recovery.chat import Chat, warning
     from slimexport.recovery.domains import read_domains
     from slimexport.recovery.methods import registry as methods
-    from slimexport.recovery.state import TrainingState
+    from slimexport.recovery.state import STATE, TrainingState
 
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
@@ -74,6 +78,11 @@ def recover_stage(
     if directory.done("recover", key) and not force:
         ranks.told(lambda: Message({"done": True}))
         return directory.read(RECOVER, Recovery)
+    place = directory / WORK / PLACE
+    if (place / STATE).is_file() and not (force or resume):
+        raise BadInputError(
+            f"{directory.path} holds a training that was interrupted: --resume goes on with it, --force starts over."
+        )
     method = methods.get(config.recover)
     pruned = directory.read(PRUNE, PruneRecord)
     check_files(directory / CHECKPOINT, pruned.checkpoint.files)
@@ -84,12 +93,15 @@ def recover_stage(
         plan = directory.read(PLAN, PruningPlan)
         architecture = teacher.architecture.with_blocks(plan.blocks)
         method.check(architecture)
+        _check_positions(config, teacher.model)
         student, tokenizer = load(directory / CHECKPOINT)
         stored = student.dtype
+        written, overlaps = texts.kept(place) if resume else ([], False)
         domains, notes = read_domains(
-            config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update
+            config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update, written
         )
-        _check_apart(domains, config, tokenizer, force, progress)
+        evaluation = evaluation_ids(config, tokenizer, None)
+        overlaps = texts.check_apart(domains, evaluation, force or overlaps, progress)
         for note in notes:
             progress.note(note)
         if ranks.size > 1:
@@ -109,9 +121,9 @@ def recover_stage(
         # What the user could have got wrong has been looked at.
         directory.begin("recover")
         remove(directory / RECOVERED)  # of another recovery, if any: it is not to pass for this one
-        place = directory / WORK / PLACE
         if not resume:
             remove(place)
+        texts.keep(place, domains, overlaps)
         chat = Chat(teacher.model, tokenizer)
         ended = chat.ended(training.student)
         trained = training.run(TrainingState(place, identity))
@@ -119,15 +131,23 @@ def recover_stage(
         if answers is not None and (said_of_it := warning(answers)):
             progress.note(said_of_it)
             notes = (*notes, said_of_it)
-        settings = {**fields_of(config, "recover"), "autocast": str(training.recipe.autocast).removeprefix("torch.")}
+        settings = {
+            **fields_of(config, "recover"),
+            "autocast": str(training.recipe.autocast).removeprefix("torch."),
+            "apart_from": evaluation.source.sha256,
+        }
         made = Recovery(
             config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
             trained.steps, trained.tokens, round(trained.seconds, 1), trained.stopped, None, (*notes, *trained.notes),
             answers,
         )  # fmt: skip
-        if trained.best:
-            finished = method.finish(training.student).to("cpu")
-            cast_parameters(finished, stored)
+        finished = method.finish(training.student)
+        cast_parameters(finished, stored)
+        before, after = (trained.points[at].judged for at in (0, trained.best))
+        if trained.best and (stored != torch.float32 or config.recover == "lora"):
+            after = training.judged(finished)  # merged, and rounded to what is stored
+        if after < before:
+            finished = finished.to("cpu")
             made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
             progress.note("training made it no better: the pruned model is kept as it is")
@@ -138,15 +158,15 @@ def recover_stage(
     return made
 
 
-def assist(ranks: Ranks) -> None:
-    """The recover stage of a rank that is not the first: it loads the same dense model, is told all else, and takes its
-    part of every step. It writes nothing."""
+def assist(ranks: Ranks, model: str | None = None) -> None:
+    """The recover stage of a rank that is not the first: it loads the same dense model (`model`, or from where the
+    first one has it), is told all else, and takes its part of every step. It writes nothing."""
     from slimexport.checkpoint import load
 
     said = ranks.told(Message).values
     if said["done"]:
         return
-    config = RunConfig.model_validate(said["config"])
+    config = RunConfig.model_validate(said["config"] | ({"model": model} if model else {}))
     teacher = dense_model(config, said["fingerprint"], advice="all ranks need the same one")
     check_alike(ranks, versions(*PACKAGES))
     plan = from_dict(PruningPlan, said["plan"], "the plan of rank 0")
@@ -230,25 +250,12 @@ def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe
     )
 
 
-def _check_apart(
-    domains: Sequence[Domain], config: RunConfig, tokenizer: PreTrainedTokenizerBase, force: bool, progress: Progress
-) -> None:
-    """Text that is evaluated on is not trained on."""
-    import torch
-
-    from slimexport.artifacts import CalibrationSet, TextSource
-    from slimexport.calibration import check_overlap, evaluation_ids
-
-    evaluation = evaluation_ids(config, tokenizer, None)
-    for domain in domains:
-        named = TextSource(domain.name, domain.part.tokens, domain.part.sha256)
-        ids = torch.cat([domain.train, domain.held_out])
-        try:
-            check_overlap(CalibrationSet(ids, named, config.seed), evaluation, "recovery")
-        except BadInputError as error:
-            if not force:
-                raise
-            progress.note(f"{error} Taken all the same: --force")
+def _check_positions(config: RunConfig, teacher: PreTrainedModel) -> None:
+    limit = getattr(teacher.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and config.recover_length > limit:
+        raise BadInputError(
+            f"--recover-length {config.recover_length} is more than the model's context of {limit} tokens."
+        )
 
 
 def _save(

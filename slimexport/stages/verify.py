@@ -82,6 +82,7 @@ def verify_stage(
     from slimexport import verification
     from slimexport.calibration import calibrate, check_overlap, evaluation_ids
     from slimexport.loading import Located, load_tokenizer
+    from slimexport.recovery.texts import check_apart_afterwards
     from slimexport.targets.base import load_artifact
     from slimexport.texts import mix
     from slimexport.texts.distance import warn_if_far
@@ -103,6 +104,7 @@ def verify_stage(
             raise BadInputError(f"The calibration text {config.calibration} has changed since the model was pruned.")
         check_overlap(calibration, text)
         far = warn_if_far(calibration.input_ids, text.input_ids)
+    check_apart_afterwards(directory.recovered(), text, tokenizer)
     made_of = {name: load_artifact(directory / name) for name in export_names(config)}
     for artifact in made_of.values():
         check_files(Path(artifact.path), artifact.files)

@@ -87,6 +87,25 @@ def test_kill_while_exporting(command: list[str], whole: dict[str, dict[str, str
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
 
 
+def test_kill_while_training(command: list[str], tmp_path: Path) -> None:
+    training = ("--recover", "distill", "--recover-budget", "12 steps", "--recover-text", command[6],
+                "--recover-length", "64", "--recover-learning-rate", "0.002")  # fmt: skip
+    finish(start(command, tmp_path / "whole", *training))
+    out = tmp_path / "out"
+    process = start(command, out, *training)
+    kill_when(process, lambda: any((out / ".work" / "recovery").glob("moments-*.safetensors")))
+    assert not (out / "recovered").exists()
+    log = finish(start(command, out, *training, "--resume"))
+    assert "going on after step" in log
+    names = ("checkpoint", "recovered", "onnx")
+    files, expected = ({name: sha256_tree(place / name) for name in names} for place in (out, tmp_path / "whole"))
+    for name in names:
+        assert {f: h for f, h in files[name].items() if f != "README.md"} == {
+            f: h for f, h in expected[name].items() if f != "README.md"
+        }
+    assert not (out / ".work").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_twenty_kills_at_random_moments(command: list[str], whole: dict[str, dict[str, str]], tmp_path: Path) -> None:

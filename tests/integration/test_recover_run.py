@@ -22,6 +22,7 @@ from slimexport.recovery import training
 from slimexport.reporting import load_report
 from slimexport.reporting.published import published
 from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
+from slimexport.texts import sources
 
 TRAINING = {"recover": "distill", "recover_budget": "12 steps", "recover_learning_rate": 2e-3, "recover_length": 32,
             "recover_sequences": 4, "recover_text_share": 0.0}  # fmt: skip
@@ -157,6 +158,8 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         pipeline.recover(out, TRAINING)
     assert not (out / "recovered").exists()
+    with pytest.raises(BadInputError, match="--resume goes on with it, --force starts over"):
+        pipeline.recover(out, TRAINING)
     with pytest.raises(BadInputError, match="recover_sequences"):
         pipeline.recover(out, {**TRAINING, "recover_sequences": 2}, resume=True)
     pipeline.recover(out, TRAINING, resume=True)
@@ -186,7 +189,9 @@ def test_a_gate_that_fails_leaves_both_models(model: Path, tmp_path: Path) -> No
     assert CliRunner().invoke(main, ["report", str(out)]).exit_code == 3
 
 
-def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_path: Path) -> None:
+def test_text_that_is_evaluated_on_is_refused_unless_forced(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
     both = tmp_path / "both.txt"
@@ -194,14 +199,98 @@ def test_text_that_is_evaluated_on_is_refused_unless_forced(model: Path, tmp_pat
     with pytest.raises(BadInputError, match="also occur in the recovery text"):
         pipeline.recover(out, {**TRAINING, "recover_text": str(both)})
     assert not (out / "recover.json").exists()
-    made = pipeline.recover(out, {**TRAINING, "recover_text": str(both), "recover_budget": "1 steps"}, force=True)
-    assert made.steps == 1
+    once = {**TRAINING, "recover_text": str(both), "recover_budget": "1 steps"}
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.recover(out, once, force=True)
+    assert pipeline.recover(out, once, resume=True).steps == 1  # it was taken before
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_text_that_was_trained_on_is_not_evaluated_on_later(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    other = tiny_text(tmp_path / "other.txt", 4000, seed=9)
+    pipeline.recover(out, {**TRAINING, "recover_text": str(other)})
+    pipeline.export(out)
+    with pytest.raises(BadInputError, match="also occur in the recovery text"):
+        pipeline.verify(out, {"eval_text": str(other)})
+    pipeline.verify(out, {"eval_text": str(tiny_text(tmp_path / "new.txt", 2000, seed=11))})
+    other.write_text(other.read_text() + "\n\nAnd so on.")
+    with pytest.raises(BadInputError, match="has changed since the model was trained on it"):
+        pipeline.verify(out, {"eval_text": str(tiny_text(tmp_path / "newer.txt", 2000, seed=12))})
+
+
+def test_what_the_model_wrote_is_not_written_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+    original = sources.write
+
+    def write(*arguments: Any) -> Any:
+        nonlocal written
+        written += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(sources, "write", write)
+    out, text = tmp_path / "out", {**TRAINING, "recover_text": f"mix:{model.parent / 'text.txt'}=0.5,chat=0.5"}
+    pipeline.prune(options(model), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.recover(out, text)
+    made = pipeline.recover(out, text, resume=True)
+    assert written == 1
+    assert [part.name for part in made.texts if part.written] == ["chat"]
+
+
+@pytest.mark.parametrize("method", ["distill", "lora", "local"])
+def test_a_model_in_bfloat16_comes_out_in_bfloat16(
+    model: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward passes in it as well: rotary frequencies stay in float32, in teacher and student."""
+    place = tmp_path / "model"
+    tiny_model(tiny_config("llama")).bfloat16().save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    monkeypatch.setattr("slimexport.machine.precision.fast_bfloat16", lambda device: torch.bfloat16)
+    teachers: list[Any] = []
+    original = training.Training.run
+
+    def run(self: Any, state: Any) -> Any:
+        teachers.append(self.teacher)
+        return original(self, state)
+
+    monkeypatch.setattr(training.Training, "run", run)
+    out, given = tmp_path / "out", options(model).model_copy(update={"model": str(place)})
+    pipeline.prune(given, out)
+    made = pipeline.recover(out, {**TRAINING, "recover": method, "recover_budget": "24 steps"})
+    assert made.checkpoint is not None
+    (teacher,) = teachers
+    assert teacher.dtype == torch.bfloat16
+    assert teacher.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert load(out / "recovered")[0].dtype == torch.bfloat16
+
+
+def test_a_model_that_rounding_makes_no_better_is_not_taken(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.Training, "judged", lambda self, finished: 1e9)
+    out = tmp_path / "out"
+    pipeline.prune(options(model), out)
+    made = pipeline.recover(out, {**TRAINING, "recover": "lora"})
+    assert made.checkpoint is None
+    assert not (out / "recovered").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recover_length": 100_000}, "too short to recover on"),
+        ({"recover_length": 100_000}, "more than the model's context of"),
+        ({"recover_sequences": 10_000}, "too short to recover on"),
         ({"recover_budget": "10 tokens"}, "shorter than one step"),
         ({"recover_budget": "soon"}, "is no budget"),
         ({"recover_text": "/nowhere.txt"}, "nowhere"),

@@ -375,6 +375,59 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, af
         assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
 
 
+def test_one_that_was_given_up_is_given_up_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the process was killed after the last save: the same points, and no step more."""
+    original = Training._measured
+
+    def ever_worse(self: Any) -> Any:
+        return original(self)[0], 1 + 0.01 * self.at.step
+
+    monkeypatch.setattr(Training, "_measured", ever_worse)
+    first, again = (trained(tmp_path, recipe("24 steps"))[1] for _ in range(2))
+    assert first.stopped == again.stopped == "patience"
+    assert (again.steps, again.best, again.points) == (first.steps, 0, first.points)
+    assert first.steps == training.PATIENCE * 24 // training.EVALUATIONS
+
+
+def test_text_that_was_worn_out_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PATIENCE", 100)
+    made = [trained(tmp_path, recipe("1000 steps", learning_rate=1e-5))[1] for _ in range(2)]
+    assert [of.stopped for of in made] == ["text", "text"]
+    assert [of.notes for of in made] == [(training.WORN_OUT,)] * 2
+    assert made[0].points == made[1].points
+
+
+@pytest.mark.parametrize("method", ["distill", "local"])
+def test_text_for_less_than_a_step_is_refused(tmp_path: Path, method: str) -> None:
+    student, teacher = models()
+    make = methods.get(method).training(architecture_of(teacher.config, "tiny"))
+    with pytest.raises(BadInputError, match="holds 3 sequences to train on, of 16 tokens, needed are 4"):
+        make(student, teacher, [domain("a", 2, 0.5), domain("b", 1, 0.5)], recipe(), Progress(quiet=True))
+
+
+def test_a_student_whose_loss_is_not_finite_is_refused(tmp_path: Path) -> None:
+    student, _ = models()
+    with torch.no_grad():
+        student.model.norm.weight.fill_(math.nan)
+    with pytest.raises(BadInputError, match="is not finite"):
+        trained(tmp_path, recipe(), student)
+
+
+def test_memory_may_run_out_where_it_is_judged_as_well(tmp_path: Path) -> None:
+    student, teacher = models()
+    original = student.forward
+
+    def forward(ids: torch.Tensor, **named: Any) -> Any:
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(ids, **named)
+
+    student.forward = forward
+    _, made = trained(tmp_path, recipe("2 steps"), student, teacher)
+    assert made.steps == 2
+    assert "going on with 1 sequences" in made.notes[0]
+
+
 def test_another_recovery_is_not_gone_on_with(tmp_path: Path) -> None:
     trained(tmp_path, recipe("2 steps"))
     with pytest.raises(BadInputError, match="Cannot resume"):
@@ -451,8 +504,10 @@ def test_all_of_the_text_is_used_a_few_times_and_not_more(tmp_path: Path) -> Non
 def test_a_time_becomes_steps(tmp_path: Path) -> None:
     _, made = trained(tmp_path, recipe("3s"))
     assert made.stopped in ("budget", "text", "patience")
-    assert made.steps >= training.MEASURED_STEPS
+    assert made.steps >= 1
     assert made.points[-1].step == made.steps
+    _, made = trained(tmp_path / "short", recipe("0.001s"))
+    assert made.steps == 1
 
 
 def test_the_text_alone_needs_no_teacher(tmp_path: Path) -> None:
@@ -519,9 +574,13 @@ def test_a_block_that_gets_no_better_stays_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(parameter, dict(teacher.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_it_goes_on_with_the_block_it_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    whole, expected = blockwise(tmp_path / "whole", recipe())
+def test_it_goes_on_with_the_block_it_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, autocast: torch.dtype | None
+) -> None:
+    how = recipe(autocast=autocast)
+    whole, expected = blockwise(tmp_path / "whole", how)
     original = BlockwiseTraining._fit
 
     def fit(self: Any, index: int, *arguments: Any) -> None:
@@ -532,8 +591,8 @@ def test_it_goes_on_with_the_block_it_was_at(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(BlockwiseTraining, "_fit", fit)
     with pytest.raises(Stopped):
-        blockwise(tmp_path / "part", recipe())
-    resumed, made = blockwise(tmp_path / "part", recipe())
+        blockwise(tmp_path / "part", how)
+    resumed, made = blockwise(tmp_path / "part", how)
     assert [p.divergence for p in made.points] == [p.divergence for p in expected.points]
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
@@ -543,7 +602,7 @@ def test_every_block_needs_a_step_and_a_time_is_divided_among_them(tmp_path: Pat
     with pytest.raises(BadInputError, match="one step for each of 3 blocks"):
         blockwise(tmp_path / "short", recipe("2 steps"))
     _, made = blockwise(tmp_path / "time", recipe("2s"))
-    assert made.steps > 3
+    assert made.steps >= 3  # one for each block at least
     assert made.stopped == "budget"
 
 

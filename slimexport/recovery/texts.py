@@ -1,0 +1,81 @@
+"""What is looked at, and kept, of the texts of recovery: nothing that is evaluated on is trained on, and what the model
+wrote is not written again by a training that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource
+from slimexport.calibration import check_overlap
+from slimexport.errors import BadInputError
+from slimexport.recovery.domains import Domain, packed, read_text, unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from slimexport.calibration import EvaluationText
+    from slimexport.progress import Progress
+
+TEXTS = "texts.kept"  # safetensors
+
+
+def check_apart(domains: Sequence[Domain], evaluation: EvaluationText, force: bool, progress: Progress) -> bool:
+    """Whether text that is evaluated on is in `domains`, which is an error unless forced."""
+    overlaps = False
+    for domain in domains:
+        try:
+            _check(domain.part, torch.cat([domain.train, domain.held_out]), evaluation)
+        except BadInputError as error:
+            if not force:
+                raise
+            progress.note(f"{error} Taken all the same: --force")
+            overlaps = True
+    return overlaps
+
+
+def check_apart_afterwards(
+    made: Recovery | None, evaluation: EvaluationText, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The same for a text that is evaluated on later, where `made` has not been checked for it: what it was trained on
+    is read again. Raises BadInputError where it overlaps, or is no longer the same."""
+    if made is None or made.checkpoint is None or made.settings.get("apart_from") == evaluation.source.sha256:
+        return
+    for part in made.texts:
+        if part.written:
+            continue
+        text, tokens = read_text(part.name, tokenizer)
+        if text.sha256 != part.sha256:
+            raise BadInputError(f"The recovery text {part.name} has changed since the model was trained on it.")
+        _check(part, torch.tensor(tokens)[None], evaluation)
+
+
+def _check(part: TextPart, ids: torch.Tensor, evaluation: EvaluationText) -> None:
+    source = TextSource(part.name, part.tokens, part.sha256)
+    check_overlap(CalibrationSet(ids, source, 0), evaluation, "recovery")
+
+
+def keep(place: Path, domains: Sequence[Domain], overlaps: bool) -> None:
+    """In directory `place`, what the model wrote of `domains`, and that overlapping text was taken."""
+    from safetensors.torch import save_file
+
+    named, windows = packed([domain for domain in domains if domain.part.written])
+    place.mkdir(parents=True, exist_ok=True)
+    aside = place / f"{TEXTS}.partial"
+    save_file(windows, aside, metadata={"about": json.dumps({"domains": named, "overlaps": overlaps})})
+    aside.replace(place / TEXTS)
+
+
+def kept(place: Path) -> tuple[list[Domain], bool]:
+    from safetensors import safe_open
+
+    if not (place / TEXTS).is_file():
+        return [], False
+    with safe_open(place / TEXTS, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+        windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return unpacked(about["domains"], windows), about["overlaps"]
