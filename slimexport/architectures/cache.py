@@ -12,7 +12,8 @@ NEW, OLD = "cache", "past_key_values"
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which the model's forward takes one."""
+    """The name under which the model's forward takes one (of a model in peft's wrapper: the model's)."""
+    model = getattr(model, "get_base_model", lambda: model)()
     return NEW if NEW in inspect.signature(model.forward).parameters else OLD
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
+from slimexport.progress import Progress
 from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
 from slimexport.pruning.states import HiddenStates
-from slimexport.ranks import Message, summed
-from slimexport.recovery.domains import Turns
+from slimexport.ranks import ALONE, Message, Ranks, summed
+from slimexport.recovery.domains import Domain, Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
+from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Recipe, Training, adamw, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
@@ -31,8 +33,19 @@ _SMALL = 1e-6
 class BlockwiseTraining(Training):
     """The blocks have equal shares of the budget. A resumed training begins anew with the block it was at."""
 
-    def __init__(self, architecture: Architecture, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(
+        self,
+        architecture: Architecture,
+        student: nn.Module,
+        teacher: nn.Module,
+        domains: Sequence[Domain],
+        recipe: Recipe,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+    ):
+        each = max(1, recipe.sequences // ranks.size)  # of a step, that a rank takes
+        recipe = replace(recipe, together=min(recipe.together, each))
+        super().__init__(student, teacher, domains, recipe, progress, ranks)
         self._architecture = architecture
         of = architecture.family.blocks
         self._blocks, self._dense = (list(model.get_submodule(of).children()) for model in (self.student, self.teacher))

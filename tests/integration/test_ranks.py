@@ -135,10 +135,13 @@ TRAINING = ("--recover-budget", "6 steps", "--recover-sequences", "3", "--recove
 
 @pytest.mark.parametrize("method", ["distill", "lora"])
 def test_two_ranks_train_as_one_does(model: Path, tmp_path: Path, method: str) -> None:
-    """Three windows a step, so that one of two ranks has more of them."""
+    """Three windows a step, so that one of two ranks has more of them; of one domain there is one to judge by, so that
+    the other has none."""
     text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
     other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
-    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
+    short = tiny_text(tmp_path / "short.txt", 140, seed=3)
+    mixed = f"mix:{text}=0.8,{short}=0.2"
+    config = RunConfig(model=str(model), calibration=str(text), recover_text=mixed, eval_text=str(other),
                        ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
     pipeline.prune(config, tmp_path / "of1")
     shutil.copytree(tmp_path / "of1", tmp_path / "of2")
@@ -162,6 +165,21 @@ def test_two_ranks_train_as_one_does(model: Path, tmp_path: Path, method: str) -
     apart = sum(float((tensor - others[name]).square().sum()) for name, tensor in weights.items())
     assert apart < 0.05 * moved
     assert moved > 0
+
+
+def test_two_ranks_train_blocks_one_by_one(model: Path, tmp_path: Path) -> None:
+    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
+    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
+    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
+                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
+    out = tmp_path / "out"
+    pipeline.prune(config, out)
+    options = ("--recover-budget", "30 steps", "--recover-sequences", "2", "--recover-length", "48")
+    for code, err in ended(ranks("recover", str(out), "--recover", "local", *options, size=2)):
+        assert code == 0, err
+    made = read_json(out / "recover.json")
+    assert made["best"] > 0
+    assert made["tokens"] == made["steps"] * 2 * 48  # a step's sequences are divided, not multiplied
 
 
 def until(ready: Callable[[], bool], processes: list[Any]) -> None:

@@ -215,7 +215,8 @@ def test_text_that_was_trained_on_is_not_evaluated_on_later(model: Path, tmp_pat
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
     other = tiny_text(tmp_path / "other.txt", 4000, seed=9)
-    pipeline.recover(out, {**TRAINING, "recover_text": str(other)})
+    made = pipeline.recover(out, {**TRAINING, "recover_text": str(other), "recover_text_share": 0.5})
+    assert made.checkpoint is not None
     pipeline.export(out)
     with pytest.raises(BadInputError, match="also occur in the recovery text"):
         pipeline.verify(out, {"eval_text": str(other)})
