@@ -169,7 +169,8 @@ class Bench:
         student = methods.get(row.method).finish(training.student).eval()
         looked = {at["step"]: at["figures"] for at in curve}
         if self.options.part:
-            before, after = looked[0], looked.get(made.points[made.best].step) or self.figures(student)
+            after = looked.get(made.points[made.best].step) or self.figures(student)
+            before = looked.get(0) or self.figures(self.starts[row.start](row.ratio))
         else:
             after = self.figures(student)
         record = {

@@ -128,15 +128,14 @@ directory_argument = click.argument("directory", type=click.Path(path_type=Path)
 
 def _config(ctx: click.Context, model: str | None, recipe: Path | None, **more: Any) -> RunConfig:
     """Recipe, then flags and `more` over it, validated."""
-    from slimexport.config import make_config
-    from slimexport.gates.declared import over
+    from slimexport.config import layered
     from slimexport.recipe import load_recipe
 
     flags = given(ctx) | ({"model": model} if model is not None else {}) | more
-    values = over(load_recipe(recipe) if recipe else {}, flags)
-    if "model" not in values:
+    below = load_recipe(recipe) if recipe else {}
+    if "model" not in {**below, **flags}:
         raise click.UsageError("Missing argument 'MODEL' (or the key `model` in a recipe).", ctx)
-    return make_config(values, str(recipe) if recipe else "options", flags)
+    return layered(below, flags, str(recipe) if recipe else "options")
 
 
 def _overrides(ctx: click.Context, directory: Path, recipe: Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from slimexport.artifacts import is_quantised
 from slimexport.errors import BadInputError, SlimExportError, UsageError, nearest
 from slimexport.gates import figures
-from slimexport.gates.declared import Gate, gates_of
+from slimexport.gates.declared import SHORT, Gate, gates_of, over
 from slimexport.providers import parsed
 from slimexport.recovery.budget import Budget
 from slimexport.tasks.named import parse as parse_task
@@ -338,18 +338,12 @@ class RunConfig(BaseModel):
         return parsed(self.provider_option)
 
     def all_gates(self) -> tuple[Gate, ...]:
-        """The sugar flags as gates, then the declared ones."""
-        sugar = [
-            (self.max_perplexity_ratio, "accuracy.perplexity", "ratio", "<="),
-            (self.max_kl, "accuracy.kl", "shrunk", "<="),
-            (self.min_speedup, "decode.tpot_ms", "speedup", ">="),
-            (self.max_latency_ms, "decode.tpot_ms", "shrunk", "<="),
-            (self.max_size_mb, "size.export_mb", "shrunk", "<="),
-        ]
+        """The ones in short, then the declared ones."""
+        bounds = {name: getattr(self, name) for name in SHORT}
         made = tuple(
-            Gate(figure=figure, of=of, op=op, bound=bound)  # type: ignore[arg-type]
-            for bound, figure, of, op in sugar
-            if bound is not None
+            Gate(figure=figure, of=of, op=op, bound=bounds[name])
+            for name, (figure, of, op) in SHORT.items()
+            if bounds[name] is not None
         )
         return made + self.gates
 
@@ -391,6 +385,14 @@ def make_config(values: Mapping[str, Any], where: str = "recipe", flags: Collect
             raise UsageError(f"--gate: {message}") from error
         raise BadInputError(f"{where}: gates: {message}") from error
     return config
+
+
+def layered(below: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> RunConfig:
+    """`flags` over the settings `below`, which stand in `where`; raises as `make_config` does."""
+    values = over(below, flags)
+    if below.get("gates") and flags.get("gates"):  # an error in the former is not the flag's
+        make_config({**values, "gates": below["gates"]}, where, flags.keys() - {"gates"})
+    return make_config(values, where, flags.keys())
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:

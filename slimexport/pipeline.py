@@ -152,7 +152,9 @@ def assist(config: RunConfig, *, recovers: bool = True) -> None:
 
 def assist_recovery(output: str | Path, overrides: dict[str, Any] | None = None) -> None:
     """As `assist`, while the first process calls `recover` on this directory, or on one that is the same elsewhere."""
-    config = config_of(RunDirectory(Path(output)), overrides)
+    directory = RunDirectory(Path(output))
+    directory.open()
+    config = config_of(directory, overrides)
     with ranks.joined(config.device) as them:
         assist_recover(them, config.model)
 

@@ -100,7 +100,7 @@ def holds(place: Path, record: str, what: str, *, force: bool, resume: bool) -> 
 class RunDirectory:
     """Paths and stage states of one run. A stage is done when run.json says so, which is written last.
 
-    Use it inside `locked()`: that is where run.json is read.
+    Use it inside `locked()`, which reads run.json.
     """
 
     def __init__(self, path: Path):
@@ -216,14 +216,15 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with lock_file(self / LOCK, f"{self.path} is in use by another run of slimexport."):
-                self._load(force)
+                self.open(force=force)
                 yield
         finally:
             for path in made:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
 
-    def _load(self, force: bool) -> None:
+    def open(self, *, force: bool = False) -> None:
+        """Reads run.json where there is one; for who does not write, this needs no lock."""
         if not (self / RUN).is_file():
             return
         try:

@@ -32,6 +32,16 @@ _CONDITIONS: dict[str, tuple[GateOf, Operator]] = {
 }
 
 
+# Settings that are a gate in short -> figure, of, operator; the setting's value is the bound.
+SHORT: dict[str, tuple[str, GateOf, Operator]] = {
+    "max_perplexity_ratio": ("accuracy.perplexity", "ratio", "<="),
+    "max_kl": ("accuracy.kl", "shrunk", "<="),
+    "min_speedup": ("decode.tpot_ms", "speedup", ">="),
+    "max_latency_ms": ("decode.tpot_ms", "shrunk", "<="),
+    "max_size_mb": ("size.export_mb", "shrunk", "<="),
+}
+
+
 class Gate(BaseModel):
     """A figure of the report, an operator and a bound: `accuracy.perplexity` of `ratio` `<=` 1.5.
 
@@ -49,6 +59,11 @@ class Gate(BaseModel):
     bound: float
     unit: str = ""
     tolerance: float = Field(default=0.0, ge=0)
+
+    @property
+    def about(self) -> tuple[str, GateOf, Operator]:
+        """All but the bound."""
+        return self.figure, self.of, self.op
 
     @property
     def limit(self) -> float:
@@ -106,24 +121,22 @@ def gates_of(value: Any) -> Any:
 
 
 def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `below`, and those of `above` in their place; gates are added, but for one on a figure that has one
-    `above` (of the same model or relation, with the same operator)."""
+    """The settings `below`, and those of `above` in their place; gates are added. What `above` has a gate on, of the
+    same model or relation and with the same operator, has none of `below` any more, whichever way they are written."""
     merged = {**below, **above}
-    if below.get("gates") and above.get("gates"):
-        merged["gates"] = _added(below["gates"], above["gates"])
-    return merged
-
-
-def _added(below: Any, above: Any) -> Any:
-    def key(gate: Gate) -> tuple[str, str, str]:
-        return gate.figure, gate.of, gate.op
-
+    if not above.get("gates") and not SHORT.keys() & above.keys():
+        return merged
     try:
-        first, then = ([Gate.model_validate(gate) for gate in gates_of(gates)] for gates in (below, above))
+        first, then = ([Gate.model_validate(gate) for gate in gates_of(of.get("gates") or ())] for of in (below, above))
     except (TypeError, ValueError):  # what is wrong with them is found, and said, where the settings are checked
-        return [item for gates in (below, above) for item in (gates if isinstance(gates, list | tuple) else (gates,))]
-    named = {key(gate) for gate in then}
-    return [*(gate for gate in first if key(gate) not in named), *then]
+        return merged
+    named = {gate.about for gate in then} | {about for name, about in SHORT.items() if above.get(name) is not None}
+    kept = [gate for gate in first if gate.about not in named]
+    if kept or then:
+        merged["gates"] = [*kept, *then]
+    elif "gates" in merged:
+        merged["gates"] = ()
+    return merged | {name: None for name in below.keys() & SHORT.keys() - above.keys() if SHORT[name] in named}
 
 
 def _holds_gates(item: Any) -> bool:

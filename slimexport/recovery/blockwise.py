@@ -45,6 +45,7 @@ class BlockwiseTraining(Training):
     ):
         each = max(1, recipe.sequences // ranks.size)  # of a step, that a rank takes
         recipe = replace(recipe, together=min(recipe.together, each))
+        self._together = recipe.together  # also where there turns out to be less room for judging
         super().__init__(student, teacher, domains, recipe, progress, ranks)
         self._architecture = architecture
         of = architecture.family.blocks
@@ -88,7 +89,7 @@ class BlockwiseTraining(Training):
     def _states(self, model: Any, ids: torch.Tensor) -> tuple[HiddenStates, Arguments]:
         settings = Settings(
             device=self.device, dtype=next(model.parameters()).dtype, group_size_start=None, group_size_end=None,
-            damping=0.0, ranks=self.ranks, batch_tokens=self.together * ids.shape[1],
+            damping=0.0, ranks=self.ranks, batch_tokens=self._together * ids.shape[1],
         )  # fmt: skip
         return first_states(model, self._architecture, ids, settings)
 
@@ -97,11 +98,11 @@ class BlockwiseTraining(Training):
             advance(states, index, block, arguments)
 
     def _sequences_of_a_step(self) -> int:
-        return self.together * self._batches() * self.ranks.size
+        return self._together * self._batches() * self.ranks.size
 
     def _batches(self) -> int:
         """Of a step, that each rank takes."""
-        return max(1, self.recipe.sequences // (self.together * self.ranks.size))
+        return max(1, self.recipe.sequences // (self._together * self.ranks.size))
 
     def _fit(self, index: int, inputs: HiddenStates, wanted: HiddenStates, known: Arguments, steps: int | None) -> None:
         """Trains one block for `steps`, or for its share of the time; the weights that were best on what is set aside

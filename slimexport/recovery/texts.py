@@ -4,13 +4,13 @@ wrote is not written again by a training that goes on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource
+from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource, sync
 from slimexport.calibration import check_overlap
 from slimexport.errors import BadInputError
 from slimexport.recovery.domains import Domain, packed, read_text, unpacked
@@ -43,7 +43,10 @@ def check_apart_afterwards(
 ) -> None:
     """The same for a text that is evaluated on later, where `made` has not been checked for it: what it was trained on
     is read again. Raises BadInputError where it overlaps, or is no longer the same."""
-    if made is None or made.checkpoint is None or made.settings.get("apart_from") == evaluation.source.sha256:
+    if made is None or made.checkpoint is None:
+        return
+    checked = made.settings.get("apart_from", {})
+    if checked.get("sha256") == evaluation.source.sha256 and checked["tokens"] >= evaluation.source.tokens:
         return
     for part in made.texts:
         if part.written:
@@ -59,23 +62,34 @@ def _check(part: TextPart, ids: torch.Tensor, evaluation: EvaluationText) -> Non
     check_overlap(CalibrationSet(ids, source, 0), evaluation, "recovery")
 
 
-def keep(place: Path, domains: Sequence[Domain], overlaps: bool) -> None:
-    """In directory `place`, what the model wrote of `domains`, and that overlapping text was taken."""
+def looked_at(evaluation: EvaluationText) -> dict[str, Any]:
+    """For `Recovery.settings["apart_from"]`: how much of which text."""
+    return {"sha256": evaluation.source.sha256, "tokens": evaluation.source.tokens}
+
+
+def keep(place: Path, key: Mapping[str, Any], domains: Sequence[Domain], overlaps: bool) -> None:
+    """In directory `place`, for a training made from `key`: what the model wrote of `domains`, and whether overlapping
+    text was taken."""
     from safetensors.torch import save_file
 
     named, windows = packed([domain for domain in domains if domain.part.written])
     place.mkdir(parents=True, exist_ok=True)
     aside = place / f"{TEXTS}.partial"
-    save_file(windows, aside, metadata={"about": json.dumps({"domains": named, "overlaps": overlaps})})
+    about = {"key": key, "domains": named, "overlaps": overlaps}
+    save_file(windows, aside, metadata={"about": json.dumps(about, default=str)})
+    sync(aside)
     aside.replace(place / TEXTS)
 
 
-def kept(place: Path) -> tuple[list[Domain], bool]:
+def kept(place: Path, key: Mapping[str, Any]) -> tuple[list[Domain], bool]:
+    """What `keep` left for the same `key`."""
     from safetensors import safe_open
 
     if not (place / TEXTS).is_file():
         return [], False
     with safe_open(place / TEXTS, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
+        if about["key"] != json.loads(json.dumps(key, default=str)):
+            return [], False
         windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return unpacked(about["domains"], windows), about["overlaps"]

@@ -94,6 +94,7 @@ class _Numbers:
     rollbacks: int = 0
     worse: int = 0  # evaluations since the best
     best: int = 0
+    judged: int = 0  # at which step it was judged last
     block: int = 0  # how many are done, where they are trained one by one
 
 
@@ -176,7 +177,7 @@ class Training:
             except OutOfTextError:
                 if WORN_OUT not in self.notes:
                     self.notes.append(WORN_OUT)
-                if self._judged_last() < self.at.step:
+                if self.at.judged < self.at.step:
                     self._judge(statistics.fmean(self.recent))
                 return "text"
             loss = self._step(batch)
@@ -206,9 +207,19 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         finite = math.isfinite(total) and bool(torch.isfinite(norm))
         if finite:
-            self._with_room(self.optimiser.step)  # the first one makes the moments
+            self._apply()
         self.optimiser.zero_grad(set_to_none=True)
         return total if finite else None
+
+    def _apply(self) -> None:
+        try:
+            self.optimiser.step()
+        except torch.OutOfMemoryError as error:  # the first one makes the moments
+            reason = str(error).partition(". ")[0]
+            raise BadInputError(
+                f"{self.device} has no room for the moments of the optimiser ({reason}): --recover local, or lora, "
+                "needs less."
+            ) from error
 
     def _gradient(self, batch: torch.Tensor) -> float:
         """Of this rank's part of the batch; returns what that adds to the mean loss."""
@@ -337,11 +348,7 @@ class Training:
         if self.recipe.budget.unit == "seconds":
             every = max(every, round(SHARE * self.judging * self.at.step / self._elapsed()))
         # the last full one ends with the budget
-        return self.at.step - self._judged_last() >= every and self.at.total - self.at.step >= every // 2
-
-    def _judged_last(self) -> int:
-        """The step; of those that were gone back behind none counts."""
-        return max(point.step for point in self.points if point.step <= self.at.step)
+        return self.at.step - self.at.judged >= every and self.at.total - self.at.step >= every // 2
 
     def _judge(self, loss: float | None) -> None:
         """One more point of the curve; what is best so far, and where the training is, is saved."""
@@ -362,6 +369,7 @@ class Training:
             self.at.best, self.at.worse = len(self.points) - 1, 0
         else:
             self.at.worse += 1
+        self.at.judged = self.at.step
         self.turns.follow({name: of.divergence for name, of in found.items()})
         if judged <= SPIKE * self.points[self.at.best].judged:
             self._save(better)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import is_quantised, sha256_file
-from slimexport.config import RunConfig, make_config
+from slimexport.config import RunConfig, layered
 from slimexport.errors import BadInputError
 from slimexport.gates.declared import over
 from slimexport.loading import BUILTIN
@@ -35,13 +35,14 @@ class Overrides(dict[str, Any]):
 
     def __init__(self, recipe: Mapping[str, Any], flags: Mapping[str, Any], where: str):
         super().__init__(over(recipe, flags))
-        self.flags, self.where = frozenset(flags), where
+        self.recipe, self.flags, self.where = dict(recipe), dict(flags), where
 
 
 def config_of(directory: RunDirectory, overrides: dict[str, Any] | None) -> RunConfig:
     """What the run was made with, and what this command changes."""
     changes = overrides if isinstance(overrides, Overrides) else Overrides({}, overrides or {}, "options")
-    return absolute(make_config(over(directory.state.get("config", {}), changes), changes.where, changes.flags))
+    below = over(directory.state.get("config", {}), changes.recipe)
+    return absolute(layered(below, changes.flags, changes.where))
 
 
 def absolute(config: RunConfig) -> RunConfig:

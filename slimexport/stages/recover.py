@@ -96,7 +96,7 @@ def recover_stage(
         _check_positions(config, teacher.model)
         student, tokenizer = load(directory / CHECKPOINT)
         stored = student.dtype
-        written, overlaps = texts.kept(place) if resume else ([], False)
+        written, overlaps = texts.kept(place, key) if resume else ([], False)
         domains, notes = read_domains(
             config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update, written
         )
@@ -118,12 +118,14 @@ def recover_stage(
             "checkpoint": dict(pruned.checkpoint.files),
             "texts": {d.name: d.part.sha256 for d in domains},
         }
+        if resume:
+            TrainingState(place, identity).numbers()  # of another training it is not
         # What the user could have got wrong has been looked at.
         directory.begin("recover")
         remove(directory / RECOVERED)  # of another recovery, if any: it is not to pass for this one
         if not resume:
             remove(place)
-        texts.keep(place, domains, overlaps)
+        texts.keep(place, key, domains, overlaps)
         chat = Chat(teacher.model, tokenizer)
         ended = chat.ended(training.student)
         trained = training.run(TrainingState(place, identity))
@@ -134,7 +136,7 @@ def recover_stage(
         settings = {
             **fields_of(config, "recover"),
             "autocast": str(training.recipe.autocast).removeprefix("torch."),
-            "apart_from": evaluation.source.sha256,
+            "apart_from": texts.looked_at(evaluation),
         }
         made = Recovery(
             config.recover, settings, tuple(d.part for d in domains), trained.points, trained.best,
@@ -150,6 +152,7 @@ def recover_stage(
             finished = finished.to("cpu")
             made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
+            made = dataclasses.replace(made, best=0)
             progress.note("training made it no better: the pruned model is kept as it is")
     directory.write(RECOVER, made)
     directory.save_config(fields_of(config, "recover"))

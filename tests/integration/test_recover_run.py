@@ -284,6 +284,7 @@ def test_a_model_that_rounding_makes_no_better_is_not_taken(
     pipeline.prune(options(model), out)
     made = pipeline.recover(out, {**TRAINING, "recover": "lora"})
     assert made.checkpoint is None
+    assert made.best == 0
     assert not (out / "recovered").exists()
 
 

@@ -194,6 +194,9 @@ def test_gates_are_added_to_those_of_a_recipe_or_a_run(tmp_path: Path) -> None:
     assert gates({"gates": "accuracy.perplexity<=20"}) == [*gates({}), "accuracy.perplexity<=20"]
     replaced = {"gates": ["accuracy.kl<=0.3", "accuracy.kl>=0.1", "ratio(accuracy.perplexity)<=2"]}
     assert gates(replaced) == replaced["gates"]
+    assert gates({"max_kl": 0.4}) == ["ratio(accuracy.perplexity)<=1.5"]
+    short = config_of(directory, Overrides({"max_kl": 0.5, "max_size_mb": 9}, {"gates": "accuracy.kl<=0.3"}, "r.yaml"))
+    assert [str(gate) for gate in short.all_gates()] == ["size.export_mb<=9", "accuracy.kl<=0.3"]
 
 
 def test_an_error_is_the_recipes_or_the_flags(tmp_path: Path) -> None:
@@ -207,6 +210,8 @@ def test_an_error_is_the_recipes_or_the_flags(tmp_path: Path) -> None:
         config_of(directory, Overrides({"max_kl": 0.1}, wrong, "r.yaml"))
     with pytest.raises(UsageError, match="--gate"):
         config_of(directory, wrong)
+    with pytest.raises(BadInputError, match=r"r\.yaml: gates: .*accuracy\.kl"):
+        config_of(directory, Overrides(wrong, {"gates": ["accuracy.kl<=1"]}, "r.yaml"))
     with pytest.raises(UsageError, match="'a<1' is not a gate"):
         config_of(directory, Overrides({"gates": ["accuracy.kl<=1"]}, {"gates": ["a<1"]}, "r.yaml"))
     assert config_of(directory, Overrides({"seed": 1}, {"max_kl": 0.1}, "r.yaml")).seed == 1
