@@ -36,8 +36,6 @@ import torch
 from accuracy import Reference, evaluate, kept_reference
 from common import RESULTS, load_rows, save_rows, table
 from quality import RATIOS, SHIFTED
-from safetensors import safe_open
-from safetensors.torch import save_file
 from texts import WINDOW, evaluation_texts
 
 from slimexport import pipeline
@@ -50,7 +48,7 @@ from slimexport.loading import LoadedModel, load_model
 from slimexport.progress import Progress
 from slimexport.pruning.shrink import shrink_block
 from slimexport.ranks import ALONE
-from slimexport.recovery.domains import Domain, packed, read_domains, unpacked
+from slimexport.recovery.domains import Domain, read_domains, save_domains, saved_domains
 from slimexport.recovery.losses import distances, targets_of
 from slimexport.recovery.methods import registry as methods
 from slimexport.recovery.state import TrainingState
@@ -196,13 +194,9 @@ class Bench:
             found, notes = read_domains(
                 config.recover_text, self.dense.tokenizer, self.dense.model, config.recover_length, config.seed
             )
-            named, windows = packed(found)
-            about = {"domains": named, "notes": notes, "seconds": time.monotonic() - started}
-            save_file(windows, kept, metadata={"about": json.dumps(about)})
-        with safe_open(kept, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return unpacked(about["domains"], windows), about["notes"], about["seconds"]
+            save_domains(kept, found, {"notes": notes, "seconds": time.monotonic() - started})
+        domains, about = saved_domains(kept)
+        return domains, about["notes"], about["seconds"]
 
     def config(self, row: Row) -> RunConfig:
         more = LLM_PRUNERS if row.method == "lora" else {}

@@ -56,7 +56,7 @@ def calibrate(
     length = config.sequence_length
     count = max(1, config.calibration_tokens // length)
     _refuse_same(config.calibration, config.eval_text)
-    _check_context(model, length)
+    check_context(model, length, "--sequence-length")
     if mix.is_mix(config.calibration):
         mixed = mix.mixed(config.calibration, tokenizer, model, count, length, config.seed, progress)
         ids = mixed.input_ids
@@ -184,10 +184,11 @@ def _evaluation_spec(spec: str) -> str:
     return "wikipedia" if spec == "default" else spec
 
 
-def _check_context(model: Any, length: int) -> None:
+def check_context(model: Any, length: int, flag: str) -> None:
+    """Raises BadInputError where the model has fewer positions than `length`, which `flag` asks for."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
-        raise BadInputError(f"--sequence-length {length} is more than the model's context of {limit} tokens.")
+        raise BadInputError(f"{flag} {length} is more than the model's context of {limit} tokens.")
 
 
 def _refuse_same(calibration: str, evaluation: str) -> None:

@@ -144,10 +144,11 @@ def assist(config: RunConfig, *, recovers: bool = True) -> None:
     """What every process but the first calls where torchrun started several (`ranks.is_first()` says which this is),
     while that one calls `run`, or with `recovers=False` `prune`: pruning and training are shared among all, the rest is
     the first one's."""
+    config = absolute(config)
     with ranks.joined(config.device) as them:
-        assist_prune(absolute(config), them)
+        assist_prune(config, them)
         if recovers and config.recover != "none":
-            assist_recover(them, absolute(config).model)
+            assist_recover(them, config.model)
 
 
 def assist_recovery(output: str | Path, overrides: dict[str, Any] | None = None) -> None:

@@ -22,11 +22,12 @@ def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> b
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """In place, as transformers would load it in `dtype`: parameters that it keeps in float32 stay so, and buffers as
-    they are. (`model.to(dtype)` rounds those too, rotary frequencies among them.)"""
+    they are. (`model.to(dtype)` rounds those too, rotary frequencies among them.) So does what is not read yet."""
     import torch
 
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if stays_in_float32(model, name, dtype) else dtype)
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(torch.float32 if stays_in_float32(model, name, dtype) else dtype)
 
 
 def kept_in_float32(config: PreTrainedConfig) -> frozenset[str]:

@@ -132,10 +132,8 @@ def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         return merged
     named = {gate.about for gate in then} | {about for name, about in SHORT.items() if above.get(name) is not None}
     kept = [gate for gate in first if gate.about not in named]
-    if kept or then:
+    if "gates" in merged:
         merged["gates"] = [*kept, *then]
-    elif "gates" in merged:
-        merged["gates"] = ()
     return merged | {name: None for name in below.keys() & SHORT.keys() - above.keys() if SHORT[name] in named}
 
 

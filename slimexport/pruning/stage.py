@@ -15,7 +15,7 @@ from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, ModelSource, PruningPlan, TextSource
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
-from slimexport.precisions import stays_in_float32
+from slimexport.precisions import cast_parameters
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
@@ -126,12 +126,9 @@ def prune_model(
     model = loaded.model
     stored = getattr(torch, save_dtype_of(config, loaded))
     blocks = blocks_of(loaded, stored, device)
-    for name, parameter in model.named_parameters():  # and not the buffers: rotary frequencies stay in float32
-        if parameter.is_meta:
-            continue  # as it is read
-        parameter.data = parameter.data.to(torch.float32 if stays_in_float32(model, name, stored) else stored)
-        if not bool(torch.isfinite(parameter.data).all()):
-            raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
+    cast_parameters(model, stored)
+    if not all(bool(torch.isfinite(p.data).all()) for p in model.parameters() if not p.is_meta):
+        raise BadInputError(f"Weights of {loaded.source.name} overflow in {stored}: choose another --save-dtype.")
     _full_float32_matmul()
     trace: tuple[BlockTrace, ...] = ()
     scale = 1.0

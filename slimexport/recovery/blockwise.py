@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
-from slimexport.progress import Progress
 from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
 from slimexport.pruning.states import HiddenStates
-from slimexport.ranks import ALONE, Message, Ranks, summed
-from slimexport.recovery.domains import Domain, Turns
+from slimexport.ranks import Message, summed
+from slimexport.recovery.domains import Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Recipe, Training, adamw, falling
+from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
@@ -33,20 +31,8 @@ _SMALL = 1e-6
 class BlockwiseTraining(Training):
     """The blocks have equal shares of the budget. A resumed training begins anew with the block it was at."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        student: nn.Module,
-        teacher: nn.Module,
-        domains: Sequence[Domain],
-        recipe: Recipe,
-        progress: Progress,
-        ranks: Ranks = ALONE,
-    ):
-        each = max(1, recipe.sequences // ranks.size)  # of a step, that a rank takes
-        recipe = replace(recipe, together=min(recipe.together, each))
-        self._together = recipe.together  # also where there turns out to be less room for judging
-        super().__init__(student, teacher, domains, recipe, progress, ranks)
+    def __init__(self, architecture: Architecture, *arguments: Any):
+        super().__init__(*arguments)
         self._architecture = architecture
         of = architecture.family.blocks
         self._blocks, self._dense = (list(model.get_submodule(of).children()) for model in (self.student, self.teacher))
@@ -96,6 +82,12 @@ class BlockwiseTraining(Training):
     def _advance(self, states: HiddenStates, arguments: Arguments, block: nn.Module, index: int) -> None:
         with torch.no_grad(), self._precision():
             advance(states, index, block, arguments)
+
+    @property
+    def _together(self) -> int:
+        """Sequences in a forward pass: no more than a rank has of a step, and as many where judging has to do with
+        fewer."""
+        return min(self.recipe.together, max(1, self.recipe.sequences // self.ranks.size))
 
     def _sequences_of_a_step(self) -> int:
         return self._together * self._batches() * self.ranks.size

@@ -6,12 +6,14 @@ the weights follow the domain that is worst (the idea of DRPruning, arXiv 2411.1
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimexport.artifacts import TextPart, from_dict
+from slimexport.artifacts import TextPart, from_dict, sync
 from slimexport.errors import BadInputError
 from slimexport.texts import Text, mix, sources
 from slimexport.texts.windows import check_tokens, grid, pack
@@ -108,6 +110,27 @@ def _domain(name: str, weight: float, tokenizer: Any, teacher: Any, length: int,
     aside = min(HELD_OUT, max(1, len(windows) // HELD_OUT_EVERY))
     part = TextPart(name, windows.numel(), text.sha256, text.license, text.note, name in sources.WRITTEN)
     return Domain(part, weight, windows[:-aside], windows[-aside:])
+
+
+def save_domains(path: Path, domains: Sequence[Domain], about: Mapping[str, Any]) -> None:
+    """A safetensors file, written aside and renamed, that `saved_domains` gives back with what is said `about` them."""
+    from safetensors.torch import save_file
+
+    named, windows = packed(domains)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial")
+    save_file(windows, aside, metadata={"about": json.dumps({**about, "domains": named}, default=str)})
+    sync(aside)
+    aside.replace(path)
+
+
+def saved_domains(path: Path) -> tuple[list[Domain], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+        windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return unpacked(about.pop("domains"), windows), about
 
 
 def packed(domains: Sequence[Domain]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:

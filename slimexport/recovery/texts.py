@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource, sync
+from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource
 from slimexport.calibration import check_overlap
 from slimexport.errors import BadInputError
-from slimexport.recovery.domains import Domain, packed, read_text, unpacked
+from slimexport.recovery.domains import Domain, read_text, save_domains, saved_domains
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,26 +70,14 @@ def looked_at(evaluation: EvaluationText) -> dict[str, Any]:
 def keep(place: Path, key: Mapping[str, Any], domains: Sequence[Domain], overlaps: bool) -> None:
     """In directory `place`, for a training made from `key`: what the model wrote of `domains`, and whether overlapping
     text was taken."""
-    from safetensors.torch import save_file
-
-    named, windows = packed([domain for domain in domains if domain.part.written])
-    place.mkdir(parents=True, exist_ok=True)
-    aside = place / f"{TEXTS}.partial"
-    about = {"key": key, "domains": named, "overlaps": overlaps}
-    save_file(windows, aside, metadata={"about": json.dumps(about, default=str)})
-    sync(aside)
-    aside.replace(place / TEXTS)
+    written = [domain for domain in domains if domain.part.written]
+    save_domains(place / TEXTS, written, {"key": key, "overlaps": overlaps})
 
 
 def kept(place: Path, key: Mapping[str, Any]) -> tuple[list[Domain], bool]:
     """What `keep` left for the same `key`."""
-    from safetensors import safe_open
-
-    if not (place / TEXTS).is_file():
-        return [], False
-    with safe_open(place / TEXTS, framework="pt") as file:
-        about = json.loads(file.metadata()["about"])
-        if about["key"] != json.loads(json.dumps(key, default=str)):
-            return [], False
-        windows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return unpacked(about["domains"], windows), about["overlaps"]
+    if (place / TEXTS).is_file():
+        domains, about = saved_domains(place / TEXTS)
+        if about["key"] == json.loads(json.dumps(key, default=str)):
+            return domains, about["overlaps"]
+    return [], False

@@ -50,6 +50,7 @@ class CheckpointDecoder(Decoder):
         started = time.perf_counter()
         self.model: Any = load_weights(self.directory).to(device)
         self.load_seconds = time.perf_counter() - started
+        self._cache = cache_argument(self.model)
         self.precision = precision_of(self.model.dtype)
         config = self.model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
@@ -65,7 +66,7 @@ class CheckpointDecoder(Decoder):
         ids = np.asarray(input_ids)
         total = (ids.shape[-1] if ids.ndim else 0) + (past.length if past else 0)
         self.check_ids(ids, past.batch if past else None, total)
-        given: dict[str, Any] = {cache_argument(self.model): past.values if past else None, "use_cache": True}
+        given: dict[str, Any] = {self._cache: past.values if past else None, "use_cache": True}
         padded = False
         if mask is not None:
             mask = np.asarray(mask)

@@ -64,7 +64,7 @@ def recover_stage(
     first of them; the others `assist`."""
     import torch
 
-    from slimexport.calibration import evaluation_ids
+    from slimexport.calibration import check_context, evaluation_ids
     from slimexport.checkpoint import load
     from slimexport.recovery import texts
     from slimexport.recovery.chat import Chat, warning
@@ -93,7 +93,7 @@ def recover_stage(
         plan = directory.read(PLAN, PruningPlan)
         architecture = teacher.architecture.with_blocks(plan.blocks)
         method.check(architecture)
-        _check_positions(config, teacher.model)
+        check_context(teacher.model, config.recover_length, "--recover-length")
         student, tokenizer = load(directory / CHECKPOINT)
         stored = student.dtype
         written, overlaps = texts.kept(place, key) if resume else ([], False)
@@ -118,8 +118,9 @@ def recover_stage(
             "checkpoint": dict(pruned.checkpoint.files),
             "texts": {d.name: d.part.sha256 for d in domains},
         }
+        state = TrainingState(place, identity)
         if resume:
-            TrainingState(place, identity).numbers()  # of another training it is not
+            state.numbers()  # of another training it is not
         # What the user could have got wrong has been looked at.
         directory.begin("recover")
         remove(directory / RECOVERED)  # of another recovery, if any: it is not to pass for this one
@@ -128,7 +129,7 @@ def recover_stage(
         texts.keep(place, key, domains, overlaps)
         chat = Chat(teacher.model, tokenizer)
         ended = chat.ended(training.student)
-        trained = training.run(TrainingState(place, identity))
+        trained = training.run(state)
         answers = chat.check(ended, chat.ended(training.student))
         if answers is not None and (said_of_it := warning(answers)):
             progress.note(said_of_it)
@@ -251,14 +252,6 @@ def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe
         autocast=fast_bfloat16(device),
         seed=config.seed,
     )
-
-
-def _check_positions(config: RunConfig, teacher: PreTrainedModel) -> None:
-    limit = getattr(teacher.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and config.recover_length > limit:
-        raise BadInputError(
-            f"--recover-length {config.recover_length} is more than the model's context of {limit} tokens."
-        )
 
 
 def _save(

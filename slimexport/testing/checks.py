@@ -123,12 +123,10 @@ def check_bfloat16(config: PreTrainedConfig, place: Path) -> None:
     import torch
 
     from slimexport.checkpoint.load import load_weights
-    from slimexport.precisions import stays_in_float32
+    from slimexport.precisions import cast_parameters, stays_in_float32
 
     model = tiny_model(config)
-    for name, parameter in model.named_parameters():  # not the rotary frequencies
-        if not stays_in_float32(model, name, torch.bfloat16):
-            parameter.data = parameter.data.to(torch.bfloat16)
+    cast_parameters(model, torch.bfloat16)
     _, plan, small, _ = pruned(model, "per_layer")
     again = load_weights(saved(small, plan, place / "bfloat16"))
     of = {name: p.dtype for name, p in again.named_parameters()}

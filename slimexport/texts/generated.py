@@ -71,13 +71,14 @@ def write(
     """
     import torch
 
+    cache = cache_argument(model)
     waiting = [deque(beginning[:length]) for beginning in beginnings]
     done = min(len(row) for row in waiting)
     columns, past = [torch.tensor([[row.popleft() for _ in range(done)] for row in waiting])], None
     with torch.inference_mode():
         while done < length:
             ids = columns[-1].to(model.device)
-            out = model(input_ids=ids, **{cache_argument(model): past}, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=ids, **{cache: past}, use_cache=True, logits_to_keep=1)
             past = cache_of(out)
             probabilities = out.logits[:, -1].float().cpu().softmax(dim=-1)
             if not torch.isfinite(probabilities).all():
