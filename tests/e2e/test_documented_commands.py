@@ -50,7 +50,7 @@ def blocks(page: Path) -> list[list[str]]:
 def elsewhere(words: list[str]) -> bool:
     """Whether it needs what a test has not."""
     model = len(words) > 2 and words[1] in ("run", "plan", "prune", "sweep") and re.match(r"[\w-]+/[\w.-]+$", words[2])
-    return words[0] in ("pip", "make", "torchrun") or bool(model) or "cuda" in words
+    return words[0] in ("pip", "make", "torchrun", "docker") or bool(model) or "cuda" in words
 
 
 def test_every_page_for_users_has_commands() -> None:
@@ -60,12 +60,14 @@ def test_every_page_for_users_has_commands() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_understood(page: Path) -> None:
     for words in (shlex.split(line) for block in blocks(page) for line in block):
-        if words[0] == "torchrun":
+        if words[0] == "torchrun" or words[:2] == ["docker", "run"]:
             words = words[words.index("slimexport") :]
         if words[0] == "slimexport":
             main.commands[words[1]].make_context(words[1], words[2:])
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif words[0] == "docker":
+            assert words == ["docker", "build", "-t", "slimexport", "."]
         elif words[0] == "pip":
             extras = re.findall(r"(?:slimexport|\.)\[(\w+)\]", " ".join(words))
             assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
