@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
@@ -138,7 +139,7 @@ def collect_low_rank(
 def _of_linear(model: nn.Module, full: str) -> bool:
     place, _, name = full.rpartition(".")
     module = model.get_submodule(place)
-    return name == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    return name == "weight" and isinstance(module, (nn.Linear, Conv1D))
 
 
 @contextmanager

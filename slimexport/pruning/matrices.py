@@ -10,15 +10,16 @@ from transformers.pytorch_utils import Conv1D
 def matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a Linear, or the experts' down_proj; a view of it where it is stored as [in, out]."""
     weight = _parameter(module).data
-    return weight.mT if _is_transposed(module) else weight
+    return weight.mT if is_transposed(module) else weight
 
 
 def set_matrix(module: nn.Module, W: torch.Tensor) -> None:
     """Puts W in place of what `matrix` gives; precision and device are those of W."""
-    _parameter(module).data = W.mT.contiguous() if _is_transposed(module) else W
+    _parameter(module).data = W.mT.contiguous() if is_transposed(module) else W
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is stored as [in, out]."""
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 

@@ -22,7 +22,7 @@ from slimexport.pruning.states import HiddenStates
 from slimexport.ranks import Message, summed
 from slimexport.recovery.domains import Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import CLIP, EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
+from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
@@ -132,13 +132,10 @@ class BlockwiseTraining(Training):
                 loss = distance(order.pop()) / (batches * self.ranks.size)
                 loss.backward()
                 total += float(loss.detach())
-            total = self._added_up(total, trained)
-            norm = nn.utils.clip_grad_norm_(trained, CLIP)
-            if bool(torch.isfinite(norm)):
-                optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            mean = self._update(total, trained, optimiser.step)
             self.at.step += 1
-            self.recent = [*self.recent, total][-RECENT:]
+            if mean is not None:
+                self.recent = [*self.recent, mean][-RECENT:]
         after = judged()
         if not after < before:
             with torch.no_grad():

@@ -203,12 +203,19 @@ class Training:
         """The mean loss of the batch; None, and nothing is changed, where it or its gradient is not finite."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.learning_rate * self.at.scale * self._share_of_rate()
-        total = self._added_up(self._with_room(lambda: self._gradient(batch)), self.trained.values())
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        part = self._with_room(lambda: self._gradient(batch))
+        return self._update(part, list(self.trained.values()), self._apply)
+
+    def _update(self, part: float, parameters: Sequence[nn.Parameter], step: Callable[[], object]) -> float | None:
+        """A `step` by the gradients of all ranks, clipped; returns the sum of their parts of the mean loss. None, and
+        nothing is changed, where that or the gradient is not finite."""
+        total = self._added_up(part, parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, CLIP)
         finite = math.isfinite(total) and bool(torch.isfinite(norm))
         if finite:
-            self._apply()
-        self.optimiser.zero_grad(set_to_none=True)
+            step()
+        for parameter in parameters:
+            parameter.grad = None
         return total if finite else None
 
     def _apply(self) -> None:

@@ -32,6 +32,8 @@ class Lora(Distill):
         import torch
         from peft import LoraConfig, get_peft_model
 
+        from slimexport.pruning.matrices import is_transposed
+
         blocks = f"{architecture.family.blocks}."
         named = {weight.name.removesuffix(".weight") for of in architecture.by_block for weight in of.block_weights()}
         linear = [
@@ -42,7 +44,7 @@ class Lora(Distill):
             and getattr(module, "weight", None) is not None
             and module.weight.dim() == 2
         ]
-        transposed = type(student.get_submodule(linear[0])).__name__ == "Conv1D"
+        transposed = is_transposed(student.get_submodule(linear[0]))
         adapters = LoraConfig(
             r=config.recover_rank, lora_alpha=config.recover_rank, target_modules=linear, fan_in_fan_out=transposed
         )
