@@ -36,6 +36,21 @@ class Point:
         return f"{self.ratio:g} {self.export}"
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """`configs` by ratio, of single runs without what the sweep shares; `codes` are the exit codes of the runs."""
+
+    points: tuple[Point, ...]
+    configs: Mapping[float, RunConfig]
+    codes: Mapping[float, int]
+    source: str
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the gravest that a run ended with."""
+        return max(self.codes.values(), default=0)
+
+
 def run_name(ratio: float) -> str:
     return f"ratio-{ratio:g}"
 

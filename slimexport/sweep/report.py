@@ -12,8 +12,7 @@ from typing import Any
 from slimexport.artifacts import SCHEMA_VERSION, write_json, write_text
 from slimexport.reporting import markdown, page, plots, view
 from slimexport.sweep.front import COSTS, Recommendation, front, quality_of
-from slimexport.sweep.points import FIGURES, Point
-from slimexport.sweep.run import Sweep
+from slimexport.sweep.points import FIGURES, Point, Sweep
 
 JSON_NAME = "sweep-report.json"
 _HEADS = ("MB", "perplexity", "KL", "TTFT 128 (ms)", "TPOT (ms)", "RSS (MB)")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -19,27 +19,12 @@ from slimexport.errors import BadInputError, ExitCode, SlimExportError
 from slimexport.progress import Progress
 from slimexport.run_directory import LOCK, REPORT, holds, lock_file
 from slimexport.stages.inputs import absolute, check_targets, exports
-from slimexport.sweep.points import Point, checked_ratios, config_of, measured, run_name
+from slimexport.sweep.points import Point, Sweep, checked_ratios, config_of, measured, run_name
 
 if TYPE_CHECKING:
     from slimexport.reporting import Report
 
 STATE = "sweep.json"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """`configs` by ratio, of single runs without what the sweep shares; `codes` are the exit codes of the runs."""
-
-    points: tuple[Point, ...]
-    configs: Mapping[float, RunConfig]
-    codes: Mapping[float, int]
-    source: str
-
-    @property
-    def exit_code(self) -> int:
-        """0, or the gravest that a run ended with."""
-        return max(self.codes.values(), default=0)
 
 
 def sweep(
