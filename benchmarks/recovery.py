@@ -412,14 +412,19 @@ def _int8(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], place: Path) -> None:
-    """Perplexity over the time of training: a panel a ratio, a line a row."""
+    """Perplexity over the time of training, in one picture for rows of all texts and in one for the others."""
+    for path, of in ((place, _whole), (place.with_stem(f"{place.stem}-controls"), lambda row: not _whole(row))):
+        _draw([row for row in _sorted(rows) if of(row) and row.get("curve")], path)
+
+
+def _draw(drawn: list[dict[str, Any]], place: Path) -> None:
+    """A panel a ratio, a line a row."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "slimexport"  # the same bytes for the same figures
     from matplotlib import pyplot
 
-    drawn = [row for row in _sorted(rows) if row.get("curve")]
     ratios = sorted({row["ratio"] for row in drawn})
     if not ratios:
         return
@@ -443,6 +448,7 @@ def draw(rows: list[dict[str, Any]], place: Path) -> None:
     panels[0, 0].legend(fontsize=7)
     place.parent.mkdir(exist_ok=True)
     figure.savefig(place, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _times(value: float) -> str:
