@@ -452,7 +452,7 @@ def _draw(drawn: list[dict[str, Any]], place: Path) -> None:
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.1e}"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 10_000 else f"{value:.1e}"
 
 
 if __name__ == "__main__":

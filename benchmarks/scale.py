@@ -192,9 +192,10 @@ def make(place: Path, sizes: Mapping[str, Any], dtype: torch.dtype) -> None:
 
 
 def watched(command: list[str]) -> dict[str, float]:
-    """Runs `command`; the largest memory of its own and of mapped files that it had (bytes), and seconds."""
+    """Runs `command`; the largest memory of its own, of mapped files, and of both together that it had (bytes), and
+    seconds."""
     started = time.monotonic()
-    peak = {"anonymous": 0, "mapped": 0}
+    peak = {"anonymous": 0, "mapped": 0, "resident": 0}
     with subprocess.Popen(command) as process:
 
         def watch() -> None:
@@ -216,7 +217,8 @@ def _memory(pid: int) -> dict[str, int]:
     try:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return {
-            name: int(lines[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))
+            name: int(lines[key].split()[0]) * 1024
+            for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"), ("resident", "VmRSS"))
         }
     except (OSError, KeyError, ValueError):  # it has just ended
         return {}

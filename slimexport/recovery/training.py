@@ -23,6 +23,7 @@ from torch import nn
 
 from slimexport.artifacts import HeldOut, RecoveryPoint, from_dict
 from slimexport.errors import BadInputError
+from slimexport.machine.heap import give_back
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, summed
 from slimexport.recovery.budget import Budget
@@ -361,6 +362,7 @@ class Training:
         """One more point of the curve; what is best so far, and where the training is, is saved."""
         begun = time.monotonic()
         found, judged = self._measured()
+        give_back()  # judging needs other sizes than training, as does what was done before
         self.judging = time.monotonic() - begun
         mean = statistics.fmean(of.divergence for of in found.values())
         if not self.points and not math.isfinite(judged):
