@@ -52,12 +52,14 @@ def main() -> None:
 
 
 def measured(directory: Path, method: str, length: int) -> dict[str, Any]:
-    settings = read_json(directory / RUN)["config"]
-    steps = len(from_dict(PruningPlan, read_json(directory / PLAN), PLAN).blocks) if method == "local" else 2
-    config = RunConfig.model_validate(
-        settings | {"recover": method, "recover_length": length, "recover_budget": f"{steps} steps"}
-    )
-    recipe, host = counted(directory, config)
+    plan = from_dict(PruningPlan, read_json(directory / PLAN), PLAN)
+    steps = len(plan.blocks) if method == "local" else 2
+    asked = {"recover": method, "recover_length": length, "recover_budget": f"{steps} steps"}
+    config = RunConfig.model_validate(read_json(directory / RUN)["config"] | asked)
+    student, _ = load(directory)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    together, host = counted(student, plan, config)
+    del student  # its memory is not the measured process's, but the machine's
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
         copy.mkdir()
@@ -68,25 +70,22 @@ def measured(directory: Path, method: str, length: int) -> dict[str, Any]:
             [sys.executable, "-m", "slimexport", "recover", str(copy), "--recover", method, "--recover-text", TEXT,
              "--recover-length", str(length), "--recover-budget", config.recover_budget, "--max-memory", str(host)]
         )  # fmt: skip
-        parameters = sum(t.numel() for t in load(copy)[0].parameters())
     return {
-        "method": method, "length": length, "together": recipe.together, "steps": steps, "parameters": parameters,
+        "method": method, "length": length, "together": together, "steps": steps, "parameters": parameters,
         "counted_bytes": host, "resident_bytes": took["resident"], "anonymous_bytes": took["anonymous"],
         "mapped_bytes": took["mapped"], "seconds": round(took["seconds"], 1),
     }  # fmt: skip
 
 
-def counted(directory: Path, config: RunConfig) -> tuple[Any, int]:
-    teacher = load_model(config)
-    plan = from_dict(PruningPlan, read_json(directory / PLAN), PLAN)
-    architecture, method = teacher.architecture.with_blocks(plan.blocks), methods.get(config.recover)
-    student = method.prepare(load(directory)[0].float(), architecture, config)
-    device = torch.device("cpu")
-    recipe = recipe_of(config, device, method)
+def counted(student: Any, plan: PruningPlan, config: RunConfig) -> tuple[int, int]:
+    """Sequences in a forward pass, and bytes of the host."""
+    teacher, method, device = load_model(config), methods.get(config.recover), torch.device("cpu")
+    architecture, recipe = teacher.architecture.with_blocks(plan.blocks), recipe_of(config, device, method)
+    model = method.prepare(student.float(), architecture, config)
     found = needs(
-        student, teacher.model, architecture, recipe, config.recover_length, device, one_by_one=method.one_by_one
+        model, teacher.model, architecture, recipe, config.recover_length, device, one_by_one=method.one_by_one
     )
-    return recipe, found.host
+    return recipe.together, found.host
 
 
 def render(rows: list[dict[str, Any]]) -> str:
