@@ -31,7 +31,10 @@ from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, RUN
 from slimexport.stages.recover import recipe_of
 
 TEXT = "news"
-SETTINGS = (("distill", 256), ("distill", 512), ("distill", 1024), ("lora", 256), ("local", 256))
+SETTINGS = (
+    ("distill", "adamw", 256), ("distill", "adamw", 512), ("distill", "adamw", 1024), ("distill", "adamw-8bit", 256),
+    ("lora", "adamw", 256), ("local", "adamw", 256),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -43,18 +46,20 @@ def main() -> None:
     options = parser.parse_args()
     rows = load_rows(options.out)
     if not options.render:
-        for method, length in SETTINGS:
-            if not options.only or method in options.only.split(","):
-                rows = [row for row in rows if (row["method"], row["length"]) != (method, length)]
-                rows.append(measured(options.directory, method, length))
+        for setting in SETTINGS:
+            if not options.only or setting[0] in options.only.split(","):
+                rows = [row for row in rows if (row["method"], row["optimizer"], row["length"]) != setting]
+                rows.append(measured(options.directory, *setting))
                 save_rows(options.out, rows)
     print(render(rows))
 
 
-def measured(directory: Path, method: str, length: int) -> dict[str, Any]:
+def measured(directory: Path, method: str, optimizer: str, length: int) -> dict[str, Any]:
     plan = from_dict(PruningPlan, read_json(directory / PLAN), PLAN)
     steps = len(plan.blocks) if method == "local" else 2
-    asked = {"recover": method, "recover_length": length, "recover_budget": f"{steps} steps"}
+    asked = {
+        "recover": method, "recover_length": length, "recover_budget": f"{steps} steps", "recover_optimizer": optimizer
+    }  # fmt: skip
     config = RunConfig.model_validate(read_json(directory / RUN)["config"] | asked)
     student, _ = load(directory)
     parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -68,10 +73,12 @@ def measured(directory: Path, method: str, length: int) -> dict[str, Any]:
         shutil.copytree(directory / CHECKPOINT, copy / CHECKPOINT)
         took = watched(
             [sys.executable, "-m", "slimexport", "recover", str(copy), "--recover", method, "--recover-text", TEXT,
-             "--recover-length", str(length), "--recover-budget", config.recover_budget, "--max-memory", str(host)]
+             "--recover-length", str(length), "--recover-budget", config.recover_budget,
+             "--recover-optimizer", optimizer, "--max-memory", str(host)]
         )  # fmt: skip
     return {
-        "method": method, "length": length, "together": together, "steps": steps, "parameters": parameters,
+        "method": method, "optimizer": optimizer, "length": length, "together": together, "steps": steps,
+        "parameters": parameters,
         "counted_bytes": host, "resident_bytes": took["resident"], "anonymous_bytes": took["anonymous"],
         "mapped_bytes": took["mapped"], "seconds": round(took["seconds"], 1),
     }  # fmt: skip
@@ -80,7 +87,8 @@ def measured(directory: Path, method: str, length: int) -> dict[str, Any]:
 def counted(student: Any, plan: PruningPlan, config: RunConfig) -> tuple[int, int]:
     """Sequences in a forward pass, and bytes of the host."""
     teacher, method, device = load_model(config), methods.get(config.recover), torch.device("cpu")
-    architecture, recipe = teacher.architecture.with_blocks(plan.blocks), recipe_of(config, device, method)
+    architecture = teacher.architecture.with_blocks(plan.blocks)
+    recipe = recipe_of(config, device, method, architecture)
     model = method.prepare(student.float(), architecture, config)
     found = needs(
         model, teacher.model, architecture, recipe, config.recover_length, device, one_by_one=method.one_by_one
@@ -89,10 +97,20 @@ def counted(student: Any, plan: PruningPlan, config: RunConfig) -> tuple[int, in
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    head = ["trained by", "tokens of a sequence", "at once", "parameters", "counted (GB)", "resident (GB)", "of it"]
+    head = [
+        "trained by",
+        "optimizer",
+        "tokens of a sequence",
+        "at once",
+        "parameters",
+        "counted (GB)",
+        "resident (GB)",
+        "of it",
+    ]
     body = [
         [
-            row["method"], str(row["length"]), str(row["together"]), f"{row['parameters'] / 1e6:.0f} M",
+            row["method"], row["optimizer"], str(row["length"]), str(row["together"]),
+            f"{row['parameters'] / 1e6:.0f} M",
             f"{row['counted_bytes'] / 1e9:.2f}", f"{row['resident_bytes'] / 1e9:.2f}",
             f"{row['resident_bytes'] / row['counted_bytes']:.0%}",
         ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from slimexport import __version__, ranks
 from slimexport.errors import BadInputError, ExitCode, SlimExportError, UsageError, nearest
@@ -370,6 +371,10 @@ def report(ctx: click.Context, directories: tuple[Path, ...], recipe: Path | Non
     """
     if output is not None and (len(directories) < 2 or output.suffix not in (".html", ".md")):
         raise UsageError("--output takes the comparison of several runs, as a .html or .md file.")
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise BadInputError(f"A run is named twice: {', '.join(map(str, directories))}.")
+    if output is not None and output.exists() and not force:
+        raise BadInputError(f"{output} is there already: --force replaces it.")
     flags = _flags(force, resume)
     with _working(quiet, debug) as progress:
         from slimexport import pipeline, reporting
@@ -423,7 +428,9 @@ def sweep(ctx: click.Context, model: str | None, output: Path, recipe: Path | No
         wanted = [float(part) for part in ratios.split(",") if part.strip()]
     except ValueError:
         raise UsageError(f"--ratios: {ratios!r} is no list of numbers, such as 0.1,0.2,0.3.") from None
-    config = _config(ctx, model, recipe, precision=tuple(part.strip() for part in precisions.split(",")))
+    typed = ctx.get_parameter_source("precisions") is not ParameterSource.DEFAULT  # else a recipe's hold
+    given = {"precision": tuple(part.strip() for part in precisions.split(","))} if typed else {}
+    config = _config(ctx, model, recipe, **given)
     limits = {"max_latency_ms": max_latency_ms, "max_kl": max_kl, "max_size_mb": max_size_mb}
     with _working(quiet, debug) as progress:
         from slimexport.sweep import front

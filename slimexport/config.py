@@ -135,6 +135,9 @@ class RunConfig(BaseModel):
     recover_learning_rate: float | None = Field(
         default=None, gt=0, description="Highest, after warm-up; default: the method's own."
     )
+    recover_optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        default="adamw", description="adamw-8bit: its moments take a quarter of the memory (needs slimexport[8bit])."
+    )
     recover_rank: int = Field(default=16, ge=1, description="lora: rank of the adapters.")
     recover_sequences: int = Field(default=4, ge=1, description="Sequences in one step.")
     recover_length: int = Field(default=512, ge=8, description="Tokens per sequence that is trained on.")

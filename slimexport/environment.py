@@ -21,7 +21,7 @@ from slimexport import __version__
 PACKAGES = (
     "torch", "transformers", "safetensors", "tokenizers", "accelerate", "gguf", "optimum", "onnx", "onnx-ir",
     "onnxscript", "mobius-onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda",
-    "xllamacpp",
+    "xllamacpp", "peft", "bitsandbytes",
 )  # fmt: skip
 
 _ENOUGH_DISK = 5e9  # bytes: the demo's checkpoint, two graphs and the transient copies of them

@@ -55,6 +55,11 @@ class GateFailedError(SlimExportError):
     exit_code = ExitCode.GATE_FAILED
 
 
+def first_sentence(error: BaseException) -> str:
+    """What an error of torch's says before it goes into details."""
+    return str(error).partition(". ")[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean X?' (with a leading space) for the closest known word, or ''."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

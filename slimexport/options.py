@@ -28,8 +28,8 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         "group_size_end", "damping", "bias_compensation",
     ),
     "recover": (
-        "recover", "recover_budget", "recover_text", "recover_learning_rate", "recover_rank", "recover_sequences",
-        "recover_length", "recover_text_share", "recover_temperature", "recover_hidden_weight",
+        "recover", "recover_budget", "recover_text", "recover_learning_rate", "recover_optimizer", "recover_rank",
+        "recover_sequences", "recover_length", "recover_text_share", "recover_temperature", "recover_hidden_weight",
     ),
     "limits": ("max_memory", "max_device_memory"),
     "export": (

@@ -46,7 +46,7 @@ def run(
     config = absolute(config)
     check_targets(config)
     if config.against:
-        _check_comparable(config)
+        _check_comparable(config, Path(output))
     directory = RunDirectory(Path(output))
     with directory.locked(force=force):
         with ranks.joined(config.device) as them:
@@ -66,12 +66,14 @@ def run(
         return report_stage(directory, config, progress)
 
 
-def _check_comparable(config: RunConfig) -> None:
-    """That the earlier report is of another model is said before minutes of pruning."""
+def _check_comparable(config: RunConfig, output: Path) -> None:
+    """That the earlier report is of another model, or would be replaced, is said before minutes of pruning."""
     from slimexport.gates import earlier
     from slimexport.loading import fingerprint, locate
 
     assert config.against is not None
+    if config.against.resolve().is_relative_to(output.resolve()):
+        raise BadInputError(f"{config.against} is in {output}, whose report is replaced: copy it elsewhere before.")
     earlier.read_of(config.against, fingerprint(locate(config)))
 
 

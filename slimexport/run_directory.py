@@ -13,7 +13,8 @@ numerics.json       logits of the graphs against torch
 verification.json   VerificationReport
 tasks.json          what models answered in tasks of lm-eval, by the sums of their files
 report/             report.json, report.md, report.html, junit.xml
-.work/              of an unfinished prune stage: its blocks; supernet/ and search.json of allocation search
+.work/              of an unfinished prune stage: its blocks; supernet/ and search.json of allocation search; recovery/
+                    of an unfinished training
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ NUMERICS, VERIFICATION, TASKS = "numerics.json", "verification.json", "tasks.jso
 CHECKPOINT, RECOVERED = "checkpoint", "recovered"
 CHECKPOINTS = (RECOVERED, CHECKPOINT)  # the first that is there is the shrunk model
 BASELINE, REPORT, WORK, LOCK = "baseline", "report", ".work", ".lock"
+TRAINING = "recovery"  # in WORK
 STAGE_ORDER = ("prune", "recover", "export", "verify")
 
 
@@ -87,7 +89,8 @@ def holds(place: Path, record: str, what: str, *, force: bool, resume: bool) -> 
 
     Raises BadInputError where it has anything else, or what neither may be replaced nor gone on with.
     """
-    content = [path.name for path in place.iterdir() if path.name != LOCK]
+    begun = f".{record}."  # of a process that was killed while it wrote the record
+    content = [path.name for path in place.iterdir() if path.name != LOCK and not path.name.startswith(begun)]
     if not content:
         return False
     if record not in content:
@@ -122,11 +125,12 @@ class RunDirectory:
         return record["key"] if record else {}
 
     def begin(self, stage: str) -> None:
-        """Before the first write of `stage`: it and all later ones no longer count as done."""
+        """Before the first write of `stage`: it and all later ones no longer count as done, and no report says so."""
         position = STAGE_ORDER.index(stage)
         for name in STAGE_ORDER[position:]:
             self.state["stages"].pop(name, None)
         self.save()
+        remove(self / REPORT)
 
     def finish(self, stage: str, key: dict[str, Any], seconds: float) -> None:
         self.state["stages"][stage] = {"key": _plain(key), "seconds": round(seconds, 3)}
@@ -172,7 +176,7 @@ class RunDirectory:
         ours = (PLAN, COSTS, PRUNE, RECOVER, NUMERICS, VERIFICATION, TASKS, CHECKPOINT, RECOVERED, REPORT, WORK)
         for name in (*ours, *self.exported()):
             remove(self / name)
-        for partial in self.path.glob(".*.partial"):
+        for partial in [*self.path.glob(".*.partial"), *self.path.glob(f".{RUN}.*")]:
             remove(partial)
 
     def recovered(self) -> Recovery | None:

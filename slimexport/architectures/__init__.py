@@ -17,9 +17,11 @@ registry: Registry[Family] = Registry(
 )
 
 
-def architecture_of(config: PreTrainedConfig, where: str, *, auto: bool = False) -> Architecture:
+def architecture_of(
+    config: PreTrainedConfig, where: str, *, auto: bool = False, trusted: bool = False
+) -> Architecture:  # fmt: skip
     """The table of `config`'s family with its sizes; `auto`: guessed and checked where nobody wrote one, and known from
-    then on in this process.
+    then on in this process. `trusted`: the model's own code may be run for that.
 
     Raises BadInputError that names the family, and says where the supported ones are or that the model is no decoder;
     with `auto` what stands against a guess.
@@ -31,7 +33,7 @@ def architecture_of(config: PreTrainedConfig, where: str, *, auto: bool = False)
         if auto and not other:
             from slimexport.architectures.generic import generic_family
 
-            registry.register(config.model_type)(generic_family(config, where))
+            registry.register(config.model_type)(generic_family(config, where, trusted=trusted))
         else:
             what = f"model family {config.model_type!r}"
             if other:

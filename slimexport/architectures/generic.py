@@ -35,10 +35,10 @@ _ATTRIBUTES = {
 CHECKED = ("table", "shrunk equals masked")
 
 
-def generic_family(config: PreTrainedConfig, where: str) -> Family:
+def generic_family(config: PreTrainedConfig, where: str, *, trusted: bool = False) -> Family:
     """Raises BadInputError that says what is not as expected, or which check failed."""
     try:
-        family = _guess(config)
+        family = _guess(config, trusted)
     except (_UnusualError, AttributeError) as error:
         raise BadInputError(f"{where} ({config.model_type}) cannot be pruned generically: {error}.") from error
     _check(family, config, where)
@@ -49,7 +49,7 @@ class _UnusualError(Exception):
     pass
 
 
-def _guess(config: PreTrainedConfig) -> Family:
+def _guess(config: PreTrainedConfig, trusted: bool) -> Family:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -57,7 +57,7 @@ def _guess(config: PreTrainedConfig) -> Family:
         if getattr(config, field, None) is None:
             raise _UnusualError(f"its config has no {field}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trusted)
     blocks = _blocks(model, config.num_hidden_layers)
     block = next(model.get_submodule(blocks).children())
     heads = config.num_attention_heads

@@ -21,6 +21,7 @@ Outcome = Literal["passed", "failed", "undecided"]
 
 TIME_ERROR = 0.001  # of all looks at one figure together
 TEXT_ERROR = 0.05
+ROUNDS = ("prefill.", "decode.")  # figures that further rounds tell more of
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def lost(results: Sequence[GateResult]) -> tuple[GateResult, ...]:
 
 def worth_more_runs(results: Sequence[GateResult]) -> bool:
     """Whether a time is undecided that further rounds may decide."""
-    return any(r.outcome == "undecided" and r.gate.figure.startswith(("prefill.", "decode.")) for r in results)
+    return any(r.outcome == "undecided" and r.gate.figure.startswith(ROUNDS) for r in results)
 
 
 def _evaluate(
@@ -125,11 +126,11 @@ def _evaluate(
         report,
         gate.figure,
         gate.of,
-        TIME_ERROR / looks if is_time(gate.figure) else TEXT_ERROR,
+        _error(gate.figure, looks),
         higher_is_better=figure is not None and figure.better == "higher",
         earlier=earlier.report if earlier else None,
     )
-    low, high = (known.low, known.high) if known else (value, value)
+    low, high = (min(known.low, value), max(known.high, value)) if known else (value, value)
     below, limit = gate.op == "<=", gate.limit
     said = describe(gate, value, known)
     if (high <= limit) if below else (low >= limit):
@@ -138,6 +139,12 @@ def _evaluate(
         return result("failed", f"{said} does not hold{_by_how_much(gate, value)}", known)
     assert known is not None
     return result("undecided", f"{said} is undecided: {_advice(known)}", known)
+
+
+def _error(name: str, looks: int) -> float:
+    if not is_time(name):
+        return TEXT_ERROR
+    return TIME_ERROR / looks if name.startswith(ROUNDS) else TIME_ERROR
 
 
 def _by_how_much(gate: Gate, value: float) -> str:
@@ -149,6 +156,8 @@ def _by_how_much(gate: Gate, value: float) -> str:
 
 
 def _advice(known: Evidence) -> str:
+    if known.of == "processes":
+        return f"{known.count} processes tell no more; a wider bound, or a tolerance, can be decided"
     if known.of == "runs":
         return f"{known.count} runs tell no more; max_latency_runs allows more, a quiet machine needs fewer"
     more = "task_limit allows more" if known.of == "questions" else "eval_tokens allows more"
@@ -164,7 +173,7 @@ def _value(gate: Gate, report: VerificationReport, earlier: Earlier | None) -> f
     if not figure.valid:
         return _Missing(f"the measurement is invalid{f' ({figure.note})' if figure.note else ''}", noise=True)
     if gate.of == "earlier":
-        number = _to_earlier(gate, figure, earlier)
+        number = _to_earlier(gate, figure, report, earlier)
         if isinstance(number, _Missing):
             return number
     else:
@@ -177,11 +186,12 @@ def _value(gate: Gate, report: VerificationReport, earlier: Earlier | None) -> f
     return number if math.isfinite(number) else _Missing(f"the measurement is invalid ({number})")
 
 
-def _to_earlier(gate: Gate, figure: Figure, earlier: Earlier | None) -> float | _Missing:
+def _to_earlier(
+    gate: Gate, figure: Figure, report: VerificationReport, earlier: Earlier | None
+) -> float | _Missing:  # fmt: skip
     if earlier is None:
         return _Missing("no earlier report is given (--against report.json)")
-    why = earlier.no_times if is_time(gate.figure) else earlier.no_text if figure.name.startswith("accuracy.") else ""
-    if why:
+    if why := _not_comparable(gate.figure, report, earlier):
         return _Missing(why)
     before = earlier.report.figure(gate.figure)
     if before is None or not before.valid or before.shrunk is None:
@@ -189,6 +199,28 @@ def _to_earlier(gate: Gate, figure: Figure, earlier: Earlier | None) -> float | 
     if figure.shrunk is None or before.shrunk == 0:
         return _Missing("there is no number for earlier")
     return figure.shrunk / before.shrunk
+
+
+def _not_comparable(name: str, report: VerificationReport, earlier: Earlier) -> str:
+    """Why a figure of two reports was not found in the same way; "" where it was."""
+    if name.startswith("accuracy."):
+        return earlier.no_text
+    if name.startswith("task."):
+        task = name.split(".", 2)[1]
+        one, other = (of.tasks.get(task, {}).get("asked") for of in (report, earlier.report))
+        return "" if one == other else "the earlier run was asked other questions"
+    if not is_time(name):
+        return ""
+    settings = (
+        "provider",
+        "threads",
+        *(("decode_prompt_tokens", "decode_tokens") if name.startswith("decode.") else ()),
+    )
+    for key in settings:
+        one, other = (of.latency.get(key) for of in (report, earlier.report))
+        if one != other:
+            return f"the earlier run was measured with {key} {other}, this one with {one}"
+    return earlier.no_times
 
 
 def _of(figure: Figure, of: str) -> float | None:

@@ -154,10 +154,15 @@ def _conditions(figure: str, conditions: Any) -> tuple[Gate, ...]:
     if not bounds:
         raise ValueError(f"{figure}: no condition is given; known are {', '.join(_CONDITIONS)}")
     unit, tolerance = str(conditions.get("unit", "")), conditions.get("tolerance", 0.0)
+    relative = {key for key in bounds if _CONDITIONS[key][0] in RELATIVE}
+    if unit == "%" and 0 < len(relative) < len(bounds):
+        raise ValueError(
+            f"{figure}: of {' and '.join(bounds)} it is not clear which is in %: write a line for each gate"
+        )
     return tuple(
         Gate(
             figure=figure, of=_CONDITIONS[key][0], op=_CONDITIONS[key][1], bound=bound, tolerance=tolerance,
-            unit="" if _CONDITIONS[key][0] in RELATIVE else unit,
+            unit="" if key in relative and unit != "%" else unit,
         )
         for key, bound in bounds.items()
     )  # fmt: skip

@@ -51,7 +51,8 @@ def comparisons(
             continue
         accuracy = of[name].accuracy
         same = accuracy.get("text_sha256") == text.sha256 and accuracy.get("window") == window
-        no_text = "" if same else "the earlier run was evaluated on another text, or with another window"
+        same = same and earlier.evaluation is not None and earlier.evaluation.tokens == text.tokens
+        no_text = "" if same else "the earlier run was evaluated on another text, more or less of it, or another window"
         made[name] = Earlier(of[name], no_times, no_text)
     return made
 

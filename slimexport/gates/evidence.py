@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from slimexport.gates.figures import TTFT
 from slimexport.verification.intervals import median, ratio_of_sums
 
 _GRID = 200_001
+PERCENTILE = "decode.itl_ms.p"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Evidence:
     low: float
     high: float
     count: int
-    of: str  # "runs", "windows of text" or "questions"
+    of: str  # "runs", "processes", "windows of text" or "questions"
 
     def inverse(self) -> Evidence:
         low = 1 / self.high if self.high > 0 else -math.inf
@@ -73,16 +74,63 @@ def evidence(
 def _of_times(
     report: VerificationReport, name: str, of: GateOf, error: float, earlier: VerificationReport | None
 ) -> Evidence | None:
+    if name.startswith(PERCENTILE):
+        return _of_percentile(report, name, of, error, earlier)
     own, dense = runs(report, name, "shrunk"), runs(report, name, "baseline")
     if of == "earlier":
         before = runs(earlier, name, "shrunk") if earlier else []
-        now, then = _interval(own, error / 2), _interval(before, error / 2)
-        if now is None or then is None:
-            return None
-        return Evidence(now.low / then.high, now.high / then.low, min(now.count, then.count), now.of)
+        return _quotient(_interval(own, error / 2), _interval(before, error / 2))
     if of == "ratio":
-        return _interval([a / b for a, b in zip(own, dense, strict=True)], error) if dense else None
-    return _interval(dense if of == "baseline" else own, error)
+        found = _interval([a / b for a, b in zip(own, dense, strict=True)], error) if dense else None
+    else:
+        found = _interval(dense if of == "baseline" else own, error)
+    return replace(found, of="processes") if found and name == "load.seconds" else found
+
+
+def _quotient(a: Evidence | None, b: Evidence | None) -> Evidence | None:
+    if a is None or b is None:
+        return None
+    high = a.high / b.low if b.low > 0 else math.inf
+    return Evidence(a.low / b.high, high, min(a.count, b.count), a.of)
+
+
+def _of_percentile(
+    report: VerificationReport, name: str, of: GateOf, error: float, earlier: VerificationReport | None
+) -> Evidence | None:
+    """Of all tokens of all rounds together, as the figure is."""
+    share = float(name.removeprefix(PERCENTILE)) / 100
+
+    def interval(record: VerificationReport | None, model: str, error: float) -> Evidence | None:
+        return percentile_interval(record.latency.get("itl_ms", {}).get(model, []) if record else [], share, error)
+
+    if of == "earlier":
+        return _quotient(interval(report, "shrunk", error / 2), interval(earlier, "shrunk", error / 2))
+    if of == "ratio":
+        return _quotient(interval(report, "shrunk", error / 2), interval(report, "baseline", error / 2))
+    return interval(report, "baseline" if of == "baseline" else "shrunk", error)
+
+
+def percentile_interval(runs: Sequence[Sequence[float]], share: float, error: float) -> Evidence | None:
+    """Of what `share` of all values stay below, by Woodruff's method (JASA 47, 1952): values at shares as far apart as
+    the share below the percentile is known. Tokens of a run are slow together, so that it is runs that are counted."""
+    if not runs:
+        return None
+    if len(runs) == 1:
+        return Evidence(-math.inf, math.inf, 1, "runs")
+    each = [np.sort(np.asarray(run, np.float64)) for run in runs]
+    values = np.sort(np.concatenate(each))
+    count, at = len(values), float(np.percentile(values, 100 * share))
+    below = ([np.searchsorted(run, at, side=side) / len(run) for run in each] for side in ("left", "right"))
+    spread = max(float(np.std(shares, ddof=1)) for shares in below) / math.sqrt(len(each))
+    # Where no run differs, as if every token were drawn by itself.
+    half = student(error, len(each) - 1) * max(spread, math.sqrt(share * (1 - share) / count))
+    low, high = share - half, share + half
+    return Evidence(
+        float(values[max(math.ceil(low * count) - 1, 0)]) if low > 0 else -math.inf,
+        float(values[min(math.ceil(high * count), count - 1)]) if high < 1 else math.inf,
+        len(each),
+        "runs",
+    )
 
 
 def runs(report: VerificationReport, name: str, model: str) -> list[float]:
@@ -90,8 +138,8 @@ def runs(report: VerificationReport, name: str, model: str) -> list[float]:
     record = report.latency
     if name.startswith(TTFT):
         return list(record.get("ttft_ms", {}).get(model, {}).get(name.removeprefix(TTFT), []))
-    if name.startswith("decode.itl_ms.p"):
-        q = float(name.removeprefix("decode.itl_ms.p"))
+    if name.startswith(PERCENTILE):
+        q = float(name.removeprefix(PERCENTILE))
         return [float(np.percentile(run, q)) for run in record.get("itl_ms", {}).get(model, [])]
     if name in ("decode.tpot_ms", "decode.tokens_per_s"):
         found = record.get("tpot_ms", {}).get(model, [])

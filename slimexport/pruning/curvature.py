@@ -23,7 +23,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
 from slimexport.pruning.blocks import BlockSource
 from slimexport.pruning.forward import Arguments, Settings, output, watch, working_copy
-from slimexport.pruning.hessian import check_finite
+from slimexport.pruning.hessian import check_finite, overflow
 from slimexport.pruning.states import HiddenStates
 
 DAMPING = 0.1  # of G, as a share of its mean diagonal: a few thousand tokens say little about the directions below it
@@ -122,10 +122,7 @@ def measure_curvature(
                 g = gradient.flatten(0, -2).float()
                 G[name] += g.T @ g
         if not all(bool(torch.isfinite(total).all()) for total in G.values()):
-            raise BadInputError(
-                f"The gradients of block {index} overflow in {str(settings.dtype).removeprefix('torch.')}: "
-                "use --dtype float32 (or bfloat16)."
-            )
+            raise BadInputError(f"The gradients of block {index} overflow in {overflow(settings.dtype)}.")
         source.release(index)
         for total in G.values():
             found.append((total / tokens).cpu())

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
+from slimexport.pruning.hessian import overflow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -220,7 +221,7 @@ def _mean_gradients(
     for name, total in sums.items():
         total /= len(ids)
         if not bool(torch.isfinite(total).all()):
-            raise BadInputError(f"The gradient of {name} overflows; use --dtype float32 (or bfloat16).")
+            raise BadInputError(f"The gradient of {name} overflows in {overflow(next(iter(tensors.values())).dtype)}.")
     return sums
 
 

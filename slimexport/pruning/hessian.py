@@ -79,10 +79,14 @@ def check_finite(found: torch.Tensor, block: int, dtype: torch.dtype) -> None:
     """Raises BadInputError where activations of `block`, or the squares on the diagonal of H, which are no smaller than
     what is beside it, were too large for `dtype`, the forward passes' precision."""
     if not bool(torch.isfinite(found).all()):
-        raise BadInputError(
-            f"The activations of block {block} overflow in {str(dtype).removeprefix('torch.')}; "
-            "use --dtype float32 (or bfloat16)."
-        )
+        raise BadInputError(f"The activations of block {block} overflow in {overflow(dtype)}.")
+
+
+def overflow(dtype: torch.dtype) -> str:
+    """The precision, and what to do about it where another one has a wider range."""
+    name = str(dtype).removeprefix("torch.")
+    wider = {"float16": "use --dtype float32 (or bfloat16)", "bfloat16": "use --dtype float32"}
+    return f"{name}; {wider.get(name, 'a weight or a scale of the model is too large')}"
 
 
 @contextmanager

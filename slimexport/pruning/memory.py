@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, PruningPlan
@@ -68,7 +68,8 @@ def fitting(
     for flag, limit, of in (("max-memory", asked_host, "host"), ("max-device-memory", asked_device, "device")):
         least = min(getattr(found, of) for found in tried)
         if limit is not None and least > limit:
-            more = "" if streamed or of == "device" else " (this model cannot be read block by block)"
+            why = why_whole(config) or "this model cannot be read block by block"
+            more = "" if streamed or of == "device" else f" ({why})"
             raise BadInputError(
                 f"Pruning needs {least / 1e9:.2f} GB of {'device ' if of == 'device' else ''}memory even with hidden "
                 f"states {'in a file' if of == 'host' else 'off the device'}{more}: "
@@ -82,6 +83,26 @@ def fitting(
             f"{least.host / 1e9:.2f} GB of memory and {least.device / 1e9:.2f} GB of device memory."
         )
     return min(kept, key=lambda found: (found.device, found.host))
+
+
+def why_whole(config: RunConfig) -> str | None:
+    """What keeps pruning from having one block after the other in memory, where `config` has such; None: nothing."""
+    from slimexport.pruning.stage import wants_biases
+    from slimexport.texts import mix
+
+    if _gradients_of(config.criterion) or wants_biases(config):
+        return f"criterion {config.criterion} needs the model as a whole"
+    return "a model that writes text to calibrate on is needed as a whole" if mix.writes(config.calibration) else None
+
+
+def _gradients_of(criterion: str) -> Literal["all", "low rank"] | None:
+    """Which gradients it asks for."""
+    from slimexport.pruning.criteria import registry as criteria
+
+    found = criteria.get(criterion)
+    if not getattr(found, "needs_gradients", False):
+        return None
+    return "all" if getattr(found, "gradient_rank", None) is None else "low rank"
 
 
 def needs(
@@ -99,7 +120,7 @@ def needs(
 
     cuda = device.type == "cuda"
     weights, copies = _weights(plan, architecture, config, streamed, device)
-    held = computing = curvature = reading = supernet = 0
+    held = computing = curvature = reading = supernet = gradients = 0
     if plan.blocks != plan.dense:
         tokens = calibrated_tokens(config)
         own = -(-tokens // ranks)
@@ -137,8 +158,16 @@ def needs(
         if not cuda:  # one after the other
             computing, reading = max(computing, reading + (phases[-1][0] if place == "device" else 0)), 0
         held = max(of for of, _ in phases)
+        gradients, measuring = _measuring_gradients(plan, architecture, config, width, device)
+        computing = max(computing, measuring)
     on_host = (curvature if place != "file" else 0) + (held if place == "host" else 0)
-    host = LIBRARIES_BYTES + weights + on_host + ((CUDA_BYTES + copies + reading) if cuda else (copies + computing))
+    host = (
+        LIBRARIES_BYTES
+        + weights
+        + gradients
+        + on_host
+        + ((CUDA_BYTES + copies + reading) if cuda else (copies + computing))
+    )
     shrunk = plan.estimates.bytes
     return Needs(
         place=place,
@@ -150,6 +179,27 @@ def needs(
 
 def _where(place: Place) -> str:
     return {"device": "on the device", "host": "in the memory of the host", "file": "in a file"}[place]
+
+
+def _measuring_gradients(
+    plan: PruningPlan, architecture: Architecture, config: RunConfig, width: int, device: torch.device
+) -> tuple[int, int]:
+    """Their sums, which stay on the host, and what is computed with until they are there: the whole model on its
+    device, and a sequence's way back through all blocks."""
+    kind = _gradients_of(plan.criterion)
+    if kind is None:
+        return 0, 0
+    blocks = _block_parameters(plan, architecture)
+    # Experts that are kept in one tensor take no adapters.
+    whole = sum(blocks) if kind == "all" or architecture.experts > 1 else 0
+    moved = width * plan.dense_estimates.parameters if device.type == "cuda" or width != _stored(plan) else 0
+    backwards = len(blocks) * _batch(plan, architecture, config.sequence_length, width)
+    return 4 * whole, moved + width * whole + backwards
+
+
+def _block_parameters(plan: PruningPlan, architecture: Architecture) -> list[int]:
+    return [sum(map(math.prod, own.block_shapes(sizes).values()))
+            for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
 
 
 def _pruning(
@@ -229,8 +279,7 @@ def _weights(
     it becomes, and the next one, which is read meanwhile. And of the copies to compute with, of a block as it is and as
     it becomes, where those are on a device or in another precision."""
     dense, each = plan.dense_estimates, _stored(plan)
-    blocks = [sum(map(math.prod, own.block_shapes(sizes).values()))
-              for own, sizes in zip(architecture.by_block, plan.dense, strict=True)]  # fmt: skip
+    blocks = _block_parameters(plan, architecture)
     width = computed_in(plan, config, device).itemsize
     copies = 2 * width * max(blocks) if device.type == "cuda" else (0 if each == width else width * max(blocks))
     if not streamed:

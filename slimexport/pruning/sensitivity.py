@@ -29,7 +29,7 @@ from slimexport.pruning.curvature import BlockCurvature, Weighting, unweighted, 
 from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
-from slimexport.pruning.hessian import Moments, check_finite, solvable
+from slimexport.pruning.hessian import Moments, check_finite, overflow, solvable
 from slimexport.pruning.matrices import matrix
 from slimexport.pruning.obs import DampedInverse, Eliminator, solved, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
@@ -133,7 +133,7 @@ def measure_costs(
     ranks.add_up([found])
     measured = dict(zip(order, found.tolist(), strict=True))
     if not all(math.isfinite(cost) for cost in measured.values()):
-        raise BadInputError("The model's output on the probe tokens is not finite: use --dtype float32.")
+        raise BadInputError(f"The model's output on the probe tokens is not finite in {overflow(settings.dtype)}.")
     blocks = []
     for index, (head, channel) in enumerate(curves):
         kl_heads = {size: measured[index, family.attention_output, size] for size in head.probed}

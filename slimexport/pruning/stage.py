@@ -177,10 +177,11 @@ def prune_model(
 
 
 def _scalable_norm(loaded: LoadedModel) -> str | None:
-    """The final norm, where the logits grow with its weight."""
+    """The final norm, where the logits grow with its weight: not where they are capped, or have a bias."""
     family = loaded.architecture.family
     capped = family.softcap_field and getattr(loaded.model.config, family.softcap_field, None)
-    return None if capped else family.final_norm
+    biased = getattr(loaded.model.get_output_embeddings(), "bias", None) is not None
+    return None if capped or biased else family.final_norm
 
 
 def _unseen(model: PreTrainedModel, architecture: Architecture, ids: torch.Tensor, settings: Settings) -> HeldOut:

@@ -16,20 +16,21 @@ import torch
 from torch import nn
 
 from slimexport.architectures.base import Architecture
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, first_sentence
 from slimexport.pruning.forward import Arguments, Settings, advance, first_states, output
 from slimexport.pruning.states import HiddenStates
 from slimexport.ranks import Message, summed
 from slimexport.recovery.domains import Turns
 from slimexport.recovery.memory import TOKENS
-from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, adamw, falling
+from slimexport.recovery.optimisers import optimiser
+from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, falling
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 _SMALL = 1e-6
 
 
 class BlockwiseTraining(Training):
-    """The blocks have equal shares of the budget. A resumed training begins anew with the block it was at."""
+    """The blocks have equal shares of the budget. A resumed training goes on after the block that was judged last."""
 
     def __init__(self, architecture: Architecture, *arguments: Any):
         super().__init__(*arguments)
@@ -39,24 +40,22 @@ class BlockwiseTraining(Training):
         if self.planned is not None and self.planned < len(self._blocks):
             raise BadInputError(
                 f"A budget of {self.recipe.budget} is shorter than one step for each of {len(self._blocks)} blocks, of "
-                f"{self.tokens_per_step} tokens each: give more, or fewer --recover-sequences."
+                f"{self.tokens_per_step} tokens each: give more"
+                f"{', or fewer --recover-sequences' if self.recipe.budget.unit == 'tokens' else ''}."
             )
 
     def _steps(self) -> str:
         try:
             return self._one_by_one()
         except torch.OutOfMemoryError as error:
-            reason = str(error).partition(". ")[0]
             raise BadInputError(
-                f"{self.device} ran out of memory at block {self.at.block + 1} ({reason}): give fewer "
+                f"{self.device} ran out of memory at block {self.at.block + 1} ({first_sentence(error)}): give fewer "
                 "--recover-sequences, or a shorter --recover-length."
             ) from error
 
     def _one_by_one(self) -> str:
         count = len(self._blocks)
-        windows = sum(len(domain.train) for domain in self.domains)
-        length = self.domains[0].train.shape[1]
-        ids = Turns(self.domains, self.recipe.seed).batch(min(windows, max(2 * ASIDE, TOKENS // length)))
+        ids = self._windows()
         own, known = self._states(self.student, ids)
         other, given = self._states(self.teacher, ids)
         for index in range(self.at.block):
@@ -67,10 +66,21 @@ class BlockwiseTraining(Training):
             self._fit(index, own, other, known, self.planned // count if self.planned else None)
             self._advance(own, known, self._blocks[index], index)
             self.at.block = index + 1
-            every = max(1, count // EVALUATIONS)
-            if self.at.block % every == 0 or self.at.block == count:
+            if self.at.block % self._every == 0 or self.at.block == count:
                 self._judge(statistics.fmean(self.recent) if self.recent else None)
         return "budget"
+
+    @property
+    def _every(self) -> int:
+        """Blocks, after which it is judged."""
+        return max(1, len(self._blocks) // EVALUATIONS)
+
+    def _windows(self) -> torch.Tensor:
+        """int64 [windows, length], each of them once: what is set aside is not trained on as well."""
+        windows = sum(len(domain.train) for domain in self.domains)
+        length = self.domains[0].train.shape[1]
+        ids = Turns(self.domains, self.recipe.seed).batch(min(windows, max(2 * ASIDE, TOKENS // length)))
+        return torch.tensor(list(dict.fromkeys(tuple(window) for window in ids.tolist())))
 
     def _states(self, model: Any, ids: torch.Tensor) -> tuple[HiddenStates, Arguments]:
         settings = Settings(
@@ -85,16 +95,20 @@ class BlockwiseTraining(Training):
 
     @property
     def _together(self) -> int:
-        """Sequences in a forward pass: no more than a rank has of a step, and as many where judging has to do with
-        fewer."""
-        return min(self.recipe.together, max(1, self.recipe.sequences // self.ranks.size))
+        """Sequences in a forward pass, as many in each of a step's; as many where judging has to do with fewer."""
+        return -(-self._own_sequences // self._batches)
 
     def _sequences_of_a_step(self) -> int:
-        return self._together * self._batches() * self.ranks.size
+        return self._together * self._batches * self.ranks.size
 
+    @property
     def _batches(self) -> int:
         """Of a step, that each rank takes."""
-        return max(1, self.recipe.sequences // (self._together * self.ranks.size))
+        return -(-self._own_sequences // self.recipe.together)
+
+    @property
+    def _own_sequences(self) -> int:
+        return max(1, self.recipe.sequences // self.ranks.size)
 
     def _fit(self, index: int, inputs: HiddenStates, wanted: HiddenStates, known: Arguments, steps: int | None) -> None:
         """Trains one block for `steps`, or for its share of the time; the weights that were best on what is set aside
@@ -102,7 +116,7 @@ class BlockwiseTraining(Training):
         block = self._blocks[index]
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         kept = [parameter.detach().clone() for parameter in trained]
-        optimiser = adamw(trained, self.recipe)
+        stepping = optimiser(self.recipe.optimiser, trained, self.recipe.learning_rate)
         aside = list(range(0, len(inputs), ASIDE)) if len(inputs) > 1 else [0]
         others = [batch for batch in range(len(inputs)) if batch not in aside] or aside
         generator = torch.Generator().manual_seed(self.recipe.seed * len(self._blocks) + index)
@@ -118,13 +132,15 @@ class BlockwiseTraining(Training):
                 return self._mean([float(distance(batch)) for batch in aside])
 
         before = judged()
-        batches = self._batches()
+        batches, first = self._batches, self.at.step
         done = self._share(len(self._blocks) - index, steps)
         order: list[int] = []
         while (share := done()) < 1:
-            rate = min(share / WARM_UP, 1.0) if share else WARM_UP
+            taken = self.at.step - first
+            reached = share * (taken + 1) / taken if taken else 1 / steps if steps else WARM_UP**2
+            rate = min(reached / WARM_UP, 1.0)
             after_it = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
-            optimiser.param_groups[0]["lr"] = self.recipe.learning_rate * rate * falling(after_it)
+            stepping.param_groups[0]["lr"] = self.recipe.learning_rate * rate * falling(after_it)
             total = 0.0
             for _ in range(batches):
                 if not order:
@@ -132,7 +148,7 @@ class BlockwiseTraining(Training):
                 loss = distance(order.pop()) / (batches * self.ranks.size)
                 loss.backward()
                 total += float(loss.detach())
-            mean = self._update(total, trained, optimiser.step)
+            mean = self._update(total, trained, stepping.step)
             self.at.step += 1
             if mean is not None:
                 self.recent = [*self.recent, mean][-RECENT:]
@@ -150,7 +166,8 @@ class BlockwiseTraining(Training):
     def _share(self, blocks: int, steps: int | None) -> Callable[[], float]:
         """What of the block's part of the budget is used up, asked before every step; at least one is taken."""
         begun, first = time.monotonic(), self.at.step
-        left = max(self.recipe.budget.amount - self._elapsed(), 0.0) / blocks
+        judging = self.judging * -(-blocks // self._every)
+        left = max(self.recipe.budget.amount - self._elapsed() - judging, 0.0) / blocks
 
         def look() -> Message:
             if self.at.step == first:

@@ -37,5 +37,5 @@ def warning(found: ChatCheck) -> str | None:
         return None
     return (
         f"it ends {found.recovered} of {found.asked} answers in its chat template, and ended {found.pruned} before "
-        "training: give chat a part of --recover-text"
+        "training: give chat a larger part of --recover-text"
     )

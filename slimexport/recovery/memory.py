@@ -1,7 +1,7 @@
 """What memory training will take, counted from sizes, and how many sequences at once keep a limit.
 
-Of a parameter that is trained: the weight, its gradient and two moments in float32. Of a token in a forward pass: what
-every block keeps for the pass backwards, and three rows of logits.
+Of a parameter that is trained: the weight and its gradient in float32, and the optimiser's two moments. Of a token in a
+forward pass: what every block keeps for the pass backwards, and three rows of logits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
 from slimexport.pruning.memory import CUDA_BYTES, LIBRARIES_BYTES, columns_of
 from slimexport.recovery.losses import ROWS
+from slimexport.recovery.optimisers import MOMENT_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # inputs and outputs in float32 and what the linear layers are given; queries, keys and values before and after rotary
 # embedding, and the heads' outputs; gate, up, the activation and the product.
 RESIDUALS, HEADS, CHANNELS = 8, 6, 5
+STEP_BYTES = 24  # bitsandbytes on the CPU, of a parameter's number: moments, gradient and quotients in float32
 TOKENS = 131_072  # whose hidden states are kept where blocks are trained one by one, at most
 
 
@@ -62,8 +64,18 @@ def fitting(
     raise BadInputError(
         f"Training needs {took[flag] / 1e9:.2f} GB of {'device ' if flag == 'max-device-memory' else ''}memory, with "
         f"one sequence of {config.recover_length} tokens in a forward pass: --{flag} {limit / 1e9:.2f} GB cannot be "
-        "kept. --recover local, or lora, needs less."
+        f"kept. {recipe.lighter[0].upper()}{recipe.lighter[1:]} needs less."
     )
+
+
+def lighter(config: RunConfig, architecture: Architecture) -> str:
+    """What to ask for where what `config` asks for is too much."""
+    found = []
+    if config.recover_optimizer == "adamw" and config.recover != "lora":
+        found.append("--recover-optimizer adamw-8bit")
+    if config.recover == "distill":
+        found += ["--recover local", *(["--recover lora"] if architecture.experts == 1 else [])]
+    return ", or ".join([*found, "a shorter --recover-length"])
 
 
 def needs(
@@ -72,22 +84,26 @@ def needs(
 ) -> Needs:  # fmt: skip
     """`student` is prepared: what requires a gradient is trained."""
     width = recipe.autocast.itemsize if recipe.autocast else 4
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    sizes = [parameter.numel() for parameter in student.parameters() if parameter.requires_grad]
+    parameters, trained = sum(parameter.numel() for parameter in student.parameters()), sum(sizes)
     dense = width * sum(parameter.numel() for parameter in teacher.parameters())
     copies = width * parameters if recipe.autocast else 0  # of the weights, in the precision of a forward pass
     tokens, blocks = recipe.together * length, len(architecture.blocks)
-    states = 0
-    if one_by_one:
-        trained, states = -(-trained // blocks), (4 + width) * TOKENS * architecture.hidden
-    models = 4 * parameters + 12 * trained + copies + dense + states
     passing = tokens * _of_a_token(architecture, width, one_by_one) + 5 * 4 * ROWS * architecture.vocab
+    aside = 0
+    if one_by_one:
+        trained = -(-trained // blocks)
+        aside = (4 + width) * TOKENS * architecture.hidden + 4 * trained  # hidden states, and the block as it was
+    elif recipe.hidden_weight:
+        passing += tokens * (width + 4) * sum(own.hidden for own in architecture.by_block)  # the teacher's, differences
+    if recipe.optimiser == "adamw-8bit" and device.type != "cuda":
+        aside += STEP_BYTES * max(sizes)
+    moments = round(MOMENT_BYTES[recipe.optimiser] * trained)
+    models = 4 * (parameters + trained) + moments + copies + dense + aside
     if device.type != "cuda":
         return Needs(LIBRARIES_BYTES + models + passing, 0)
     # Models are read into the memory of the host; states are saved from there.
-    return Needs(
-        LIBRARIES_BYTES + CUDA_BYTES + 4 * parameters + 8 * trained + dense, CUDA_BYTES // 2 + models + passing
-    )
+    return Needs(LIBRARIES_BYTES + CUDA_BYTES + 4 * parameters + moments + dense, CUDA_BYTES // 2 + models + passing)
 
 
 def _of_a_token(architecture: Architecture, width: int, one_by_one: bool) -> int:

@@ -40,7 +40,7 @@ class TrainingState:
 
         return load_file(self._place / read_json(self._place / STATE)["files"][what])
 
-    def save(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> None:
+    def save(self, numbers: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """`tensors` by what they are; what is not among them stays as it was saved last."""
         from safetensors.torch import save_file
 

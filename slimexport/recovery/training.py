@@ -22,18 +22,18 @@ import torch
 from torch import nn
 
 from slimexport.artifacts import HeldOut, RecoveryPoint, from_dict
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, first_sentence
 from slimexport.machine.heap import give_back
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, summed
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.domains import Domain, OutOfTextError, Turns
 from slimexport.recovery.losses import NOTHING, distances, distillation, hidden_states, targets_of
+from slimexport.recovery.optimisers import moments, optimiser, take_moments
 from slimexport.recovery.state import Tensors, TrainingState
 
 WARM_UP = 0.1  # of all steps
 LAST_RATE = 0.02  # of the learning rate, at the end of the cosine
-BETAS = (0.9, 0.98)  # few steps: the second moment has to forget the beginning
 CLIP = 1.0  # norm of the gradient
 EVALUATIONS = 6
 SHARE = 6  # training takes so many times as long as judging, at least: fewer evaluations of a short time
@@ -44,7 +44,6 @@ RECENT = 20  # steps: batches differ, by domain above all
 ROLLBACKS = 3
 WORN_OUT = "all of the text was gone through as often as it helps: more text would help more"
 T = TypeVar("T")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,10 @@ class Recipe:
     text_share: float = 0.0
     temperature: float = 1.0
     hidden_weight: float = 0.0
+    optimiser: str = "adamw"
     autocast: torch.dtype | None = None  # None: the forward passes are in the weights' own precision
     seed: int = 0
-
-
-def adamw(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
+    lighter: str = "a shorter --recover-length"  # what to ask for where memory is short
 
 
 def falling(done: float) -> float:
@@ -119,7 +116,7 @@ class Training:
         self._state: TrainingState | None = None
         self.device = next(student.parameters()).device
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self.optimiser = adamw(self.trained.values(), recipe)
+        self.optimiser = optimiser(recipe.optimiser, self.trained.values(), recipe.learning_rate)
         self.together = recipe.together  # fewer where the device has no room for them
         self.turns = Turns(domains, recipe.seed)
         self.at = _Numbers()
@@ -193,9 +190,10 @@ class Training:
             self._say(loss)
             if due:
                 self._judge(statistics.fmean(self.recent))
-                far = not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged
-                if far and not self._rolled_back("the held-out windows got worse by far"):
-                    return "instability"
+                if not self.points[-1].judged <= SPIKE * self.points[self.at.best].judged:
+                    self.points.pop()  # it may be no number; a note says what was
+                    if not self._rolled_back("the held-out windows got worse by far"):
+                        return "instability"
         return "budget"
 
     # ------------------------------------------------------------------------------------------------------ one step
@@ -223,10 +221,9 @@ class Training:
         try:
             self.optimiser.step()
         except torch.OutOfMemoryError as error:  # the first one makes the moments
-            reason = str(error).partition(". ")[0]
             raise BadInputError(
-                f"{self.device} has no room for the moments of the optimiser ({reason}): --recover local, or lora, "
-                "needs less."
+                f"{self.device} has no room for the moments of the optimiser ({first_sentence(error)}): "
+                f"{self.recipe.lighter} needs less."
             ) from error
 
     def _gradient(self, batch: torch.Tensor) -> float:
@@ -263,15 +260,15 @@ class Training:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
+                reason = first_sentence(error)
             self._with_less(reason)
 
     def _with_less(self, reason: str) -> None:
         """From here on half as many sequences in a forward pass. Raises BadInputError where there was but one."""
         if self.together == 1:
             raise BadInputError(
-                f"{self.device} ran out of memory ({reason}), with one sequence in a forward pass: give a shorter "
-                "--recover-length, or --recover lora."
+                f"{self.device} ran out of memory ({reason}), with one sequence in a forward pass: "
+                f"{self.recipe.lighter} needs less."
             )
         self.together = (self.together + 1) // 2
         if self.device.type == "cuda":
@@ -416,11 +413,10 @@ class Training:
     def _save(self, better: bool) -> None:
         if self.ranks.rank:
             return
-        moments = {}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                moments[f"{key}.{name}"] = value
-        tensors = {"weights": dict(self.trained), "moments": moments} if self.at.step else {}
+        kept = moments(self.optimiser, self.trained)
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+        if self.at.step:
+            tensors = {"weights": dict(self.trained), "moments": kept}
         if better:
             tensors["best"] = dict(self.trained)
         numbers = {
@@ -448,17 +444,8 @@ class Training:
         self.begun = time.monotonic()
         self.turns.restore(numbers["turns"])
         self.recent = list(numbers["recent"])
-        self.optimiser.state.clear()
         self._take("weights" if self.at.step else "best")
-        moments = self._saved("moments") if self.at.step else {}
-        for name, parameter in self.trained.items():
-            found = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
-            if found:
-                self.optimiser.state[parameter] = {
-                    # the fused optimiser counts its steps, in float32, where the parameter is
-                    key: value.to(parameter.device) if key == "step" else value.to(parameter)
-                    for key, value in found.items()
-                }
+        take_moments(self.optimiser, self.trained, self._saved("moments") if self.at.step else {})
 
     def _saved_numbers(self) -> dict[str, Any] | None:
         said = self.ranks.told(lambda: Message({"numbers": self.state.numbers()}))
@@ -488,7 +475,8 @@ class Training:
         note = f"at step {at.step} {why}: back to step {self.at.step}, at half the learning rate"
         self.notes.append(note)
         self.progress.note(note)
-        self.turns.restore(turns)
+        # Weights are those of the saved state: what came out now may be no number, and counts no more.
+        self.turns.restore({**turns, "weights": self.turns.weights})
         self.at.scale, self.at.rollbacks = at.scale / 2, at.rollbacks + 1
         self.at.seconds, self.at.worse, self.at.total = elapsed, at.worse, at.total
         self.recent = []

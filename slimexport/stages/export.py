@@ -30,6 +30,7 @@ from slimexport.environment import version
 from slimexport.errors import BadInputError
 from slimexport.run_directory import BASELINE, NUMERICS, RunDirectory, lock_file
 from slimexport.stages.inputs import (
+    ANEW,
     baselines,
     check_files,
     dense_model,
@@ -64,24 +65,25 @@ def export_stage(
         return {name: load_artifact(directory / name) for name in names}
     checkpoint = directory.shrunk()
     place = directory / checkpoint.path
-    check_files(place, checkpoint.files)
+    check_files(place, checkpoint.files, advice=ANEW)
     directory.begin("export")
     started = time.monotonic()
-    if force:  # what other options made of an earlier pruning must not pass for this one's
-        for name in set(directory.exported()) - set(names):
+    of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
+    kept = directory.state.get("exports", {})
+    for name in set(directory.exported()) - set(names):  # what other options made of another checkpoint is no one's
+        if force or kept.get(name, {}).get("checkpoint") != of:
             remove(directory / name)
     source = from_dict(ModelSource, directory.state["source"], "run.json")
     numerics: dict[str, Any] = {}
     with progress.stage("export"):
         text = _rounding_text(place, config)
-        of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
         for name, kind in exports(config).items():
             exported, same = directory / name, _key(of, kind, config, text)
             kept = directory.state.get("exports", {})  # of a stage that was stopped at a later one, too
             made = None if force else _unchanged(kept.get(name, {}), exported, same)
             if made is None:
                 made = export_checkpoint(place, exported, kind, config, progress, text)
-                directory.save(exports={**kept, name: _record_of(exported, same, made)})
+                directory.save(exports={**kept, name: {"checkpoint": of, **_record_of(exported, same, made)}})
             else:
                 progress.note(f"{name}: is there already")
             numerics[name] = made

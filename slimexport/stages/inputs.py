@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from slimexport.loading import LoadedModel
     from slimexport.targets.base import ExportOptions
 
+ANEW = "slimexport run or prune, with --force, starts over"
+
 
 class Overrides(dict[str, Any]):
     """What a command changes of a run's settings: `recipe`'s, which stand in the file `where`, and the `flags` over it.
@@ -127,13 +129,19 @@ def check_targets(config: RunConfig) -> None:
         raise BadInputError(f"The baseline cache {config.baseline_cache} is not a directory.")
 
 
-def check_exportable(
+def check_possible(
     model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, config: RunConfig
 ) -> None:
-    """That a target cannot export a model or a tokenizer like these is said before minutes of pruning."""
+    """That a model or a tokenizer like these cannot be trained, or exported to a target, is said before minutes of
+    pruning."""
+    from slimexport.recovery import optimisers
+    from slimexport.recovery.methods import registry as methods
     from slimexport.targets import registry as targets
     from slimexport.targets.base import ChecksTokenizer
 
+    if config.recover != "none":
+        methods.get(config.recover).check(architecture)
+        optimisers.check(config.recover_optimizer)
     for name in config.target:
         target = targets.get(name)
         for precision in config.precision:
@@ -186,14 +194,19 @@ def export_options(config: RunConfig, precision: str) -> ExportOptions:
     )
 
 
-def check_files(place: Path, files: Mapping[str, str]) -> None:
+def input_paths(config: RunConfig) -> list[Path]:
+    """Of all that is read, which no output may replace."""
+    texts = (config.calibration, config.eval_text, config.recover_text)
+    files = [*(file for spec in texts for file in mix.files(spec)), config.sizes, config.costs, config.against]
+    return [*map(Path, (config.model, *texts)), *(file for file in files if file)]
+
+
+def check_files(place: Path, files: Mapping[str, str], *, advice: str) -> None:
     """Raises BadInputError for the first file that is not what its stage wrote."""
     for name, digest in files.items():
         path = place / name
         if not path.is_file() or sha256_file(path) != digest:
-            raise BadInputError(
-                f"{path} is not the file that was written here: its sha256 differs. --force starts over."
-            )
+            raise BadInputError(f"{path} is not the file that was written here: its sha256 differs. {advice}.")
 
 
 def dense_model(

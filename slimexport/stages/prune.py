@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import (
@@ -24,10 +23,9 @@ from slimexport.config import RunConfig, make_config
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike, versions
-from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, WORK, PruneRecord, RunDirectory
-from slimexport.stages.inputs import check_exportable, check_windows, fields_of
+from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, TRAINING, WORK, PruneRecord, RunDirectory
+from slimexport.stages.inputs import check_possible, check_windows, fields_of, input_paths
 from slimexport.stages.plan import assist_planning, known_costs, measured_plan, plan_stage
-from slimexport.texts import mix
 
 if TYPE_CHECKING:
     from slimexport.architectures.base import Architecture
@@ -72,14 +70,17 @@ def prune_stage(
 
     directory.check_free(force=force, resume=resume)
     if force:
-        texts = (config.calibration, config.eval_text, config.recover_text)
-        inputs = [*map(Path, (config.model, *texts)), *(file for spec in texts for file in mix.files(spec))]
-        directory.check_holds_none([*inputs, *(path for path in (config.sizes, config.costs) if path)])
+        directory.check_holds_none(input_paths(config))
     if resume and directory.state.get("config"):
         _check_same_options(directory, config)
         if directory.done("prune"):
             _check_same_source(directory, config)
             ranks.told(lambda: Message({"done": True}))
+            for path in (directory / WORK).glob(
+                "*"
+            ):  # of a run that was killed when it had nothing left to do but this
+                if path.name != TRAINING:
+                    remove(path)
             return directory.read(PRUNE, PruneRecord).checkpoint
 
     started = time.monotonic()
@@ -89,7 +90,7 @@ def prune_stage(
         progress.note(f"{loaded.source.name}: {_sizes(loaded)}")
     check_criterion(loaded.architecture, config)
     if evaluated:
-        check_exportable(loaded.model.config, loaded.tokenizer, loaded.architecture, config)
+        check_possible(loaded.model.config, loaded.tokenizer, loaded.architecture, config)
     allocation = allocations.registry.get(config.resolved_allocation)
     plan_made = plan_stage(config, loaded.architecture, save_dtype_of(config, loaded))
     device = resolve_device(config.device)
@@ -124,18 +125,19 @@ def prune_stage(
         where = "the memory of the host" if needs.place == "host" else f"a file in {directory / WORK}"
         progress.note(f"hidden states live in {where}")
     curvature: Sequence[BlockCurvature] = ()
+    weighing = planning = None
     spent = [time.monotonic()]
     if weighs_errors(config) and (config.ratio or plan_made.blocks != plan_made.dense):
         with progress.stage("curvature"):
             weighing = partial(curvature_of, loaded, calibration, config)
-            curvature = with_less(weighing, room, progress, length=config.sequence_length)
+            curvature = with_less(weighing, room, progress, config)
     spent.append(time.monotonic())
     if allocations.needs_costs(allocation) and config.ratio:
         planning = partial(
             measured_plan, directory.path, loaded, calibration, config, progress, curvature, ranks=ranks
         )  # fmt: skip
         # Its probes are one batch however small.
-        plan_made = with_less(planning, room, progress, length=config.sequence_length, again=False)
+        plan_made = with_less(planning, room, progress, config, again=False, less="fewer --probe-tokens, --fast")
     spent.append(time.monotonic())
     if plan_made.blocks != plan_made.dense:
         loaded = prepare(loaded, config)
@@ -158,7 +160,7 @@ def prune_stage(
             progress.note(f"going on after block {sink.finished()} of {len(plan_made.blocks)}")
         dense = loaded.architecture
         fresh = [loaded]  # blocks that were shrunk in place are read again before another try
-        del loaded  # which does not hold the first ones beside them
+        del loaded, weighing, planning  # which do not hold the first ones beside them
 
         def pruning(room: Room) -> PrunedModel:
             of = fresh.pop() if fresh else prepare(load_model(config, streamed=streamed), config)
@@ -167,7 +169,7 @@ def prune_stage(
                 curvature=curvature, sink=sink, ranks=ranks, room=room, progress=progress.update,
             )  # fmt: skip
 
-        pruned = with_less(pruning, room, progress, length=config.sequence_length, again=ranks.size == 1)
+        pruned = with_less(pruning, room, progress, config, again=ranks.size == 1)
     curvature = ()  # as large as many blocks
     with progress.stage("shrink"):
         checkpoint = _shrink(directory, pruned, dense, config, progress)
@@ -206,7 +208,7 @@ def assist(config: RunConfig, ranks: Ranks) -> None:
         prune_model(ready, plan, calibration, config, ranks=ranks, room=room)
 
     silent = Progress(quiet=True)
-    with_less(share, Room(Keeper(needs.place, device)), silent, length=config.sequence_length, again=False)
+    with_less(share, Room(Keeper(needs.place, device)), silent, config, again=False)
 
 
 def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) -> dict[str, str]:
@@ -224,11 +226,9 @@ def _alike(config: RunConfig, loaded: LoadedModel, calibration: CalibrationSet) 
 def block_by_block(config: RunConfig) -> bool:
     """Whether one block after the other will do: not where the model writes, has to be differentiated as a whole, or is
     given biases."""
-    from slimexport.pruning.criteria import registry as criteria
-    from slimexport.pruning.stage import wants_biases
+    from slimexport.pruning.memory import why_whole
 
-    whole = getattr(criteria.get(config.criterion), "needs_gradients", False) or wants_biases(config)
-    return not whole and not mix.writes(config.calibration)
+    return why_whole(config) is None
 
 
 def _shrink(

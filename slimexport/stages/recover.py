@@ -30,11 +30,12 @@ from slimexport.run_directory import (
     PRUNE,
     RECOVER,
     RECOVERED,
+    TRAINING,
     WORK,
     PruneRecord,
     RunDirectory,
 )
-from slimexport.stages.inputs import check_files, dense_model, fields_of
+from slimexport.stages.inputs import ANEW, check_files, dense_model, fields_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,7 @@ if TYPE_CHECKING:
     from slimexport.recovery.methods import Method
     from slimexport.recovery.training import Recipe, Training
 
-PLACE = "recovery"  # in WORK
-PACKAGES = ("torch", "transformers", "peft")  # that all ranks need the same versions of
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")  # that all ranks need the same versions of
 TOGETHER = {"cpu": 1024, "cuda": 8192}  # tokens in one forward pass
 
 
@@ -66,7 +66,7 @@ def recover_stage(
 
     from slimexport.calibration import check_context, evaluation_ids
     from slimexport.checkpoint import load
-    from slimexport.recovery import texts
+    from slimexport.recovery import optimisers, texts
     from slimexport.recovery.chat import Chat, warning
     from slimexport.recovery.domains import read_domains
     from slimexport.recovery.methods import registry as methods
@@ -78,18 +78,19 @@ def recover_stage(
     if directory.done("recover", key) and not force:
         ranks.told(lambda: Message({"done": True}))
         return directory.read(RECOVER, Recovery)
-    place = directory / WORK / PLACE
+    place = directory / WORK / TRAINING
     if (place / STATE).is_file() and not (force or resume):
         raise BadInputError(
             f"{directory.path} holds a training that was interrupted: --resume goes on with it, --force starts over."
         )
     method = methods.get(config.recover)
+    optimisers.check(config.recover_optimizer)
     pruned = directory.read(PRUNE, PruneRecord)
-    check_files(directory / CHECKPOINT, pruned.checkpoint.files)
+    check_files(directory / CHECKPOINT, pruned.checkpoint.files, advice=ANEW)
     started = time.monotonic()
     with progress.stage("recover"):
         fingerprint = directory.state["source"]["fingerprint"]
-        teacher = dense_model(config, fingerprint, advice="--force starts over")
+        teacher = dense_model(config, fingerprint, advice=ANEW)
         plan = directory.read(PLAN, PruningPlan)
         architecture = teacher.architecture.with_blocks(plan.blocks)
         method.check(architecture)
@@ -136,6 +137,7 @@ def recover_stage(
             notes = (*notes, said_of_it)
         settings = {
             **fields_of(config, "recover"),
+            "recover_text_share": training.recipe.text_share,
             "autocast": str(training.recipe.autocast).removeprefix("torch."),
             "apart_from": texts.looked_at(evaluation),
         }
@@ -187,7 +189,7 @@ def _shared_checkpoint(ranks: Ranks, path: Path | None, files: Mapping[str, str]
     said = ranks.told(lambda: Message({"path": str(path and path.resolve()), "files": dict(files)})).values
     there = Path(said["path"])
     try:
-        check_files(there, said["files"])
+        check_files(there, said["files"], advice=ANEW)
         found = True
     except BadInputError:
         found = False
@@ -226,7 +228,7 @@ def training_of(
     from slimexport.recovery.methods import registry as methods
 
     device, method = resolve_device(config.device), methods.get(config.recover)
-    recipe = recipe_of(config, device, method)
+    recipe = recipe_of(config, device, method, architecture)
     model = method.prepare(student.float(), architecture, config)
     recipe = fitting(model, teacher.model, architecture, recipe, config, device, one_by_one=method.one_by_one)
     cast_parameters(teacher.model.requires_grad_(False), recipe.autocast or torch.float32)
@@ -236,9 +238,10 @@ def training_of(
     return made(model, teacher.model, domains, recipe, progress, ranks)
 
 
-def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe:
+def recipe_of(config: RunConfig, device: torch.device, method: Method, architecture: Architecture) -> Recipe:
     from slimexport.machine.precision import fast_bfloat16
     from slimexport.recovery.budget import Budget
+    from slimexport.recovery.memory import lighter
     from slimexport.recovery.training import Recipe
 
     return Recipe(
@@ -246,11 +249,13 @@ def recipe_of(config: RunConfig, device: torch.device, method: Method) -> Recipe
         learning_rate=config.recover_learning_rate or method.learning_rate,
         sequences=config.recover_sequences,
         together=min(config.recover_sequences, max(1, TOGETHER[device.type] // config.recover_length)),
-        text_share=config.recover_text_share,
+        text_share=0.0 if method.one_by_one else config.recover_text_share,  # what it is judged by as well
         temperature=config.recover_temperature,
         hidden_weight=config.recover_hidden_weight,
+        optimiser=config.recover_optimizer,
         autocast=fast_bfloat16(device),
         seed=config.seed,
+        lighter=lighter(config, architecture),
     )
 
 

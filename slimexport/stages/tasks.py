@@ -66,9 +66,17 @@ def with_tasks(
             made[name] = replace(
                 made[name],
                 figures=(*made[name].figures, *figures.task_figures(own, baseline, torch)),
-                tasks={**made[name].tasks, task.name: figures.record(own, baseline, torch)},
+                tasks={
+                    **made[name].tasks,
+                    task.name: figures.record(own, baseline, torch) | {"asked": _asked(task, config)},
+                },
             )
     return made
+
+
+def _asked(task: Named, config: RunConfig) -> dict[str, Any]:
+    """Which of a task's questions."""
+    return {"questions": sha256_file(task.file) if task.file else None, "limit": config.task_limit}
 
 
 def _open(place: Path, config: RunConfig, torch: bool) -> Decoder:
@@ -101,8 +109,7 @@ class _Kept:
 
         of = {
             "task": task.name,
-            "questions": sha256_file(task.file) if task.file else None,
-            "limit": config.task_limit,
+            **_asked(task, config),
             "files": dict(files),
             "provider": config.provider,
             "lm_eval": version("lm_eval"),
@@ -111,7 +118,8 @@ class _Kept:
         if key in self.all:
             stored = self.all[key]
             questions = {name: tuple(values) for name, values in stored["questions"].items()}
-            return score.Scores(stored["task"], stored["metrics"], questions, tuple(stored["answers"]))
+            return score.Scores(stored["task"], stored["metrics"], questions, tuple(stored["answers"]),
+                                tuple(stored.get("lower_is_better", ())))  # fmt: skip
         tell = lambda done, total: progress.update(done, total, f"questions of {task.name}")  # noqa: E731
         made = score.ask(opened(), tokenizer, task, config.task_limit, tell)
         self.all[key] = asdict(made)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimexport.artifacts import PruningPlan, VerificationReport, read_json
+from slimexport.environment import environment
 from slimexport.errors import BadInputError
 from slimexport.run_directory import (
     BASELINE,
@@ -22,6 +23,7 @@ from slimexport.run_directory import (
     VerifyRecord,
 )
 from slimexport.stages.inputs import (
+    ANEW,
     check_files,
     check_windows,
     decided,
@@ -51,6 +53,17 @@ def _decided(
     return not worth_more_runs(decided(config, name, report, compared, first))
 
 
+def _waits(directory: RunDirectory, config: RunConfig, kept: VerifyRecord) -> bool:
+    """Whether a gate waits for further rounds, and there may be more than were measured (without this gate)."""
+    compared = earlier_exports(config, directory.state, kept.evaluation)
+    found = {kept.first: kept.report, **kept.others}
+    return any(
+        0 < of.latency.get("runs", 0) < config.max_latency_runs
+        and not _decided(config, name, compared, name == kept.first, of)
+        for name, of in found.items()
+    )
+
+
 def _light_accuracy(directory: RunDirectory, config: RunConfig, text: EvaluationText, progress: Progress) -> Accuracy:
     """Of the checkpoint beside the model it was made from, neither of which is in memory as a whole."""
     import numpy as np
@@ -61,7 +74,7 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
 
     shrunk = load_model(config.model_copy(update={"model": str(directory / directory.shrunk().path)}), streamed=True)
     fingerprint = directory.state["source"]["fingerprint"]
-    dense = dense_model(config, fingerprint, streamed=True) if config.baseline else None
+    dense = dense_model(config, fingerprint, streamed=True, advice=ANEW) if config.baseline else None
     for model in (shrunk, dense):
         if model is not None and model.files is None:
             progress.note(f"{model.source.name} cannot be read block by block: it is in memory as a whole")
@@ -96,7 +109,10 @@ def verify_stage(
     text = evaluation_ids(config, tokenizer, record.calibration)
     key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
     if directory.done("verify", key) and not again:
-        return directory.read(VERIFICATION, VerifyRecord).report
+        kept = directory.read(VERIFICATION, VerifyRecord)
+        if not _waits(directory, config, kept):
+            return kept.report
+        progress.note("a gate on a time is undecided: measuring anew, with as many rounds as it takes")
     far: str | None = None
     if not (record.calibration.written or mix.written(config.calibration)):  # what the model wrote is in no text
         calibration = calibrate(config, tokenizer)  # a mix without what the model wrote
@@ -107,9 +123,12 @@ def verify_stage(
     check_apart_afterwards(directory.recovered(), text, tokenizer)
     made_of = {name: load_artifact(directory / name) for name in export_names(config)}
     for artifact in made_of.values():
-        check_files(Path(artifact.path), artifact.files)
+        check_files(
+            Path(artifact.path), artifact.files, advice=f"slimexport export {directory.path} --force makes it anew"
+        )
     numerics = read_json(directory / NUMERICS)
     dense = f"{BASELINE}/{reference(config)}"  # which accuracy is held to: in full precision
+    directory.save(environment=environment(cuda=True))  # of the machine that measures, whichever one pruned
     compared = earlier_exports(config, directory.state, text.source)
     found: dict[str, VerificationReport] = {}
     directory.begin("verify")

@@ -9,7 +9,7 @@ from typing import Any
 
 from slimexport.artifacts import Figure, VerificationReport
 from slimexport.config import RunConfig
-from slimexport.errors import UsageError
+from slimexport.errors import ExitCode, UsageError
 
 FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms.128", "decode.tpot_ms",
            "memory.peak_rss_mb")  # fmt: skip
@@ -47,8 +47,8 @@ class Sweep:
 
     @property
     def exit_code(self) -> int:
-        """0, or the gravest that a run ended with."""
-        return max(self.codes.values(), default=0)
+        """0, or the gravest that a run ended with: first of all what is our own fault."""
+        return max(self.codes.values(), default=0, key=lambda code: (code == ExitCode.INTERNAL, code))
 
 
 def run_name(ratio: float) -> str:

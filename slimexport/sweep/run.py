@@ -17,8 +17,8 @@ from slimexport.artifacts import SCHEMA_VERSION, check_identity, read_json, remo
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, ExitCode, SlimExportError
 from slimexport.progress import Progress
-from slimexport.run_directory import LOCK, REPORT, holds, lock_file
-from slimexport.stages.inputs import absolute, check_targets, exports
+from slimexport.run_directory import LOCK, REPORT, RunDirectory, holds, lock_file
+from slimexport.stages.inputs import absolute, check_targets, exports, input_paths
 from slimexport.sweep.points import Point, Sweep, checked_ratios, config_of, measured, run_name
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def sweep(
         "fingerprint": fingerprint(locate(config)),
     }
     _check_free(output, identity, force=force, resume=resume)
+    if force:
+        RunDirectory(output).check_holds_none(input_paths(config))
     output.mkdir(parents=True, exist_ok=True)
     with lock_file(output / LOCK, f"{output} is in use by another sweep of slimexport."):
         if force:
@@ -159,7 +161,8 @@ def _in_parallel(
             return _one(config, output, progress, load_report(place / REPORT))
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("Error: ")
         progress.note(f"ratio {config.ratio:g} failed: {why}")
-        return [replace(point, failed=why) for point in _empty(config, place)], done.returncode or ExitCode.INTERNAL
+        code = done.returncode if done.returncode > 0 else ExitCode.INTERNAL  # below 0 it was killed
+        return [replace(point, failed=why) for point in _empty(config, place)], code
 
     with ThreadPoolExecutor(len(devices)) as pool:
         return dict(zip(runs, pool.map(in_process, runs.values()), strict=True))

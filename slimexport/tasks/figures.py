@@ -35,12 +35,13 @@ def record(own: Scores, dense: Scores | None, torch: Scores | None) -> dict[str,
 
 def _metric(own: Scores, dense: Scores | None, metric: str) -> Figure:
     name, value = f"task.{own.task}.{metric}", own.metrics[metric]
+    better = "lower" if metric in own.lower_is_better else "higher"
     scores = np.asarray(own.questions.get(metric, ()), np.float64)
     note = f"{len(scores)} questions" if len(scores) else "no score of single questions"
     if dense is None or metric not in dense.metrics:
         if len(scores) > 1:
             note += f", standard error {scores.std(ddof=1) / math.sqrt(len(scores)):.4f}"
-        return Figure(name, "score", shrunk=value, better="higher", note=note)
+        return Figure(name, "score", shrunk=value, better=better, note=note)
     other = np.asarray(dense.questions.get(metric, ()), np.float64)
     low = high = None
     if len(scores) > 1:
@@ -52,7 +53,7 @@ def _metric(own: Scores, dense: Scores | None, metric: str) -> Figure:
     ratio = value / dense.metrics[metric] if dense.metrics[metric] else None
     return Figure(
         name, "score", shrunk=value, baseline=dense.metrics[metric], ratio=ratio, ratio_low=low, ratio_high=high,
-        better="higher", note=note,
+        better=better, note=note,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model got in a task: `metrics` as lm-eval aggregates them; `questions` has, by metric, the score of each
-    question in lm-eval's order, and `answers` what was judged of each (log-likelihoods of its choices, or the text)."""
+    """What a model got in a task: `metrics` as lm-eval aggregates them; `questions` has, by metric that is their mean,
+    the score of each question in lm-eval's order, and `answers` what was judged of each (log-likelihoods of its
+    choices, or the text)."""
 
     task: str
     metrics: Mapping[str, float]
     questions: Mapping[str, tuple[float, ...]]
     answers: tuple[Any, ...] = field(default=(), repr=False)
+    lower_is_better: tuple[str, ...] = ()  # metrics
 
 
 def ask(
@@ -68,10 +71,17 @@ def ask(
     metrics = {key.removesuffix(",none"): float(value) for key, value in results.items()
                if key.endswith(",none") and not key.endswith("_stderr,none") and _is_number(value)}  # fmt: skip
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    questions = {name: tuple(float(sample[name]) for sample in samples) for name in metrics
-                 if all(_is_number(sample.get(name)) for sample in samples)}  # fmt: skip
+    questions = {}
+    for name, value in metrics.items():
+        if all(_is_number(sample.get(name)) for sample in samples):
+            each = tuple(float(sample[name]) for sample in samples)
+            # A perplexity is no mean of its questions' log-likelihoods: nothing is known of it from them.
+            if math.isclose(math.fsum(each) / len(each), value, rel_tol=1e-6, abs_tol=1e-9):
+                questions[name] = each
     answers = tuple(_plain(sample["filtered_resps"]) for sample in samples)
-    return Scores(task.name, metrics, questions, answers)
+    better = found.get("higher_is_better", {}).get(task.name, {})
+    lower = tuple(name for name in metrics if better.get(name) is False)
+    return Scores(task.name, metrics, questions, answers, lower)
 
 
 def differing(first: Scores, second: Scores, metric: str) -> list[int]:

@@ -449,10 +449,36 @@ def test_the_report_of_an_earlier_run(
     assert bare("report", run_done, "--against", earlier, "--gate", "earlier(load.seconds)<=9", "--max-kl", 100) == 3
 
 
+def test_an_earlier_report_is_not_replaced_by_what_it_is_compared_with(
+    cli: Callable[..., Result], run_done: Path, model: Path
+) -> None:
+    for flag in ("--force", "--resume"):
+        for place in (run_done, run_done / "report"):
+            refused(cli("run", model, "-o", run_done, flag, against=place), "whose report is replaced")
+    assert (run_done / "report" / "report.json").is_file()
+
+
+def test_reports_of_one_run_twice_and_a_comparison_that_is_there(
+    run_done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_done, tmp_path / "other")
+    notes = tmp_path / "notes.md"
+    notes.write_text("mine")
+    assert bare("report", run_done, f"{run_done}/") == 4
+    assert "is named twice" in capfd.readouterr().err
+    both = ("report", run_done, tmp_path / "other", "--max-kl", 100, "-o", notes)
+    assert bare(*both) == 4
+    assert notes.read_text() == "mine"
+    assert bare(*both, "--force") == 0
+    assert notes.read_text() != "mine"
+
+
 def test_an_export_that_fails_leaves_no_report_of_the_old_one(run_done: Path, model: Path) -> None:
     shutil.rmtree(run_done / "baseline")
     model.rename(model.parent / "elsewhere")  # the dense model cannot be exported any more
+    assert (run_done / "report" / "junit.xml").is_file()
     assert bare("export", run_done, "--force", "--exporter", "mobius") == 4
+    assert not (run_done / "report").exists()
     assert bare("report", run_done) == 4
 
 
@@ -462,7 +488,14 @@ def test_changed_files_are_noticed(run_done: Path, capfd: pytest.CaptureFixture[
     data[100] ^= 1
     weights.write_bytes(bytes(data))
     assert bare("verify", run_done, "--latency-runs", 0) == 4
-    assert "model.onnx.data is not the file that was written here" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "model.onnx.data is not the file that was written here" in said
+    assert f"slimexport export {run_done} --force makes it anew" in said
+    with (run_done / "checkpoint" / "config.json").open("a") as file:
+        file.write("\n")
+    for flag in ("--resume", "--force"):
+        assert bare("export", run_done, "--precision", "int8", flag) == 4
+        assert "slimexport run or prune, with --force, starts over" in capfd.readouterr().err
 
 
 def test_force_never_removes_inputs_or_foreign_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,21 @@ def test_adapters_are_merged_into_the_same_shape(model: Path, tmp_path: Path) ->
     assert all(name.endswith("proj.weight") for name in changed)
 
 
+def test_a_package_that_training_needs_is_asked_for_before_pruning(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, *more: Any) -> Any:
+        return None if name in ("peft", "bitsandbytes") else real(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    for changes, package in (({"recover": "lora"}, "peft"), ({"recover_optimizer": "adamw-8bit"}, "bitsandbytes")):
+        with pytest.raises(BadInputError, match=f"needs {package}"):
+            slimexport.run(options(model, **{**TRAINING, **changes}), tmp_path / "out")
+        assert not (tmp_path / "out" / "plan.json").exists()
+
+
 def test_blocks_that_are_trained_one_by_one(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
@@ -119,6 +135,7 @@ def test_blocks_that_are_trained_one_by_one(model: Path, tmp_path: Path) -> None
     assert made.kept.divergence < made.points[0].divergence
     assert made.steps == 60
     assert load(out / "recovered")[0]
+    assert "Then trained toward the base model's output: local" in (out / "recovered" / "README.md").read_text()
 
 
 def test_what_was_exported_before_is_exported_anew(model: Path, tmp_path: Path) -> None:
@@ -320,8 +337,9 @@ def test_a_model_that_changed_is_no_teacher(model: Path, tmp_path: Path) -> None
         shutil.copy(model.parent / name, tmp_path / name)
     pipeline.prune(options(other), tmp_path / "out")
     tiny_model(tiny_config("llama"), seed=7).save_pretrained(other)
-    with pytest.raises(BadInputError, match="has changed since it was pruned"):
-        pipeline.recover(tmp_path / "out", TRAINING)
+    for force in (False, True):
+        with pytest.raises(BadInputError, match=r"has changed since it was pruned.*run or prune, with --force"):
+            pipeline.recover(tmp_path / "out", TRAINING, force=force)
 
 
 def test_without_pruning_there_is_nothing_to_recover(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_a_point_that_fails_does_not_stop_the_others(options: dict[str, Any], tm
     assert dict(made.codes) == {0.2: 0, 0.99: 4}
 
 
+def test_force_removes_no_inputs(options: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = make_config({**options, "fast": True})
+    sweep(config, (0.2,), out)
+    inside = out / "ratio-0.2" / "checkpoint"
+    with pytest.raises(BadInputError, match=r"lies in .*, which --force would replace"):
+        sweep(config.model_copy(update={"model": str(inside)}), (0.3,), out, force=True)
+    assert (inside / "model.safetensors").is_file()
+
+
 def test_a_killed_sweep_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "slimexport.cli", *words(options), "--fast", "--ratios", "0.2,0.4", "-o", str(out)]

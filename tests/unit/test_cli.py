@@ -148,6 +148,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "recover_budget": (["--recover-budget", "90s"], "90s"),
     "recover_text": (["--recover-text", "mix:news=1,code=1"], "mix:news=1,code=1"),
     "recover_learning_rate": (["--recover-learning-rate", "1e-4"], 1e-4),
+    "recover_optimizer": (["--recover-optimizer", "adamw-8bit"], "adamw-8bit"),
     "recover_rank": (["--recover-rank", "4"], 4),
     "recover_sequences": (["--recover-sequences", "4"], 4),
     "recover_length": (["--recover-length", "256"], 256),

@@ -10,7 +10,7 @@ import pytest
 from slimexport.architectures import architecture_of, registry
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
-from slimexport.stages.inputs import check_exportable
+from slimexport.stages.inputs import check_possible
 from slimexport.targets import registry as targets
 from slimexport.targets.base import ExportOptions
 from slimexport.targets.builders import mobius
@@ -63,8 +63,8 @@ def test_a_model_without_a_graph_is_refused_before_and_after(
 ) -> None:
     config = tiny_config("qwen3_next", **changes)
     with pytest.raises(BadInputError, match=r"qwen3_next models .* no graph of them: .*`--target safetensors`"):
-        check_exportable(config, None, architecture_of(config, "tiny"), RunConfig(model="tiny", exporter=exporter))
-    check_exportable(config, None, architecture_of(config, "tiny"), RunConfig(model="tiny", target="safetensors"))
+        check_possible(config, None, architecture_of(config, "tiny"), RunConfig(model="tiny", exporter=exporter))
+    check_possible(config, None, architecture_of(config, "tiny"), RunConfig(model="tiny", target="safetensors"))
     with pytest.raises(BadInputError, match="loop whose length is that of the traced text"):
         targets.get("onnx").export(tiny_model(config), tiny_tokenizer(), tmp_path, ExportOptions(builder=exporter))
 

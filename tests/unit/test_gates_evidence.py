@@ -15,7 +15,7 @@ from slimexport.artifacts import Figure, VerificationReport
 from slimexport.gates import decide, figures
 from slimexport.gates.decide import Earlier, evaluate, parse
 from slimexport.gates.declared import Gate, gates_of
-from slimexport.gates.evidence import evidence, student
+from slimexport.gates.evidence import evidence, percentile_interval, student
 from slimexport.verification.intervals import paired_figure
 
 
@@ -154,6 +154,103 @@ def test_an_earlier_run() -> None:
     assert "no earlier report is given (--against report.json)" in result.message
 
 
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"threads": 1}, "the earlier run was measured with threads 1, this one with 8"),
+        ({"provider": "cuda"}, "the earlier run was measured with provider cuda, this one with cpu"),
+        ({"decode_tokens": 8}, "the earlier run was measured with decode_tokens 8, this one with 64"),
+    ],
+)
+def test_times_of_other_settings_are_not_compared(changed: dict[str, object], why: str) -> None:
+    report = timed([1.0] * 20, [1.0] * 20)
+    settings = {"threads": 8, "provider": "cpu", "decode_tokens": 64, "decode_prompt_tokens": [128]}
+    now, then = (replace(report, latency={**report.latency, **settings, **more}) for more in ({}, changed))
+    gate = parse("earlier(decode.tpot_ms)<=1.2")
+    assert [r.outcome for r in evaluate((gate,), now, earlier=Earlier(now))] == ["passed"]
+    (result,) = evaluate((gate,), now, earlier=Earlier(then))
+    assert (result.outcome, result.message) == ("failed", f"decode.tpot_ms earlier <= 1.2: {why}")
+
+
+def test_a_task_of_other_questions_is_not_compared() -> None:
+    figure = Figure("task.t.acc", "score", 0.5, better="higher")
+    reports = [
+        VerificationReport(
+            (figure,),
+            tasks={"t": {"questions": {"shrunk": {"acc": [1.0, 0.0] * count}}, "asked": {"limit": 2 * count}}},
+        )
+        for count in (500, 20)
+    ]
+    assert outcome("earlier(task.t.acc)>=0.8", reports[0], earlier=Earlier(reports[0])) == "passed"
+    (result,) = evaluate((parse("earlier(task.t.acc)>=0.8"),), reports[0], earlier=Earlier(reports[1]))
+    assert (result.outcome, result.message.partition(": ")[2]) == (
+        "failed",
+        "the earlier run was asked other questions",
+    )
+
+
+def tokens(runs: list[list[float]], share: float) -> VerificationReport:
+    """Of tokens of all runs, as the figure is."""
+    value = float(np.percentile(np.concatenate(runs), 100 * share))
+    return VerificationReport(
+        (Figure(f"decode.itl_ms.p{100 * share:g}", "ms", value),), latency={"itl_ms": {"shrunk": runs}}
+    )
+
+
+def test_a_percentile_is_that_of_all_tokens() -> None:
+    """A fifth of the runs have a few slow tokens: the median of the runs' own percentiles knows nothing of them."""
+    rng = np.random.default_rng(0)
+    runs = (21 + rng.normal(0, 0.05, (40, 64))).tolist()
+    assert outcome("decode.itl_ms.p99<=30", tokens(runs, 0.99)) == "passed"
+    for run in runs[::5]:
+        run[:4] = [200.0] * 4
+    report = tokens(runs, 0.99)
+    assert report.figures[0].shrunk == pytest.approx(200)
+    assert outcome("decode.itl_ms.p99<=30", report) == "undecided"
+    assert outcome("decode.itl_ms.p99<=20", report) == "failed"
+    assert outcome("decode.itl_ms.p50<=30", tokens(runs, 0.5)) == "passed"
+    assert outcome("decode.itl_ms.p50<=20", tokens(runs, 0.5)) == "failed"
+    assert outcome("decode.itl_ms.p99<=30", tokens(runs[:2], 0.99)) == "undecided"
+
+
+def test_intervals_of_percentiles_hold_the_true_one() -> None:
+    """Runs differ as a whole, and half of them have slow tokens; 1 of 20 may miss."""
+    rng = np.random.default_rng(1)
+
+    def drawn(count: int) -> np.ndarray:
+        made = rng.normal(20, 0.5, (count, 1)) + rng.normal(0, 0.2, (count, 32))
+        slow = rng.random((count, 32)) < (rng.random((count, 1)) < 0.5) * 0.1
+        return made + 30 * slow * rng.random((count, 32))
+
+    for share in (0.5, 0.9):
+        true = float(np.percentile(drawn(40_000), 100 * share))
+        missed = 0
+        for _ in range(200):
+            found = percentile_interval(drawn(30).tolist(), share, 0.05)
+            assert found is not None
+            missed += not found.low <= true <= found.high
+        assert missed <= 20  # 10 are expected (in the upper tail up to 14), with a standard deviation of 3
+
+
+def test_what_lies_outside_of_its_own_interval_is_not_known() -> None:
+    """Should a record not be that of its figure, neither outcome is claimed."""
+    report = timed([1.0] * 20, [1.0] * 20)
+    wrong = replace(report, figures=(replace(report.figures[0], shrunk=3.0),))
+    assert outcome("decode.tpot_ms<=2", wrong) == "undecided"
+    assert outcome("decode.tpot_ms>=2", wrong) == "undecided"
+
+
+def test_loads_are_few_and_looked_at_once() -> None:
+    report = VerificationReport(
+        (Figure("load.seconds", "s", 1.0),),
+        latency={"processes": {"shrunk": [{"load_seconds": value} for value in (0.99, 1.0, 1.01)]}},
+    )
+    for looks in (1, 4):
+        assert outcome("load.seconds<=1.3", report, looks=looks) == "passed"
+    (result,) = evaluate((parse("load.seconds<=1.1"),), report)
+    assert "3 processes tell no more; a wider bound, or a tolerance, can be decided" in result.message
+
+
 def test_a_busy_machine_decides_nothing() -> None:
     report = timed([1.0] * 10, [1.0] * 10)
     busy = replace(report, figures=(replace(report.figures[0], valid=False, note="busy"),))
@@ -173,6 +270,11 @@ def test_a_busy_machine_decides_nothing() -> None:
             ["accuracy.kl<=0.2", {"size.export_mb": {"max_ratio_to_earlier": 1}}],
             ["accuracy.kl<=0.2", "earlier(size.export_mb)<=1"],
         ),
+        ({"size.export_mb": {"max_ratio_to_baseline": 80, "unit": "%"}}, ["ratio(size.export_mb)<=80%"]),
+        (
+            {"decode.tpot_ms": {"max": 20, "unit": "ms", "min_speedup": 1.2}},
+            ["decode.tpot_ms<=20ms", "speedup(decode.tpot_ms)>=1.2"],
+        ),
         ("accuracy.top1_agreement >= 70%", ["accuracy.top1_agreement>=70%"]),
         ("decode.tokens_per_s>=9.5tokens/s -10%", ["decode.tokens_per_s>=9.5tokens/s -10%"]),
     ],
@@ -181,6 +283,11 @@ def test_ways_to_write_a_gate(given: object, spec: list[str]) -> None:
     gates = gates_of(given)
     assert [str(gate) for gate in gates] == spec
     assert [Gate.parse(str(gate)) for gate in gates] == list(gates)
+
+
+def test_percent_of_what_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="it is not clear which is in %: write a line for each gate"):
+        gates_of({"accuracy.top1_agreement": {"min": 90, "min_ratio_to_baseline": 0.95, "unit": "%"}})
 
 
 @pytest.mark.parametrize(

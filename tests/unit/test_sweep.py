@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import pytest
 from slimexport.artifacts import Figure, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.errors import UsageError
-from slimexport.sweep import report
+from slimexport.progress import Progress
+from slimexport.sweep import report, run
 from slimexport.sweep.front import front, recommend
 from slimexport.sweep.points import Point, checked_ratios, config_of, measured, run_name
 from slimexport.sweep.run import Sweep
@@ -111,6 +114,25 @@ def test_what_a_point_shares(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert (made.ratio, made.costs, made.baseline_cache) == (0.3, tmp_path / "costs.json", tmp_path / "baselines")
     assert config_of(RunConfig(model="m", fast=True), 0.3, tmp_path, measures=False).costs is None
     assert config_of(RunConfig(model="m", baseline=False), 0.3, tmp_path, measures=False).baseline_cache is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "gravest"), [((), 0), ((0, 3), 3), ((3, 4), 4), ((0, 1), 1), ((1, 3, 4), 1), ((0, 0), 0)]
+)
+def test_a_sweep_ends_as_the_gravest_of_its_runs(codes: tuple[int, ...], gravest: int) -> None:
+    assert Sweep((), {}, dict(enumerate(codes)), "m").exit_code == gravest
+
+
+@pytest.mark.parametrize("ended", [-9, 0, 3])
+def test_a_process_that_was_killed_fails_its_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: int) -> None:
+    done = subprocess.CompletedProcess([], ended, "", "")
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(run, "_one", lambda *_: ([], ended))
+    monkeypatch.setattr("slimexport.reporting.load_report", lambda _: None)
+    made = run._in_parallel({0.2: RunConfig(model="m")}, tmp_path, Progress(quiet=True), ["cuda:0", "cuda:1"])
+    assert made[0.2][1] == (1 if ended < 0 else ended)
+    if ended < 0:
+        assert made[0.2][0][0].failed == "exit code -9"
 
 
 @pytest.mark.parametrize("ratios", [(), (1.0,), (-0.1,), (0.1, 0.1)])

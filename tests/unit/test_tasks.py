@@ -133,6 +133,34 @@ def test_figures_are_paired_and_say_where_torch_differs() -> None:
     assert "question 0 (best choice ahead by: graph 0.5000, torch 0.0001 nats)" in str(agreement.note)
 
 
+def test_a_metric_that_is_no_mean_of_its_questions_has_no_interval(
+    model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval gives log-likelihoods for the questions of a perplexity."""
+    import lm_eval
+
+    def evaluate_(*_: Any, **__: Any) -> dict[str, Any]:
+        samples = [{"doc_id": i, "perplexity": -3.2 + 0.1 * i, "acc": float(i % 2), "filtered_resps": [[-1.0]]}
+                   for i in range(4)]  # fmt: skip
+        return {
+            "results": {"arc_easy": {"perplexity,none": 21.1, "acc,none": 0.5}},
+            "samples": {"arc_easy": samples},
+            "higher_is_better": {"arc_easy": {"perplexity": False, "acc": True}},
+        }
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate_)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = score.ask(CheckpointDecoder(model), tokenizer, named.parse(f"arc_easy={questions}"))
+    assert made.metrics == {"perplexity": 21.1, "acc": 0.5}
+    assert made.questions == {"acc": (0.0, 1.0, 0.0, 1.0)}
+    found = {figure.name: figure for figure in figures.task_figures(made, made, None)}
+    assert found["task.arc_easy.perplexity"].better == "lower"
+    assert found["task.arc_easy.acc"].better == "higher"
+    report = VerificationReport(tuple(found.values()), tasks={"arc_easy": figures.record(made, made, None)})
+    (result,) = evaluate((parse("task.arc_easy.perplexity<=20"),), report)
+    assert result.outcome == "failed"
+
+
 def test_twenty_questions_prove_nothing() -> None:
     def outcome(count: int) -> str:
         own, dense = scores("t", [1, 0, 1, 0] * count), scores("t", [1, 1, 0, 0] * count)
