@@ -84,12 +84,21 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     there; without such a file the plan is that of `incremental`, with a note: totals are the same.
     """
     from slimexport.calibration import calibrate
-    from slimexport.loading import files_of, fingerprint, load_config, load_model, locate, resolve_device
+    from slimexport.loading import (
+        files_of,
+        fingerprint,
+        load_config,
+        load_model,
+        load_tokenizer,
+        locate,
+        resolve_device,
+    )
     from slimexport.pruning import allocation as allocations
     from slimexport.pruning.cost import with_cost
     from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import cost_identity
     from slimexport.pruning.states import Keeper, Room
+    from slimexport.texts import mix
 
     config = absolute(config)
     progress = progress or Progress(quiet=True)
@@ -107,7 +116,11 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 f"shown is {made.allocation}. --costs FILE measures them now and keeps them"
             )
             return with_cost(replace(made, notes=(*made.notes, note)), architecture, config, streamed=streamed)
-        costs = known_costs(config.costs, cost_identity(fingerprint(located), config, None))
+        of = fingerprint(located)
+        costs = known_costs(config.costs, cost_identity(of, config, None))
+        if costs is not None and not mix.writes(config.calibration):  # what the model writes is not written for this
+            text = calibrate(config, load_tokenizer(located, config)).source.sha256
+            known_costs(config.costs, cost_identity(of, config, text))
         if costs is None:
             with progress.stage("load"):
                 loaded = load_model(config, streamed=streamed)

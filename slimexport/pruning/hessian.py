@@ -86,7 +86,7 @@ def overflow(dtype: torch.dtype) -> str:
     """The precision, and what to do about it where another one has a wider range."""
     name = str(dtype).removeprefix("torch.")
     wider = {"float16": "use --dtype float32 (or bfloat16)", "bfloat16": "use --dtype float32"}
-    return f"{name}; {wider.get(name, 'a weight or a scale of the model is too large')}"
+    return f"{name}: {wider.get(name, 'a weight or a scale of the model is too large')}"
 
 
 @contextmanager

@@ -522,6 +522,39 @@ def test_broken_run_record(cli: Callable[..., Result], model: Path, tmp_path: Pa
     assert cli("prune", model, "-o", out, "--force")[0] == 0
 
 
+def test_what_a_kill_leaves_does_not_stand_in_the_way(
+    cli: Callable[..., Result], run_done: Path, model: Path, tmp_path: Path
+) -> None:
+    """In the very first write, and when nothing but tidying up was left to do."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / ".run.json.ab12").write_text("{")
+    assert cli("prune", model, "-o", begun)[0] == 0
+    work = run_done / ".work"
+    (work / "recovery").mkdir(parents=True)
+    (work / "000.safetensors").write_bytes(b"x")
+    assert cli("prune", model, "-o", run_done, "--resume")[0] == 0
+    assert [path.name for path in work.iterdir()] == ["recovery"]  # it may be gone on with
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_comes_only_with_trust(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend(allow_patterns)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    flags = ["--trust-remote-code"] if trusted else []
+    refused(cli("prune", "someone/model", "-o", tmp_path / "out", *flags), "no network")
+    assert ("*.py" in asked) is trusted
+
+
 def test_links_to_nowhere_and_directories_that_a_failure_leaves(cli: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     refused(cli("prune", tmp_path / "none", "-o", tmp_path / "link"), "link to nowhere")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import tiny_directory
+from models import tiny_directory, tiny_text
 from test_bad_input import Result, cli, good, model, prune, refused, text  # noqa: F401
 
 QUICK = {"ratio": 0.4, "round_to": 8, "probe_tokens": 64}
@@ -129,6 +129,10 @@ def test_costs_of_another_model_or_text(
     refused(cli("prune", other, output=tmp_path / "new", **flags), "costs.json", "model")
     refused(cli("prune", model, output=tmp_path / "new", **{**flags, "probe_tokens": 128}), "probe_tokens")
     assert not (tmp_path / "new").exists()
+    another = tiny_text(tmp_path / "another.txt", 9000, seed=3)
+    for command in ("plan", "prune"):
+        where = {"output": tmp_path / "new"} if command == "prune" else {}
+        refused(cli(command, model, **{**flags, **where, "calibration": another}), "measured with text")
     broken = tmp_path / "broken.json"
     broken.write_text((tmp_path / "costs.json").read_text()[:100])
     refused(cli("prune", model, output=tmp_path / "new", **{**flags, "costs": broken}), "broken.json", "truncated")

@@ -24,6 +24,7 @@ from slimexport.pruning.block import Block
 from slimexport.pruning.planner import make_plan
 from slimexport.pruning.states import FileStates, HiddenStates, HostStates, Keeper, MemoryStates
 from slimexport.stages import prune as prune_stage
+from slimexport.stages.plan import plan_stage
 from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -212,6 +213,46 @@ def test_where_nothing_fits_the_least_is_taken_and_a_limit_alone_refuses(monkeyp
     config = RunConfig(model="7B", fast=True, calibration_tokens=2**18, sequence_length=2048)
     assert memory.fitting(plan, architecture, config, torch.device("cuda"), streamed=True).place == "file"
     assert memory.fitting(plan, architecture, config, CPU, streamed=True).place == "file"
+
+
+def test_gradients_are_counted() -> None:
+    """Their sums stay on the host; while they are made, the whole model is on the device, and gradients as large."""
+    config = tiny_config("llama")
+    architecture = architecture_of(config, "tiny")
+    model = tiny_model(config)
+    blocks, all_of_it = (sum(p.numel() for p in of.parameters()) for of in (model.model.layers, model))
+
+    def counted(criterion: str, device: str) -> tuple[memory.Needs, tuple[int, int]]:
+        given = RunConfig(model="x", ratio=0.3, criterion=criterion, calibration_tokens=512, sequence_length=32)
+        plan = plan_stage(given, architecture, "float32")
+        where = torch.device(device)
+        found = memory.needs(plan, architecture, given, where, "device", streamed=False)
+        return found, memory._measuring_gradients(plan, architecture, given, 4, where)
+
+    none, taylor, lora = (counted(criterion, "cuda") for criterion in ("magnitude", "taylor", "taylor_lora"))
+    assert none[1] == (0, 0)
+    assert (taylor[1][0], lora[1][0]) == (4 * blocks, 0)
+    assert taylor[1][1] - lora[1][1] == 4 * blocks
+    assert lora[1][1] > 4 * all_of_it
+    assert taylor[0].host == lora[0].host + 4 * blocks
+    assert counted("taylor", "cpu")[1][1] == taylor[1][1] - 4 * all_of_it  # it is where it was
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"criterion": "taylor"}, "criterion taylor needs the model as a whole"),
+        ({"calibration": "self"}, "a model that writes text to calibrate on is needed as a whole"),
+        ({}, "this model cannot be read block by block"),
+    ],
+)
+def test_what_stands_against_less_memory_is_said(more: dict[str, Any], why: str) -> None:
+    config = tiny_config("llama")
+    architecture = architecture_of(config, "tiny")
+    given = RunConfig(model="x", ratio=0.3, calibration_tokens=512, sequence_length=32, max_memory="1MB", **more)
+    plan = plan_stage(given, architecture, "float32")
+    with pytest.raises(BadInputError, match=why):
+        memory.fitting(plan, architecture, given, CPU, streamed=False)
 
 
 class Full:

@@ -60,6 +60,15 @@ def test_the_final_norm_takes_it(family: str) -> None:
     assert all(best <= divergence(target, z, made.logit_scale + off) for off in (-0.02, 0.02))
 
 
+def test_a_head_with_a_bias_leaves_the_final_norm() -> None:
+    """Logits do not grow with the norm there, even in a family whose others do."""
+    dense = tiny_model("llama")
+    dense.lm_head.bias = torch.nn.Parameter(torch.randn(dense.lm_head.out_features))
+    made = prune_model(loaded(copy.deepcopy(dense)), planned(dense, 0.4), calibration(sequences=16), config(refit=0.1))
+    assert made.logit_scale == 1.0
+    assert torch.equal(made.model.model.norm.weight, dense.model.norm.weight)
+
+
 def test_the_paper_alone_leaves_the_final_norm() -> None:
     dense = tiny_model("llama")
     made = prune_model(loaded(copy.deepcopy(dense)), planned(dense, 0.4), calibration(sequences=16), config(refit=0.0))
