@@ -340,7 +340,7 @@ def test_the_state_that_was_best_is_the_one_that_comes_out(tmp_path: Path) -> No
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     student, made = trained(tmp_path, recipe("30 steps", learning_rate=0.1), student, teacher)
     assert made.best == 0
-    assert made.stopped == "instability"
+    assert made.stopped == "patience"
     assert "the held-out windows got worse by far" in made.notes[0]
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]), name
