@@ -21,6 +21,8 @@ Outcome = Literal["passed", "failed", "undecided"]
 
 TIME_ERROR = 0.001  # of all looks at one figure together
 TEXT_ERROR = 0.05
+MEASURED = ("provider", "threads")  # settings of a record of times that have to be alike
+DECODED = (*MEASURED, "decode_prompt_tokens", "decode_tokens")
 ROUNDS = ("prefill.", "decode.")  # figures that further rounds tell more of
 
 
@@ -211,12 +213,7 @@ def _not_comparable(name: str, report: VerificationReport, earlier: Earlier) -> 
         return "" if one == other else "the earlier run was asked other questions"
     if not is_time(name):
         return ""
-    settings = (
-        "provider",
-        "threads",
-        *(("decode_prompt_tokens", "decode_tokens") if name.startswith("decode.") else ()),
-    )
-    for key in settings:
+    for key in DECODED if name.startswith("decode.") else MEASURED:
         one, other = (of.latency.get(key) for of in (report, earlier.report))
         if one != other:
             return f"the earlier run was measured with {key} {other}, this one with {one}"

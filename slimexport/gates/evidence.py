@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -77,14 +77,13 @@ def _of_times(
     if name.startswith(PERCENTILE):
         return _of_percentile(report, name, of, error, earlier)
     own, dense = runs(report, name, "shrunk"), runs(report, name, "baseline")
+    counted = "processes" if name == "load.seconds" else "runs"
     if of == "earlier":
         before = runs(earlier, name, "shrunk") if earlier else []
-        return _quotient(_interval(own, error / 2), _interval(before, error / 2))
+        return _quotient(_interval(own, error / 2, counted), _interval(before, error / 2, counted))
     if of == "ratio":
-        found = _interval([a / b for a, b in zip(own, dense, strict=True)], error) if dense else None
-    else:
-        found = _interval(dense if of == "baseline" else own, error)
-    return replace(found, of="processes") if found and name == "load.seconds" else found
+        return _interval([a / b for a, b in zip(own, dense, strict=True)], error, counted) if dense else None
+    return _interval(dense if of == "baseline" else own, error, counted)
 
 
 def _quotient(a: Evidence | None, b: Evidence | None) -> Evidence | None:
@@ -134,13 +133,11 @@ def percentile_interval(runs: Sequence[Sequence[float]], share: float, error: fl
 
 
 def runs(report: VerificationReport, name: str, model: str) -> list[float]:
-    """One value a round of `model` ("shrunk" or "baseline"), in the figure's unit; none where it was not measured."""
+    """One value a round of `model` ("shrunk" or "baseline"), in the figure's unit; none where it was not measured.
+    Percentiles are of all rounds together: `_of_percentile`."""
     record = report.latency
     if name.startswith(TTFT):
         return list(record.get("ttft_ms", {}).get(model, {}).get(name.removeprefix(TTFT), []))
-    if name.startswith(PERCENTILE):
-        q = float(name.removeprefix(PERCENTILE))
-        return [float(np.percentile(run, q)) for run in record.get("itl_ms", {}).get(model, [])]
     if name in ("decode.tpot_ms", "decode.tokens_per_s"):
         found = record.get("tpot_ms", {}).get(model, [])
         return list(found) if name == "decode.tpot_ms" else [1e3 / value for value in found]
@@ -152,18 +149,18 @@ def runs(report: VerificationReport, name: str, model: str) -> list[float]:
     return []
 
 
-def _interval(values: Sequence[float], error: float) -> Evidence | None:
+def _interval(values: Sequence[float], error: float, counted: str) -> Evidence | None:
     """Of the median; of a single value nothing is known."""
     if not values:
         return None
     if len(values) == 1:
-        return Evidence(-math.inf, math.inf, 1, "runs")
+        return Evidence(-math.inf, math.inf, 1, counted)
     if 2.0 ** (1 - len(values)) <= error:
         found = median(values, 1 - error)
-        return Evidence(found.low, found.high, len(values), "runs")
+        return Evidence(found.low, found.high, len(values), counted)
     logs = np.log(np.asarray(values, np.float64))
     half = student(error, len(values) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(values))
-    return Evidence(math.exp(logs.mean() - half), math.exp(logs.mean() + half), len(values), "runs")
+    return Evidence(math.exp(logs.mean() - half), math.exp(logs.mean() + half), len(values), counted)
 
 
 @cache

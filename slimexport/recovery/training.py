@@ -413,12 +413,11 @@ class Training:
     def _save(self, better: bool) -> None:
         if self.ranks.rank:
             return
-        kept = moments(self.optimiser, self.trained)
         tensors: dict[str, Mapping[str, torch.Tensor]] = {}
         if self.at.step:
-            tensors = {"weights": dict(self.trained), "moments": kept}
+            tensors |= {"weights": self.trained, "moments": moments(self.optimiser, self.trained)}
         if better:
-            tensors["best"] = dict(self.trained)
+            tensors["best"] = self.trained
         numbers = {
             "at": asdict(replace(self.at, seconds=self._elapsed())),
             "turns": self.turns.state(),

@@ -69,7 +69,7 @@ def export_stage(
     directory.begin("export")
     started = time.monotonic()
     of = hashlib.sha256(json.dumps(dict(checkpoint.files), sort_keys=True).encode()).hexdigest()
-    kept = directory.state.get("exports", {})
+    kept = directory.state.get("exports", {})  # of a stage that was stopped at a later one, too
     for name in set(directory.exported()) - set(names):  # what other options made of another checkpoint is no one's
         if force or kept.get(name, {}).get("checkpoint") != of:
             remove(directory / name)
@@ -79,11 +79,11 @@ def export_stage(
         text = _rounding_text(place, config)
         for name, kind in exports(config).items():
             exported, same = directory / name, _key(of, kind, config, text)
-            kept = directory.state.get("exports", {})  # of a stage that was stopped at a later one, too
             made = None if force else _unchanged(kept.get(name, {}), exported, same)
             if made is None:
                 made = export_checkpoint(place, exported, kind, config, progress, text)
-                directory.save(exports={**kept, name: {"checkpoint": of, **_record_of(exported, same, made)}})
+                kept = {**kept, name: {"checkpoint": of, **_record_of(exported, same, made)}}
+                directory.save(exports=kept)
             else:
                 progress.note(f"{name}: is there already")
             numerics[name] = made

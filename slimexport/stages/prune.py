@@ -76,9 +76,7 @@ def prune_stage(
         if directory.done("prune"):
             _check_same_source(directory, config)
             ranks.told(lambda: Message({"done": True}))
-            for path in (directory / WORK).glob(
-                "*"
-            ):  # of a run that was killed when it had nothing left to do but this
+            for path in (directory / WORK).glob("*"):  # left where it was killed with nothing else to do
                 if path.name != TRAINING:
                     remove(path)
             return directory.read(PRUNE, PruneRecord).checkpoint

@@ -128,7 +128,8 @@ def verify_stage(
         )
     numerics = read_json(directory / NUMERICS)
     dense = f"{BASELINE}/{reference(config)}"  # which accuracy is held to: in full precision
-    directory.save(environment=environment(cuda=True))  # of the machine that measures, whichever one pruned
+    # Of the machine that measures, whichever one pruned; written as the stage begins, when all was looked at.
+    directory.state["environment"] = environment(cuda=True)
     compared = earlier_exports(config, directory.state, text.source)
     found: dict[str, VerificationReport] = {}
     directory.begin("verify")
