@@ -226,7 +226,7 @@ class RunConfig(BaseModel):
         default=None, gt=0, description="Fail if the median time per output token is above."
     )
     max_size_mb: float | None = Field(
-        default=None, gt=0, description="Fail if the exported files are larger (MB = 1e6 bytes)."
+        default=None, gt=0, description="Fail if the graph with its weights is larger (MB = 1e6 bytes)."
     )
     gates: tuple[Gate, ...] = Field(
         default=(),
