@@ -1,7 +1,8 @@
 """The ordered stages (DESIGN.md, "The road"): what the CLI and the Python API call.
 
 Every function takes a run directory, does its stages in it under a lock, and leaves their results there; `run` does
-all. Under `resume` a stage that was done with the same options, model and texts is skipped.
+all. Under `resume` a stage that was done with the same options and model is skipped (a text whose name is the same is
+taken for the same once its stage is done, but by `verify`).
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
     from slimexport.pruning.memory import fitting
     from slimexport.pruning.stage import cost_identity
     from slimexport.pruning.states import Keeper, Room
+    from slimexport.stages.out_of_memory import with_less
     from slimexport.texts import mix
 
     config = absolute(config)
@@ -128,8 +130,9 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
             device = resolve_device(config.device)
             needs = fitting(made, architecture, config, device, streamed=streamed)
-            costs = measured_costs(
-                loaded, calibration, config, None, progress, room=Room(Keeper(needs.place, device))
+            costs = with_less(
+                lambda room: measured_costs(loaded, calibration, config, None, progress, room=room),
+                Room(Keeper(needs.place, device)), progress, config, again=False, less="fewer --probe-tokens, --fast",
             )  # fmt: skip
         made = plan_stage(config, architecture, stored, costs)
         if made.allocation != config.resolved_allocation:

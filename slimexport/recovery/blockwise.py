@@ -21,12 +21,12 @@ from slimexport.pruning.forward import Arguments, Settings, advance, first_state
 from slimexport.pruning.states import HiddenStates
 from slimexport.ranks import Message, summed
 from slimexport.recovery.domains import Turns
+from slimexport.recovery.losses import relative_error
 from slimexport.recovery.memory import TOKENS
 from slimexport.recovery.optimisers import optimiser
-from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, falling
+from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, rate_of_time
 
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
-_SMALL = 1e-6
 
 
 class BlockwiseTraining(Training):
@@ -137,10 +137,8 @@ class BlockwiseTraining(Training):
         order: list[int] = []
         while (share := done()) < 1:
             taken = self.at.step - first
-            reached = share * (taken + 1) / taken if taken else 1 / steps if steps else WARM_UP**2
-            rate = min(reached / WARM_UP, 1.0)
-            after_it = max(share - WARM_UP, 0.0) / (1 - WARM_UP)
-            stepping.param_groups[0]["lr"] = self.recipe.learning_rate * rate * falling(after_it)
+            rate = rate_of_time(share, taken, 1 / steps if steps else WARM_UP**2)
+            stepping.param_groups[0]["lr"] = self.recipe.learning_rate * rate
             total = 0.0
             for _ in range(batches):
                 if not order:
@@ -166,7 +164,7 @@ class BlockwiseTraining(Training):
     def _share(self, blocks: int, steps: int | None) -> Callable[[], float]:
         """What of the block's part of the budget is used up, asked before every step; at least one is taken."""
         begun, first = time.monotonic(), self.at.step
-        judging = self.judging * -(-blocks // self._every)
+        judging = self.at.judging * -(-blocks // self._every)
         left = max(self.recipe.budget.amount - self._elapsed() - judging, 0.0) / blocks
 
         def look() -> Message:
@@ -177,11 +175,3 @@ class BlockwiseTraining(Training):
             return Message({"share": (time.monotonic() - begun) / left if left else 1.0})
 
         return lambda: float(self.ranks.told(look).values["share"])
-
-
-def relative_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of ||made - wanted||^2 / ||wanted||^2: [..., width] -> float32 []. A few tokens have hidden
-    states a thousand times as large as all others (attention sinks): they count once each, like any other."""
-    wanted = wanted.float()
-    size = wanted.square().sum(-1)
-    return ((made.float() - wanted).square().sum(-1) / (size + _SMALL)).mean()

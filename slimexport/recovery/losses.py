@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 NOTHING = -100  # the target of a token after which nothing comes
+_SMALL = 1e-6
 ROWS = 128  # tokens whose distributions are in float32 at once: they stay in the cache, and a vocabulary is wide
 
 
@@ -80,13 +82,17 @@ class _Distillation(torch.autograd.Function):
         return gradient * outer[0].to(gradient), None, None, None, None
 
 
-def hidden_states(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over blocks of ||student - teacher||^2 / ||teacher||^2, of their outputs [sequences, length, width]."""
-    shares = [
-        (own.float() - other.float()).square().sum() / other.float().square().sum()
-        for own, other in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(shares).mean()
+def relative_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of ||made - wanted||^2 / ||wanted||^2: [..., width] -> float32 []. A few tokens have hidden
+    states a thousand times as large as all others (attention sinks): they count once each, like any other."""
+    wanted = wanted.float()
+    size = wanted.square().sum(-1)
+    return ((made.float() - wanted).square().sum(-1) / (size + _SMALL)).mean()
+
+
+def hidden_states(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean `relative_error` of outputs of blocks, each [sequences, length, width]."""
+    return torch.stack([relative_error(*both) for both in zip(student, teacher, strict=True)]).mean()
 
 
 @torch.no_grad()

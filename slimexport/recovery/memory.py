@@ -89,7 +89,8 @@ def needs(
     dense = width * sum(parameter.numel() for parameter in teacher.parameters())
     copies = width * parameters if recipe.autocast else 0  # of the weights, in the precision of a forward pass
     tokens, blocks = recipe.together * length, len(architecture.blocks)
-    passing = tokens * _of_a_token(architecture, width, one_by_one) + 5 * 4 * ROWS * architecture.vocab
+    looked_at = length if getattr(student.config, "_attn_implementation", None) == "eager" else 0
+    passing = tokens * _of_a_token(architecture, width, looked_at, one_by_one) + 5 * 4 * ROWS * architecture.vocab
     aside = 0
     if one_by_one:
         trained = -(-trained // blocks)
@@ -106,9 +107,12 @@ def needs(
     return Needs(LIBRARIES_BYTES + CUDA_BYTES + 4 * parameters + moments + dense, CUDA_BYTES // 2 + models + passing)
 
 
-def _of_a_token(architecture: Architecture, width: int, one_by_one: bool) -> int:
+def _of_a_token(architecture: Architecture, width: int, looked_at: int, one_by_one: bool) -> int:
+    """`looked_at`: tokens whose attention weights are kept, where attention makes them: softmax in float32, the product
+    before it, and what it is cast to."""
     each = [
         4 * RESIDUALS * own.hidden
+        + (4 + 2 * width) * looked_at * sizes.query_heads
         + width * HEADS * columns_of(sizes, own)
         + width * CHANNELS * sizes.channels * own.active_experts
         for own, sizes in zip(architecture.by_block, architecture.blocks, strict=True)

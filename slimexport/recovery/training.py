@@ -68,6 +68,13 @@ def falling(done: float) -> float:
     return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
+def rate_of_time(used: float, taken: int, first: float = WARM_UP**2) -> float:
+    """The share of the learning rate of the next step, where `taken` ones have `used` a share of the budget; `first`:
+    what the first one is going to use. Linear warm-up to the end of that step, then the cosine."""
+    reached = used * (taken + 1) / taken if taken else first
+    return min(reached / WARM_UP, 1.0) * falling(min(max(used - WARM_UP, 0.0) / (1 - WARM_UP), 1.0))
+
+
 @dataclass(frozen=True)
 class Trained:
     """`points` begin with the student as it was given; `best` is the index of the one whose weights it has now."""
@@ -94,6 +101,10 @@ class _Numbers:
     best: int = 0
     judged: int = 0  # at which step it was judged last
     block: int = 0  # how many are done, where they are trained one by one
+    taken: int = 0  # steps, with those that were gone back by
+    used: float = 0.0  # share of what a budget of time leaves for steps
+    judging: float = 0.0  # seconds that it took last
+    looked: float = 0.0  # seconds that it took in all
 
 
 class Training:
@@ -123,7 +134,6 @@ class Training:
         self.points: list[RecoveryPoint] = []
         self.recent: list[float] = []
         self.notes: list[str] = []
-        self.judging = 0.0  # seconds that it took last
         self.tokens_per_step = self._sequences_of_a_step() * domains[0].train.shape[1]
         self.planned = recipe.budget.steps(self.tokens_per_step)  # None: only their time will tell
         windows = sum(len(domain.train) for domain in domains)
@@ -179,6 +189,7 @@ class Training:
                     self._judge(statistics.fmean(self.recent))
                 return "text"
             loss = self._step(batch)
+            self.at.taken += 1
             usual = max(self.recent) if len(self.recent) == RECENT else math.inf
             if loss is None or loss > SPIKE * usual:
                 if not self._rolled_back("the loss was not finite" if loss is None else f"the loss rose to {loss:.3g}"):
@@ -292,7 +303,8 @@ class Training:
         )
         if hidden:
             assert given is not None
-            loss = loss + recipe.hidden_weight * hidden_states(made.hidden_states[1:], given.hidden_states[1:])
+            # Of what comes after the embedding; the last is behind the final norm, which logits see and pruning scales.
+            loss = loss + recipe.hidden_weight * hidden_states(made.hidden_states[1:-1], given.hidden_states[1:-1])
         return loss
 
     @torch.no_grad()
@@ -305,8 +317,10 @@ class Training:
         return torch.autocast(self.device.type, wanted or torch.bfloat16, enabled=wanted is not None)
 
     def _share_of_rate(self) -> float:
-        """Linear warm-up, then a cosine; while a time has not been turned into steps it is still warming up."""
-        total = self.at.total or 20 * MEASURED_STEPS
+        """Linear warm-up, then a cosine, over the steps or the time."""
+        if self.planned is None:
+            return rate_of_time(self.at.used, self.at.taken)
+        total = self.planned
         warm = max(1, round(WARM_UP * total))
         if self.at.step < warm:
             return (self.at.step + 1) / warm
@@ -316,9 +330,12 @@ class Training:
     def _estimate(self) -> None:
         budget = self.recipe.budget
         elapsed = self._elapsed()
-        if budget.unit == "seconds" and (self.at.step >= MEASURED_STEPS or elapsed >= budget.amount):
-            left = max(budget.amount - self.judging - elapsed, 0.0)
-            self.at.total = self.at.step + int(left / elapsed * self.at.step)
+        if budget.unit != "seconds":
+            return
+        left, training = max(budget.amount - self.at.judging - elapsed, 0.0), elapsed - self.at.looked
+        self.at.used = training / (training + left)
+        if self.at.taken >= MEASURED_STEPS or not left:
+            self.at.total = self.at.step + int(left / training * self.at.taken)
 
     def _say(self, loss: float) -> None:
         at, elapsed = self.at, self._elapsed()
@@ -337,10 +354,10 @@ class Training:
 
         def look() -> Message:
             self._estimate()
-            return Message({"total": self.at.total, "due": self._used_up()})
+            return Message({"total": self.at.total, "used": self.at.used, "due": self._used_up()})
 
         said = self.ranks.told(look).values
-        self.at.total = said["total"]
+        self.at.total, self.at.used = said["total"], said["used"]
         return bool(said["due"])
 
     def _used_up(self) -> bool:
@@ -351,7 +368,7 @@ class Training:
             return True
         every = max(1, self.at.total // EVALUATIONS)
         if self.recipe.budget.unit == "seconds":
-            every = max(every, round(SHARE * self.judging * self.at.step / self._elapsed()))
+            every = max(every, round(SHARE * self.at.judging * self.at.taken / (self._elapsed() - self.at.looked)))
         # the last full one ends with the budget
         return self.at.step - self.at.judged >= every and self.at.total - self.at.step >= every // 2
 
@@ -360,7 +377,8 @@ class Training:
         begun = time.monotonic()
         found, judged = self._measured()
         give_back()  # judging needs other sizes than training, as does what was done before
-        self.judging = time.monotonic() - begun
+        self.at.judging = time.monotonic() - begun
+        self.at.looked += self.at.judging
         mean = statistics.fmean(of.divergence for of in found.values())
         if not self.points and not math.isfinite(judged):
             raise BadInputError("The pruned model's loss on the held-out text is not finite: nothing can be trained.")
@@ -403,7 +421,8 @@ class Training:
             one, other = distances(own, self._asked(ids).logits.flatten(0, 1), targets)
             divergence, nll, tokens = divergence + one, nll + other, tokens + int((targets != NOTHING).sum())
         every = summed(self.ranks, tokens)
-        return HeldOut(summed(self.ranks, divergence) / every, summed(self.ranks, nll) / every)
+        # The last bits of sums in float32 can be below zero.
+        return HeldOut(max(summed(self.ranks, divergence), 0.0) / every, summed(self.ranks, nll) / every)
 
     @property
     def state(self) -> TrainingState:
@@ -424,6 +443,7 @@ class Training:
             "points": [asdict(point) for point in self.points],
             "recent": self.recent,
             "notes": self.notes,
+            "together": self.together,
         }
         self.state.save(numbers, tensors)
 
@@ -440,6 +460,8 @@ class Training:
 
     def _restore(self, numbers: Mapping[str, Any]) -> None:
         self.at = _Numbers(**numbers["at"])
+        if not self.ranks.rank:  # others have room of their own
+            self.together = min(self.together, numbers["together"])
         self.begun = time.monotonic()
         self.turns.restore(numbers["turns"])
         self.recent = list(numbers["recent"])
@@ -478,5 +500,6 @@ class Training:
         self.turns.restore({**turns, "weights": self.turns.weights})
         self.at.scale, self.at.rollbacks = at.scale / 2, at.rollbacks + 1
         self.at.seconds, self.at.worse, self.at.total = elapsed, at.worse, at.total
+        self.at.taken, self.at.used, self.at.judging, self.at.looked = at.taken, at.used, at.judging, at.looked
         self.recent = []
         return True

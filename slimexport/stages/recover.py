@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from slimexport.artifacts import (
     to_dict,
 )
 from slimexport.config import RunConfig
-from slimexport.errors import BadInputError
+from slimexport.errors import BadInputError, first_sentence
 from slimexport.precisions import cast_parameters
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike, shared, summed, versions
@@ -75,10 +76,12 @@ def recover_stage(
     if not directory.done("prune"):
         raise BadInputError(f"{directory.path} holds no finished checkpoint; run with --resume to finish it.")
     key = {"prune": directory.key("prune"), **fields_of(config, "recover"), "seed": config.seed}
+    place = directory / WORK / TRAINING
+    if directory.done("recover"):
+        remove(directory / WORK)  # left where it was killed with nothing else to do
     if directory.done("recover", key) and not force:
         ranks.told(lambda: Message({"done": True}))
         return directory.read(RECOVER, Recovery)
-    place = directory / WORK / TRAINING
     if (place / STATE).is_file() and not (force or resume):
         raise BadInputError(
             f"{directory.path} holds a training that was interrupted: --resume goes on with it, --force starts over."
@@ -128,13 +131,11 @@ def recover_stage(
         if not resume:
             remove(place)
         texts.keep(place, key, domains, overlaps)
-        chat = Chat(teacher.model, tokenizer)
-        ended = chat.ended(training.student)
-        trained = training.run(state)
-        answers = chat.check(ended, chat.ended(training.student))
-        if answers is not None and (said_of_it := warning(answers)):
-            progress.note(said_of_it)
-            notes = (*notes, said_of_it)
+        with roomy(training.recipe):
+            chat = Chat(teacher.model, tokenizer)
+            ended = chat.ended(training.student)
+            trained = training.run(state)
+            answers = chat.check(ended, chat.ended(training.student))
         settings = {
             **fields_of(config, "recover"),
             "recover_text_share": training.recipe.text_share,
@@ -152,10 +153,14 @@ def recover_stage(
         if trained.best and (stored != torch.float32 or config.recover == "lora"):
             after = training.judged(finished)  # merged, and rounded to what is stored
         if after < before:
+            if answers is not None and (said_of_it := warning(answers)):
+                progress.note(said_of_it)
+                made = dataclasses.replace(made, notes=(*made.notes, said_of_it))
             finished = finished.to("cpu")
             made = dataclasses.replace(made, checkpoint=_save(directory, finished, teacher, architecture, made, config))
         else:
-            made = dataclasses.replace(made, best=0)
+            answers = answers and dataclasses.replace(answers, recovered=answers.pruned)
+            made = dataclasses.replace(made, best=0, chat=answers)
             progress.note("training made it no better: the pruned model is kept as it is")
     directory.write(RECOVER, made)
     directory.save_config(fields_of(config, "recover"))
@@ -232,10 +237,26 @@ def training_of(
     model = method.prepare(student.float(), architecture, config)
     recipe = fitting(model, teacher.model, architecture, recipe, config, device, one_by_one=method.one_by_one)
     cast_parameters(teacher.model.requires_grad_(False), recipe.autocast or torch.float32)
-    teacher.model.to(device)
-    model = model.to(device)
+    with roomy(recipe):
+        teacher.model.to(device)
+        model = model.to(device)
     made = method.training(architecture)
     return made(model, teacher.model, domains, recipe, progress, ranks)
+
+
+@contextmanager
+def roomy(recipe: Recipe) -> Iterator[None]:
+    """Within it, a device that has no room for both models is bad input; a batch that is too large is made smaller
+    where it is put through."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BadInputError(
+            f"The device ran out of memory with both models on it ({first_sentence(error)}): {recipe.lighter} needs "
+            "less, and --device cpu nothing of it."
+        ) from error
 
 
 def recipe_of(config: RunConfig, device: torch.device, method: Method, architecture: Architecture) -> Recipe:

@@ -14,12 +14,12 @@ from models import tiny_text
 
 import slimexport
 from slimexport import pipeline
-from slimexport.artifacts import Recovery, from_dict, read_json, sha256_tree
+from slimexport.artifacts import ChatCheck, Recovery, from_dict, read_json, sha256_tree
 from slimexport.checkpoint import load
 from slimexport.cli import main
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, SlimExportError
-from slimexport.recovery import training
+from slimexport.recovery import chat, training
 from slimexport.reporting import load_report
 from slimexport.reporting.published import published
 from slimexport.testing.models import tiny_config, tiny_model, tiny_tokenizer
@@ -297,12 +297,40 @@ def test_a_model_that_rounding_makes_no_better_is_not_taken(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training.Training, "judged", lambda self, finished: 1e9)
+    monkeypatch.setattr(chat.Chat, "check", lambda self, before, after: ChatCheck(4, 64, 3, 0))
     out = tmp_path / "out"
     pipeline.prune(options(model), out)
     made = pipeline.recover(out, {**TRAINING, "recover": "lora"})
     assert made.checkpoint is None
     assert made.best == 0
+    assert made.chat == ChatCheck(4, 64, 3, 3)  # of the model that is kept
+    assert not any("answers in its chat template" in note for note in made.notes)
     assert not (out / "recovered").exists()
+
+
+def test_a_device_without_room_for_both_models_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(chat.Chat, "__init__", full)
+    pipeline.prune(options(model), tmp_path)
+    with pytest.raises(BadInputError, match=r"ran out of memory with both models .*needs less"):
+        pipeline.recover(tmp_path, TRAINING)
+
+
+def test_what_a_kill_left_of_a_finished_training_is_in_nobodys_way(model: Path, tmp_path: Path) -> None:
+    pipeline.prune(options(model), tmp_path)
+    made = pipeline.recover(tmp_path, TRAINING)
+    left = tmp_path / ".work" / "recovery" / "state.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    assert pipeline.recover(tmp_path, TRAINING, resume=True) == made
+    assert not (tmp_path / ".work").exists()
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    assert pipeline.recover(tmp_path, {**TRAINING, "recover_budget": "3 steps"}, resume=True).steps == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.pruning.states import CPU
 from slimexport.recovery import losses, memory, optimisers, training
-from slimexport.recovery.blockwise import BlockwiseTraining, relative_error
+from slimexport.recovery.blockwise import BlockwiseTraining
 from slimexport.recovery.budget import Budget
 from slimexport.recovery.chat import ASKED, Chat, warning
 from slimexport.recovery.domains import EPOCHS, Domain, OutOfTextError, Turns, read_domains
@@ -125,8 +126,10 @@ def test_a_token_after_which_nothing_comes_counts_for_nothing(share: float) -> N
 
 
 def test_hidden_states_count_by_their_own_size() -> None:
+    """A token a thousand times as large as the others counts as they do."""
     a, b = torch.randn(2, 3, 4, dtype=torch.float32), torch.randn(2, 3, 4)
-    expected = ((a - b).square().sum() / b.square().sum() + 0.25) / 2
+    a[0, 0], b[0, 0] = 1000 * a[0, 0], 1000 * b[0, 0]
+    expected = (((a - b).square().sum(-1) / b.square().sum(-1)).mean() + 0.25) / 2
     assert float(losses.hidden_states([a, 0.5 * b], [b, b])) == pytest.approx(float(expected), rel=1e-6)
     x = torch.randn(1, 2, 3, dtype=torch.float64)
     given = torch.randn_like(x).requires_grad_()
@@ -543,6 +546,50 @@ def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
         trained(tmp_path / "none", recipe("3 steps", together=4, lighter="--recover local"))
 
 
+def test_a_resumed_training_remembers_that_there_was_less_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Training._loss
+    seen: list[int] = []
+
+    def loss(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        if len(ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(self, ids)
+
+    monkeypatch.setattr(Training, "_loss", loss)
+    room = 2
+    trained(tmp_path, recipe("3 steps", together=4))
+    student, teacher = models()
+    again = Training(student, teacher, texts(), recipe("3 steps", together=4), Progress(quiet=True))
+    room = 4
+    again.run(TrainingState(tmp_path, {"of": 1}))
+    assert again.together == 2
+    assert len(again.notes) == 1
+
+
+def test_outputs_of_blocks_can_count_as_well(tmp_path: Path) -> None:
+    """Toward the teacher's, however many sequences go through at once; the last is seen by the logits alone."""
+    student, teacher = models()
+    ids = texts()[0].train[:4]
+
+    def gradients(together: int, weight: float) -> tuple[float, dict[str, torch.Tensor]]:
+        how = recipe(together=together, hidden_weight=weight)
+        made = Training(student, teacher, texts(), how, Progress(quiet=True))
+        loss = made._gradient(ids)
+        return loss, {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    (plain, _), (loss, whole), (same, parts) = gradients(4, 0.0), gradients(4, 0.5), gradients(1, 0.5)
+    assert loss > plain
+    assert same == pytest.approx(loss, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        own, other = (model(ids, output_hidden_states=True).hidden_states[1:-1] for model in (student, teacher))
+    assert loss - plain == pytest.approx(0.5 * float(losses.hidden_states(own, other)), rel=1e-3)
+    _, made = trained(tmp_path, recipe("24 steps", hidden_weight=0.1))
+    assert made.best > 0
+
+
 def test_a_budget_shorter_than_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="shorter than one step"):
         trained(tmp_path, recipe("63 tokens"))
@@ -556,14 +603,18 @@ def test_all_of_the_text_is_used_a_few_times_and_not_more(tmp_path: Path) -> Non
         assert any("more text" in note for note in made.notes)
 
 
-def test_a_time_becomes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a quarter of a second a step, and a second a look at the held-out windows."""
-    clock = [0.0]
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rates of all steps, by a clock that goes on by a quarter of a second a step, and a second a look at
+    the held-out windows."""
+    clock, seen = [0.0], list[float]()
     step, measured = Training._step, Training._measured
 
     def slow(self: Any, batch: torch.Tensor) -> float | None:
+        loss = step(self, batch)
         clock[0] += 0.25
-        return step(self, batch)
+        seen.append(self.optimiser.param_groups[0]["lr"])
+        return loss
 
     def slower(self: Any) -> Any:
         clock[0] += 1.0
@@ -573,6 +624,10 @@ def test_a_time_becomes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Training, "_measured", slower)
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(training, "PATIENCE", 100)
+    return seen
+
+
+def test_a_time_becomes_steps(tmp_path: Path, rates: list[float]) -> None:
     _, made = trained(tmp_path, recipe("14s"))
     assert made.stopped == "budget"
     assert 13 < made.seconds <= 14
@@ -580,6 +635,39 @@ def test_a_time_becomes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 3 <= len(made.points) <= 4  # judging is to take no more than a sixth
     _, made = trained(tmp_path / "short", recipe("0.001s"))
     assert made.steps == 1
+
+
+def test_the_rate_follows_a_time_as_it_follows_steps(tmp_path: Path, rates: list[float]) -> None:
+    """Warm-up from the first step on, however long the first look took, and the cosine to the end."""
+    _, made = trained(tmp_path, recipe("16s"))
+    by_time = [rate / recipe().learning_rate for rate in rates]
+    rates.clear()
+    trained(tmp_path / "steps", recipe(f"{made.steps} steps"))
+    by_steps = [rate / recipe().learning_rate for rate in rates]
+    assert made.steps > 40
+    assert by_time[0] == pytest.approx(0.1)
+    assert max(abs(a - b) for a, b in zip(by_time, by_steps, strict=True)) < 0.15
+
+
+def test_after_a_failure_a_time_is_still_the_same_time(
+    tmp_path: Path, rates: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are gone back by took their time: neither warm-up nor the pace of judging begins anew."""
+    original = training.distillation
+
+    def once(*arguments: Any, **named: Any) -> torch.Tensor:
+        loss = original(*arguments, **named)
+        return loss * math.nan if len(rates) == 19 else loss
+
+    monkeypatch.setattr(training, "distillation", once)
+    _, made = trained(tmp_path, recipe("16s"))
+    (note,) = made.notes
+    assert "at step 19 the loss was not finite: back to step 0" in note
+    assert made.steps == len(rates) - 20
+    after = [2 * rate / rates[19] for rate in rates[20:]]
+    assert after[0] == pytest.approx(1.0, abs=0.1)
+    assert all(b <= a for a, b in pairwise(after))
+    assert min(b.step - a.step for a, b in pairwise(made.points)) >= 8
 
 
 def test_the_text_alone_needs_no_teacher(tmp_path: Path) -> None:
@@ -610,10 +698,10 @@ def test_every_token_counts_once_however_large_it_is() -> None:
         float((m - w).square().sum() / w.square().sum())
         for m, w in zip(made.view(6, 5), wanted.view(6, 5), strict=True)
     ]
-    assert float(relative_error(made, wanted)) == pytest.approx(sum(each) / 6, rel=1e-4)
+    assert float(losses.relative_error(made, wanted)) == pytest.approx(sum(each) / 6, rel=1e-4)
     given = (torch.randn(1, 2, 3, dtype=torch.float64)).requires_grad_()
     to = torch.randn(1, 2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: relative_error(x, to), (given,), eps=1e-3, atol=1e-2, rtol=1e-2)
+    assert torch.autograd.gradcheck(lambda x: losses.relative_error(x, to), (given,), eps=1e-3, atol=1e-2, rtol=1e-2)
 
 
 def blockwise(place: Path, how: Recipe, student: Any = None) -> tuple[Any, Trained]:
@@ -708,10 +796,13 @@ def test_every_block_needs_a_step_and_a_time_is_divided_among_them(tmp_path: Pat
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def memory_of(how: Recipe, length: int = 64, one_by_one: bool = False, method: str = "distill") -> memory.Needs:
+def memory_of(
+    how: Recipe, length: int = 64, one_by_one: bool = False, method: str = "distill", attention: str = "sdpa"
+) -> memory.Needs:
     config = tiny_config("llama")
     architecture = architecture_of(config, "tiny")
     student = methods.get(method).prepare(tiny_model(config), architecture, RunConfig(model="x"))
+    student.set_attn_implementation(attention)
     return memory.needs(student, tiny_model(config), architecture, how, length, CPU, one_by_one=one_by_one)
 
 
@@ -722,6 +813,10 @@ def test_memory_grows_with_what_is_trained_and_with_tokens_at_once() -> None:
     assert memory_of(recipe(), method="lora").host < plain
     assert memory_of(recipe(optimiser="adamw-8bit")).host < plain
     assert memory_of(recipe(hidden_weight=0.1)).host > plain
+    eager = memory_of(
+        recipe(), attention="eager"
+    ).host  # [heads, length, length] of every block, in float32 three times
+    assert eager - plain == 3 * 2 * 64 * (3 * 4 * 6 * 64)
     assert memory_of(recipe()).device == 0
     trained = sum(p.numel() for p in models()[0].parameters() if p.requires_grad)
     assert plain > memory.LIBRARIES_BYTES + 16 * trained
