@@ -91,8 +91,9 @@ def relative_error(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean `relative_error` of outputs of blocks, each [sequences, length, width]."""
-    return torch.stack([relative_error(*both) for both in zip(student, teacher, strict=True)]).mean()
+    """The mean `relative_error` of outputs of blocks, each [sequences, length, width]; 0 of none."""
+    errors = [relative_error(*both) for both in zip(student, teacher, strict=True)]
+    return torch.stack(errors).mean() if errors else torch.zeros(())
 
 
 @torch.no_grad()

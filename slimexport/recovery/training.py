@@ -461,7 +461,7 @@ class Training:
     def _restore(self, numbers: Mapping[str, Any]) -> None:
         self.at = _Numbers(**numbers["at"])
         if not self.ranks.rank:  # others have room of their own
-            self.together = min(self.together, numbers["together"])
+            self.together = min(self.together, numbers.get("together", self.together))
         self.begun = time.monotonic()
         self.turns.restore(numbers["turns"])
         self.recent = list(numbers["recent"])

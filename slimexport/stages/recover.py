@@ -254,8 +254,7 @@ def roomy(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise BadInputError(
-            f"The device ran out of memory with both models on it ({first_sentence(error)}): {recipe.lighter} needs "
-            "less, and --device cpu nothing of it."
+            f"The device ran out of memory with both models on it ({first_sentence(error)}): {recipe.lighter} needs less."
         ) from error
 
 

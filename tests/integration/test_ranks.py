@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from models import tiny_directory, tiny_text
 from safetensors.torch import load_file
 
 from slimexport import pipeline
-from slimexport.artifacts import read_json
+from slimexport.artifacts import read_json, sha256_file
 from slimexport.config import RunConfig
 
 # Sums over two parts differ in the last bit of float64; what is stored are float32 weights of about 0.1.
@@ -180,6 +181,34 @@ def test_two_ranks_train_blocks_one_by_one(model: Path, tmp_path: Path) -> None:
     made = read_json(out / "recover.json")
     assert made["best"] > 0
     assert made["tokens"] == made["steps"] * 2 * 48  # a step's sequences are divided, not multiplied
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_a_training_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
+    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
+    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
+                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    pipeline.prune(config, whole)
+    shutil.copytree(whole, part)
+    line = ("--recover", "distill", *TRAINING, "--recover-budget", "24 steps")
+    for code, err in ended(ranks("recover", str(whole), *line, size=2)):
+        assert code == 0, err
+    state = part / ".work" / "recovery" / "state.json"
+    processes = ranks("recover", str(part), *line, size=2)
+    until(lambda: state.is_file() and '"moments"' in state.read_text(), processes)
+    for process in processes:
+        process.kill()
+    ended(processes)
+    assert not (part / "recovered").exists()
+    (code, err), (other_code, other_err) = ended(ranks("recover", str(part), *line, "--resume", size=2))
+    assert (code, other_code) == (0, 0), err + other_err
+    (step,) = re.findall(r"going on after step (\d+)", err)
+    assert int(step) > 0
+    assert read_json(part / "recover.json")["points"][-1]["step"] == 24
+    of_whole, of_part = (sha256_file(out / "recovered" / "model.safetensors") for out in (whole, part))
+    assert of_whole == of_part
 
 
 def until(ready: Callable[[], bool], processes: list[Any]) -> None:
