@@ -254,7 +254,8 @@ def roomy(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise BadInputError(
-            f"The device ran out of memory with both models on it ({first_sentence(error)}): {recipe.lighter} needs less."
+            f"The device ran out of memory with both models on it ({first_sentence(error)}): {recipe.lighter} needs "
+            "less."
         ) from error
 
 

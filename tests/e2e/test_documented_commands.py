@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", *ROOT.glob("docs/*.md")) if "```sh" in p.read_text(encoding="utf-8"))
 DEMO = "smollm2-135m"
 BIN = Path(sys.executable).parent
-# `slimexport` of that session. What makes a run of the tiny model short stands before what the page says, which wins, but
-# for how long it is trained.
+# `slimexport` of that session. What makes a run of the tiny model short stands before what the page says, which wins,
+# but for how long it is trained.
 WRAPPER = f"""#!{sys.executable}
 import os, sys
 from slimexport.cli import main
