@@ -189,7 +189,7 @@ def test_a_little_training_gives_much_back(finished: Any, tmp_path: Path) -> Non
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    call("recover", "--recover-budget", "12 steps", "--recover-length", "256")
+    call("recover", "--recover-budget", "12 steps", "--recover-length", "256", "--recover-text", "wikipedia")
     made = json.loads((out / "recover.json").read_text())
     curve = [point["judged"] for point in made["points"]]
     assert min(curve) < curve[0] - 0.05
