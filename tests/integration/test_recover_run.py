@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def options(model: Path, **more: Any) -> RunConfig:
     given = {"calibration_tokens": 512, "sequence_length": 64, "eval_tokens": 250, "eval_window": 64, "fast": True,
              "latency_runs": 0, "ratio": 0.4, "round_to": 8, "recover_text": str(text)}  # fmt: skip
     return RunConfig(model=str(model), calibration=str(text), eval_text=str(other), **{**given, **more})
+
+
+def prune(model: Path, out: Path) -> None:
+    """`out` as `slimexport prune` leaves it: pruned once, then copied."""
+    once = model.parent / "pruned"
+    if not once.is_dir():
+        pipeline.prune(options(model), once)
+    shutil.copytree(once, out, dirs_exist_ok=True)
 
 
 def recovered(place: Path) -> Recovery:
@@ -102,7 +111,7 @@ def test_stages_one_by_one_come_to_the_same_bytes(whole: Path, model: Path, tmp_
 
 def test_adapters_are_merged_into_the_same_shape(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     made = pipeline.recover(out, {**TRAINING, "recover": "lora", "recover_rank": 4})
     assert made.checkpoint is not None
     pruned, trained = load(out / "checkpoint")[0].state_dict(), load(out / "recovered")[0].state_dict()
@@ -129,7 +138,7 @@ def test_a_package_that_training_needs_is_asked_for_before_pruning(
 
 def test_blocks_that_are_trained_one_by_one(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     made = pipeline.recover(out, {**TRAINING, "recover": "local", "recover_budget": "60 steps"})
     assert made.checkpoint is not None
     assert made.kept.divergence < made.points[0].divergence
@@ -160,7 +169,7 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
     whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     steps = 0
     original = training.Training._step
 
@@ -187,7 +196,7 @@ def test_a_killed_recovery_is_gone_on_with_to_the_same_bytes(
 
 def test_training_that_makes_it_worse_keeps_the_pruned_model(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     made = pipeline.recover(out, {**TRAINING, "recover": "none", "recover_learning_rate": 1e6})
     assert made.method == "distill"  # the one that need not be named
     assert made.checkpoint is None
@@ -210,7 +219,7 @@ def test_text_that_is_evaluated_on_is_refused_unless_forced(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     both = tmp_path / "both.txt"
     both.write_text((model.parent / "text.txt").read_text() + "\n" + (model.parent / "eval.txt").read_text() * 4)
     with pytest.raises(BadInputError, match="also occur in the recovery text"):
@@ -230,7 +239,7 @@ def interrupted(*_: Any) -> None:
 
 def test_text_that_was_trained_on_is_not_evaluated_on_later(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     other = tiny_text(tmp_path / "other.txt", 4000, seed=9)
     made = pipeline.recover(out, {**TRAINING, "recover_text": str(other), "recover_text_share": 0.5})
     assert made.checkpoint is not None
@@ -256,7 +265,7 @@ def test_what_the_model_wrote_is_not_written_again(
 
     monkeypatch.setattr(sources, "write", write)
     out, text = tmp_path / "out", {**TRAINING, "recover_text": f"mix:{model.parent / 'text.txt'}=0.5,chat=0.5"}
-    pipeline.prune(options(model), out)
+    prune(model, out)
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -299,7 +308,7 @@ def test_a_model_that_rounding_makes_no_better_is_not_taken(
     monkeypatch.setattr(training.Training, "judged", lambda self, finished: 1e9)
     monkeypatch.setattr(chat.Chat, "check", lambda self, before, after: ChatCheck(4, 64, 3, 0))
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     made = pipeline.recover(out, {**TRAINING, "recover": "lora"})
     assert made.checkpoint is None
     assert made.best == 0
@@ -315,13 +324,13 @@ def test_a_device_without_room_for_both_models_is_said(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     monkeypatch.setattr(chat.Chat, "__init__", full)
-    pipeline.prune(options(model), tmp_path)
+    prune(model, tmp_path)
     with pytest.raises(BadInputError, match=r"ran out of memory with both models .*needs less"):
         pipeline.recover(tmp_path, TRAINING)
 
 
 def test_what_a_kill_left_of_a_finished_training_is_in_nobodys_way(model: Path, tmp_path: Path) -> None:
-    pipeline.prune(options(model), tmp_path)
+    prune(model, tmp_path)
     made = pipeline.recover(tmp_path, TRAINING)
     left = tmp_path / ".work" / "recovery" / "state.json"
     left.parent.mkdir(parents=True)
@@ -350,7 +359,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
     model: Path, whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "out"
-    pipeline.prune(options(model), out)
+    prune(model, out)
     with pytest.raises(SlimExportError, match=message):
         pipeline.recover(out, {**TRAINING, **changes})
     assert load(out)[0]
