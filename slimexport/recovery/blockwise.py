@@ -26,6 +26,7 @@ from slimexport.recovery.memory import TOKENS
 from slimexport.recovery.optimisers import optimiser
 from slimexport.recovery.training import EVALUATIONS, RECENT, WARM_UP, Training, rate_of_time
 
+PASSING = 0.25  # of a block's part of a time, at most, to put windows through both streams
 ASIDE = 8  # one batch of so many is not trained on: a block that got no better by it stays as it was
 
 
@@ -79,8 +80,28 @@ class BlockwiseTraining(Training):
         """int64 [windows, length], each of them once: what is set aside is not trained on as well."""
         windows = sum(len(domain.train) for domain in self.domains)
         length = self.domains[0].train.shape[1]
-        ids = Turns(self.domains, self.recipe.seed).batch(min(windows, max(2 * ASIDE, TOKENS // length)))
+        count = min(windows, max(2 * ASIDE, min(TOKENS // length, self._useful())))
+        ids = Turns(self.domains, self.recipe.seed).batch(count)
         return torch.tensor(list(dict.fromkeys(tuple(window) for window in ids.tolist())))
+
+    def _useful(self) -> int:
+        """Windows that a block's steps can see, with those set aside; of a time as many as go through both streams in
+        PASSING of a block's part of it."""
+        blocks = len(self._blocks)
+        if self.planned is not None:
+            return -(-self.planned // blocks) * self._sequences_of_a_step() * ASIDE // (ASIDE - 1) + ASIDE
+
+        def timed() -> Message:
+            ids = Turns(self.domains, self.recipe.seed).batch(self._together * self.ranks.size)
+            states, known = self._states(self.student, ids)
+            for _ in range(2):  # the first call is slower
+                begun = time.monotonic()
+                self._advance(states, known, self._blocks[0], 0)
+            each = 2 * (time.monotonic() - begun) / self._together
+            part = PASSING * self.recipe.budget.amount / blocks
+            return Message({"windows": int(self.ranks.size * part / each) if each else TOKENS})
+
+        return int(self.ranks.told(timed).values["windows"])
 
     def _states(self, model: Any, ids: torch.Tensor) -> tuple[HiddenStates, Arguments]:
         settings = Settings(

@@ -18,6 +18,7 @@ from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.pruning.states import CPU
+from slimexport.recovery import blockwise as blockwise_training
 from slimexport.recovery import losses, memory, optimisers, training
 from slimexport.recovery.blockwise import BlockwiseTraining
 from slimexport.recovery.budget import Budget
@@ -743,13 +744,27 @@ def test_what_a_block_is_judged_by_is_not_trained_on_as_well(tmp_path: Path, mon
         return original(self, model, ids)
 
     monkeypatch.setattr(BlockwiseTraining, "_states", states)
-    blockwise(tmp_path, recipe("3 steps"))
+    blockwise(tmp_path, recipe("30 steps"))
     windows = [tuple(window) for window in seen[0].tolist()]
     assert len(windows) > 32
     assert len(set(windows)) == len(windows)
     assert {domain.name for domain in texts() for window in domain.train.tolist() if tuple(window) in windows} == {
         "a", "bb",
     }  # fmt: skip
+
+
+def test_no_more_windows_go_through_than_a_budget_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def windows(budget: str) -> int:
+        student, teacher = models()
+        architecture = architecture_of(tiny_config("llama"), "tiny")
+        made = BlockwiseTraining(architecture, student, teacher, texts(), recipe(budget), Progress(quiet=True))
+        return len(made._windows())
+
+    assert windows("3 steps") == 16  # one step of four a block, but eight batches of two at least
+    assert windows("24 steps") == 8 * 4 * 8 // 7 + 8
+    assert windows("1h") > 50  # all there are, but those that came twice
+    monkeypatch.setattr(blockwise_training, "PASSING", 1e-9)
+    assert windows("1h") == 16
 
 
 def test_a_block_that_gets_no_better_stays_as_it_was(tmp_path: Path) -> None:
