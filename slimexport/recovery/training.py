@@ -175,6 +175,10 @@ class Training:
     def _elapsed(self) -> float:
         return self.at.seconds + time.monotonic() - self.begun
 
+    def _stepping(self) -> float:
+        """Seconds of it that went into steps."""
+        return self._elapsed() - self.at.looked
+
     def _steps(self) -> str:
         """Trains until the budget, the patience or the text is used up, and says which."""
         while self.at.total is None or self.at.step < self.at.total:
@@ -328,11 +332,10 @@ class Training:
         return falling(done)
 
     def _estimate(self) -> None:
-        budget = self.recipe.budget
-        elapsed = self._elapsed()
-        if budget.unit != "seconds":
+        if self.planned is not None:
             return
-        left, training = max(budget.amount - self.at.judging - elapsed, 0.0), elapsed - self.at.looked
+        training = self._stepping()
+        left = max(self.recipe.budget.amount - self.at.judging - self._elapsed(), 0.0)
         self.at.used = training / (training + left)
         if self.at.taken >= MEASURED_STEPS or not left:
             self.at.total = self.at.step + int(left / training * self.at.taken)
@@ -368,7 +371,7 @@ class Training:
             return True
         every = max(1, self.at.total // EVALUATIONS)
         if self.recipe.budget.unit == "seconds":
-            every = max(every, round(SHARE * self.at.judging * self.at.taken / (self._elapsed() - self.at.looked)))
+            every = max(every, round(SHARE * self.at.judging * self.at.taken / self._stepping()))
         # the last full one ends with the budget
         return self.at.step - self.at.judged >= every and self.at.total - self.at.step >= every // 2
 

@@ -549,10 +549,8 @@ def test_a_device_that_runs_out_of_memory_is_given_less_at_once(
 
 def test_a_resumed_training_remembers_that_there_was_less_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Training._loss
-    seen: list[int] = []
 
     def loss(self: Any, ids: torch.Tensor) -> torch.Tensor:
-        seen.append(len(ids))
         if len(ids) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(self, ids)
@@ -828,9 +826,8 @@ def test_memory_grows_with_what_is_trained_and_with_tokens_at_once() -> None:
     assert memory_of(recipe(), method="lora").host < plain
     assert memory_of(recipe(optimiser="adamw-8bit")).host < plain
     assert memory_of(recipe(hidden_weight=0.1)).host > plain
-    eager = memory_of(
-        recipe(), attention="eager"
-    ).host  # [heads, length, length] of every block, in float32 three times
+    eager = memory_of(recipe(), attention="eager").host
+    # [heads, length, length] of every block, in float32 three times
     assert eager - plain == 3 * 2 * 64 * (3 * 4 * 6 * 64)
     assert memory_of(recipe()).device == 0
     trained = sum(p.numel() for p in models()[0].parameters() if p.requires_grad)
