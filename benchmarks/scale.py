@@ -141,9 +141,9 @@ def floor(shape: str, gpu: str) -> dict[str, Any]:
     work = counted(plan, architecture, PAPER_TOKENS, PAPER_LENGTH)
     config = RunConfig(model=shape, fast=True, calibration_tokens=PAPER_TOKENS, sequence_length=PAPER_LENGTH)
     half, single, near, far = (rate * 1e12 for rate in GPUS[gpu])
-    # H of every block in float64 once around a ring, and the matrices that the first rank tells (float64 too).
+    # H of every block in float64 once around a ring, and the matrices that the first rank tells, float32 where so wide.
     summed = 8 * sum(sum(n**2 for n in (b.query_heads * architecture.head_dim, b.channels)) for b in plan.dense)
-    told = 8 * architecture.hidden * sum(b.query_heads * architecture.head_dim + b.channels for b in plan.blocks)
+    told = 4 * architecture.hidden * sum(b.query_heads * architecture.head_dim + b.channels for b in plan.blocks)
     shared, alone = work.passes / half + work.moments / single, work.solves / single
 
     def of(ranks: int) -> float:

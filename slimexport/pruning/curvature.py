@@ -74,7 +74,7 @@ def weighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
 
 def unweighted(W: torch.Tensor, weighting: Weighting | None) -> torch.Tensor:
     """The W that `weighted` turns into this one. Columns of zeros stay zeros."""
-    return W if weighting is None else torch.linalg.solve_triangular(weighting.R, W, upper=True)
+    return W if weighting is None else torch.linalg.solve_triangular(weighting.R, W.to(weighting.R), upper=True)
 
 
 def measure_curvature(

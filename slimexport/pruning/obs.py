@@ -24,7 +24,6 @@ ENUMERATION_LIMIT = 256  # combinations of one head per group that are still sco
 DAMPING_RETRIES = 6
 SINGLE_FROM = 2048  # inputs: from here on a factor is tried in float32 first; smaller ones take no time in float64
 SINGLE_RESIDUAL = 1e-3  # of A in float32, at most: what compensation loses to it is of second order
-GRAM_FROM = 16  # W^T W is made for candidates that have one entry in so many of it: they are asked for repeatedly
 ROWS = 512  # of a matrix that are converted at a time: the widest are gigabytes
 
 
@@ -157,7 +156,6 @@ class Eliminator:
         self._columns = W.to(inverse.dtype).T.clone(memory_format=torch.contiguous_format)
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
-        self._gram: torch.Tensor | None = None  # W^T W, kept from when many candidates were looked at first
         self._inverse = inverse
         self._factor = torch.empty(min(removed, W.shape[1]), W.shape[1], dtype=inverse.dtype, device=W.device)  # L^T
         self._used = 0
@@ -181,23 +179,23 @@ class Eliminator:
     def scores(self, columns: torch.Tensor, chunk: int = 256) -> torch.Tensor:
         """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c] float64.
 
-        One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error = ||l^-1 W_P^T||^2;
-        or, of many columns, tr(l^-1 (W^T W)_PP l^-T), which has the outputs summed over already.
+        One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error =
+        tr(l^-1 (W^T W)_PP l^-T), which has the outputs summed over already.
         """
         candidates, size = columns.shape
-        if size > 1 and self._gram is None and GRAM_FROM * candidates * size**2 >= len(self._columns) ** 2:
-            self._gram = self._columns @ self._columns.T
+        # Candidates that together have more entries than W^T W share them.
+        gram = self._columns @ self._columns.T if candidates * size**2 > len(self._columns) ** 2 else None
         parts = []
         for some in columns.split(chunk):
             factor = torch.linalg.cholesky(self.blocks(some))
-            if size == 1 or self._gram is None:
-                reduced = torch.linalg.solve_triangular(factor, self._columns[some], upper=False)  # [c, s, out]
-                parts.append(reduced.flatten(1).square_().sum(1, dtype=torch.float64))
+            if gram is None:
+                W = self._columns[some]  # [c, s, out]
+                G = W @ W.mT
             else:
-                G = self._gram[some.unsqueeze(2), some.unsqueeze(1)]
-                reduced = torch.linalg.solve_triangular(factor, G, upper=False)
-                both = torch.linalg.solve_triangular(factor, reduced.mT, upper=False)
-                parts.append(both.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).clamp(min=0.0))
+                G = gram[some.unsqueeze(2), some.unsqueeze(1)]
+            reduced = torch.linalg.solve_triangular(factor, G, upper=False)
+            both = torch.linalg.solve_triangular(factor, reduced.mT, upper=False)
+            parts.append(both.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).clamp(min=0.0))
         return torch.cat(parts)
 
     def channel_scores(self) -> torch.Tensor:
@@ -212,9 +210,6 @@ class Eliminator:
         factor = torch.linalg.cholesky(block[:, columns])
         new = torch.linalg.solve_triangular(factor, block, upper=False)  # l^-1 A_P:, [s, n]
         W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
-        if self._gram is not None:  # (C - N^T Q) (C - N^T Q)^T, with C for the columns, N and Q for new and W
-            both = torch.addmm(W @ self._columns.T, W @ W.T, new, alpha=-0.5)
-            self._gram.addmm_(new.T, both, alpha=-1).addmm_(both.T, new, alpha=-1)
         self._columns.addmm_(new.T, W, alpha=-1)
         self._columns[columns] = 0.0
         self.alive[columns] = False
@@ -225,8 +220,9 @@ class Eliminator:
         return error
 
     def masked(self) -> torch.Tensor:
-        """W, float64, with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
-        return self.W.masked_fill(~self.alive, 0.0).double().contiguous()
+        """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
+        self._columns[~self.alive] = 0.0
+        return self.W.contiguous()
 
     def _append(self, new: torch.Tensor) -> None:
         end = self._used + len(new)
@@ -242,7 +238,6 @@ class Eliminator:
         """An independent copy, to look one move ahead; shares only what is never written."""
         other = object.__new__(Eliminator)
         other._columns, other.alive, other.error = self._columns.clone(), self.alive.clone(), self.error
-        other._gram = None  # which changes in place
         other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
         other.diagonal = self.diagonal.clone()
         return other
@@ -250,7 +245,8 @@ class Eliminator:
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays (indices, ascending), and W [out, in] float64: compensated, with zeros in the removed columns."""
+    """What stays (indices, ascending), and W [out, in]: compensated, with zeros in the removed columns; float64, or
+    float32 where H was factorised in that."""
 
     kept: tuple[int, ...]
     W: torch.Tensor
@@ -491,16 +487,17 @@ def removal_errors(
     rows = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)  # nothing cancels in products with it
     plain = W[:, gone].to(rows)
     before = float((plain @ rows[:, gone]).mul_(plain).sum(dtype=torch.float64))
-    D = selection.W - W
     if selection.ridge is not None and selection.weighted:
-        after = optimum_error(D, rows, H.diagonal(), gone, selection.ridge)
+        after = optimum_error(selection.W - W, rows, H.diagonal(), gone, selection.ridge)
     elif selection.ridge is not None:  # what the damping adds to it was found with it
-        fires = H.diagonal() > 0
-        after = max(selection.error - selection.ridge * float(D.square().sum(0)[fires].sum()), 0.0)
+        pairs = zip(selection.W.split(ROWS), W.split(ROWS), strict=True)
+        squares = sum((now - old).square_().sum(0) for now, old in pairs)[H.diagonal() > 0]
+        after = max(selection.error - selection.ridge * float(squares.sum()), 0.0)
     else:
+        D = selection.W - W
         moved = D.any(0)  # where nothing is compensated only what went
         after = squared_error(D[:, moved], H[moved][:, moved])
     if selection.bias is not None:
         assert mean is not None
-        after += float(selection.bias @ (2 * D @ mean + selection.bias))
+        after += float(selection.bias @ (2 * (selection.W - W) @ mean + selection.bias))
     return max(before, 0.0) / total, max(after, 0.0) / total

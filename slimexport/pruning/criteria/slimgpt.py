@@ -51,7 +51,8 @@ def _solved(site: Site, select: Callable[..., Selection], **sizes: int) -> tuple
 
 
 def _weighted(site: Site, found: DampedInverse) -> torch.Tensor:
-    return weighted(site.W.masked_fill(found.dead, 0.0), site.weighting)
+    W = site.W.masked_fill(found.dead, 0.0) if bool(found.dead.any()) else site.W
+    return weighted(W, site.weighting)
 
 
 registry.register("slimgpt")(SlimGPT())
