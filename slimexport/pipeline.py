@@ -1,8 +1,7 @@
 """The ordered stages (DESIGN.md, "The road"): what the CLI and the Python API call.
 
 Every function takes a run directory, does its stages in it under a lock, and leaves their results there; `run` does
-all. Under `resume` a stage that was done with the same options and model is skipped (a text whose name is the same is
-taken for the same once its stage is done, but by `verify`).
+all. Under `resume` a stage that was done with the same options, model and texts is skipped.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def read_domains(
 ) -> tuple[tuple[Domain, ...], tuple[str, ...]]:
     """The parts of `spec` (a value of --calibration) as domains, and a note for each of ours that is not there. Of
     `default` answers in the model's chat template are one, where it has such. What is among the `kept` is not written
-    by the model again.
+    by the model again; without a `teacher` nothing is, and those domains are missing.
 
     Raises BadInputError for texts of the user's that are missing, and for those that are too short.
     """
@@ -69,6 +69,7 @@ def read_domains(
     there = {domain.name: domain for domain in kept if domain.part.written}
     found: list[Domain] = []
     notes: list[str] = []
+    unwritten = False
     for name, weight in weights.items():
         if name in there:
             found.append(there[name])
@@ -76,13 +77,16 @@ def read_domains(
         if name in sources.WRITTEN and (problem := sources.unable(name, tokenizer)):
             notes.append(f"{name} left out: {problem}")
             continue
+        if name in sources.WRITTEN and teacher is None:
+            unwritten = True
+            continue
         try:
             found.append(_domain(name, weight / total, tokenizer, teacher, length, seed, progress))
         except BadInputError as error:
             if name not in sources.NAMES or len(weights) == 1:
                 raise
             notes.append(f"{name} left out: {str(error).rstrip('.')}")
-    if not found:
+    if not found and not unwritten:
         raise BadInputError(f"Nothing of the recovery text {spec} is here: {'; '.join(notes)}.")
     return tuple(found), tuple(notes)
 

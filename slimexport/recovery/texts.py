@@ -4,36 +4,46 @@ wrote is not written again by a training that goes on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slimexport.artifacts import CalibrationSet, Recovery, TextPart, TextSource
-from slimexport.calibration import check_overlap
+from slimexport.calibration import check_context, check_overlap
 from slimexport.errors import BadInputError
-from slimexport.recovery.domains import Domain, read_text, save_domains, saved_domains
+from slimexport.recovery.domains import Domain, read_domains, read_text, save_domains, saved_domains
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from slimexport.calibration import EvaluationText
-    from slimexport.progress import Progress
+    from slimexport.config import RunConfig
 
 TEXTS = "texts.kept"  # safetensors
 
 
-def check_apart(domains: Sequence[Domain], evaluation: EvaluationText, force: bool, progress: Progress) -> bool:
-    """Whether text that is evaluated on is in `domains`, which is an error unless forced."""
+def check_ahead(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: Any, evaluation: EvaluationText) -> None:
+    """That a text is missing, too short, or evaluated on is said before minutes of pruning; not of what the model is
+    still to write."""
+    check_context(model, config.recover_length, "--recover-length")
+    domains, _ = read_domains(config.recover_text, tokenizer, None, config.recover_length, config.seed)
+    check_apart(domains, evaluation)
+
+
+def check_apart(
+    domains: Sequence[Domain], evaluation: EvaluationText, note: Callable[[str], None] | None = None
+) -> bool:
+    """Whether text that is evaluated on is in `domains`: an error, or where it is to be taken all the same a `note`."""
     overlaps = False
     for domain in domains:
         try:
             _check(domain.part, torch.cat([domain.train, domain.held_out]), evaluation)
         except BadInputError as error:
-            if not force:
+            if note is None:
                 raise
-            progress.note(f"{error} Taken all the same: --force")
+            note(f"{error} Taken all the same: --force")
             overlaps = True
     return overlaps
 

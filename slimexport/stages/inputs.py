@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from slimexport.architectures.base import Architecture
-    from slimexport.artifacts import TextSource, VerificationReport
+    from slimexport.artifacts import TextPart, TextSource, VerificationReport
     from slimexport.gates.decide import Earlier, GateResult
     from slimexport.loading import LoadedModel
     from slimexport.targets.base import ExportOptions
@@ -207,6 +207,15 @@ def check_files(place: Path, files: Mapping[str, str], *, advice: str) -> None:
         path = place / name
         if not path.is_file() or sha256_file(path) != digest:
             raise BadInputError(f"{path} is not the file that was written here: its sha256 differs. {advice}.")
+
+
+def check_same_text(text: TextSource | TextPart, tokens: int, since: str) -> None:
+    """Raises BadInputError where what was read, as for `tokens` tokens, is a file of the user's and has changed; one
+    that is gone has not."""
+    if text.name in sources.NAMES or not Path(text.name).is_file():
+        return
+    if sources.read(text.name, "calibration", tokens).sha256 != text.sha256:
+        raise BadInputError(f"{text.name} has changed {since}.")
 
 
 def dense_model(

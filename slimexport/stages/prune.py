@@ -24,7 +24,7 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike, versions
 from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, TRAINING, WORK, PruneRecord, RunDirectory
-from slimexport.stages.inputs import check_possible, check_windows, fields_of, input_paths
+from slimexport.stages.inputs import check_possible, check_same_text, check_windows, fields_of, input_paths
 from slimexport.stages.plan import assist_planning, known_costs, measured_plan, plan_stage
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def prune_stage(
         weighs_errors,
     )
     from slimexport.pruning.states import Keeper, Room
+    from slimexport.recovery import texts
     from slimexport.stages.out_of_memory import with_less
 
     directory.check_free(force=force, resume=resume)
@@ -100,7 +101,10 @@ def prune_stage(
         calibration = calibrate(config, loaded.tokenizer, loaded.model, progress.update)
         text = calibration.source
         if evaluated:
-            check_overlap(calibration, evaluation_ids(config, loaded.tokenizer, text))
+            evaluation = evaluation_ids(config, loaded.tokenizer, text)
+            check_overlap(calibration, evaluation)
+            if config.recover != "none":
+                texts.check_ahead(config, loaded.tokenizer, loaded.model, evaluation)
             check_windows(config, loaded.model.config)
         progress.note(f"{text.tokens} tokens of {text.name}")
     if ranks.size > 1:
@@ -267,11 +271,16 @@ def _check_same_options(directory: RunDirectory, config: RunConfig) -> None:
 
 
 def _check_same_source(directory: RunDirectory, config: RunConfig) -> None:
-    """A finished checkpoint counts only while the model it was made from is the one that is asked for."""
+    """A finished checkpoint counts only while the model and the text it was made from are those that are asked for."""
     from slimexport.loading import fingerprint, locate
+    from slimexport.pruning.memory import calibrated_tokens
 
+    since = f"since {directory.path} was made from it: --force starts over"
     if fingerprint(locate(config)) != directory.state["source"]["fingerprint"]:
-        raise BadInputError(f"{config.model} has changed since {directory.path} was made from it: --force starts over.")
+        raise BadInputError(f"{config.model} has changed {since}.")
+    text = directory.read(PRUNE, PruneRecord).calibration
+    for part in text.parts or (text,):
+        check_same_text(part, calibrated_tokens(config), since)
 
 
 def _sizes(loaded: LoadedModel) -> str:

@@ -36,7 +36,7 @@ from slimexport.run_directory import (
     PruneRecord,
     RunDirectory,
 )
-from slimexport.stages.inputs import ANEW, check_files, dense_model, fields_of
+from slimexport.stages.inputs import ANEW, check_files, check_same_text, dense_model, fields_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def recover_stage(
     from slimexport.checkpoint import load
     from slimexport.recovery import optimisers, texts
     from slimexport.recovery.chat import Chat, warning
-    from slimexport.recovery.domains import read_domains
+    from slimexport.recovery.domains import READ_TOKENS, read_domains
     from slimexport.recovery.methods import registry as methods
     from slimexport.recovery.state import STATE, TrainingState
 
@@ -80,8 +80,12 @@ def recover_stage(
     if directory.done("recover"):
         remove(directory / WORK)  # left where it was killed with nothing else to do
     if directory.done("recover", key) and not force:
+        made = directory.read(RECOVER, Recovery)
+        again = f"since the model was trained on it: slimexport recover {directory.path} --force trains again"
+        for part in made.texts:
+            check_same_text(part, READ_TOKENS, again)
         ranks.told(lambda: Message({"done": True}))
-        return directory.read(RECOVER, Recovery)
+        return made
     if (place / STATE).is_file() and not (force or resume):
         raise BadInputError(
             f"{directory.path} holds a training that was interrupted: --resume goes on with it, --force starts over."
@@ -105,7 +109,7 @@ def recover_stage(
             config.recover_text, tokenizer, teacher.model, config.recover_length, config.seed, progress.update, written
         )
         evaluation = evaluation_ids(config, tokenizer, None)
-        overlaps = texts.check_apart(domains, evaluation, force or overlaps, progress)
+        overlaps = texts.check_apart(domains, evaluation, progress.note if force or overlaps else None)
         for note in notes:
             progress.note(note)
         if ranks.size > 1:

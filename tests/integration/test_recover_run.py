@@ -237,6 +237,35 @@ def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_text_that_will_not_do_is_said_before_pruning(model: Path, tmp_path: Path) -> None:
+    short = tiny_text(tmp_path / "short.txt", 40, seed=3)
+    for text, said in ((tmp_path / "none.txt", "does not exist"), (short, "too short to recover on"),
+                       (model.parent / "eval.txt", "also occur in the recovery text")):  # fmt: skip
+        with pytest.raises(BadInputError, match=said):
+            slimexport.run(options(model, **{**TRAINING, "recover_text": str(text)}), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInputError, match="--recover-length"):
+        slimexport.run(options(model, **{**TRAINING, "recover_length": 1 << 20}), tmp_path / "out")
+
+
+def test_a_text_that_changes_is_seen_by_a_run_that_goes_on(model: Path, tmp_path: Path) -> None:
+    text, out = tiny_text(tmp_path / "text.txt", 4000, seed=21), tmp_path / "out"
+    given = options(model, **{**TRAINING, "recover_text": str(text), "recover_budget": "2 steps"})
+    given = given.model_copy(update={"calibration": str(text)})
+    pipeline.prune(given, out)
+    pipeline.recover(out, {"recover": "distill"})
+    before, changed = text.read_text(), tiny_text(tmp_path / "other.txt", 4000, seed=22).read_text()
+    text.write_text(changed)
+    with pytest.raises(BadInputError, match=r"text.txt has changed since the model was trained on it: .* --force"):
+        pipeline.recover(out, resume=True)
+    with pytest.raises(BadInputError, match=r"text.txt has changed since .*out was made from it: --force starts over"):
+        pipeline.prune(given, out, resume=True)
+    text.unlink()
+    pipeline.prune(given, out, resume=True)
+    text.write_text(before)
+    assert pipeline.recover(out, resume=True) == recovered(out)
+
+
 def test_text_that_was_trained_on_is_not_evaluated_on_later(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prune(model, out)
