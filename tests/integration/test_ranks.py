@@ -134,20 +134,26 @@ TRAINING = ("--recover-budget", "6 steps", "--recover-sequences", "3", "--recove
             "--recover-learning-rate", "0.002")  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def pruned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is pruned and not yet trained; to be copied."""
+    place = tmp_path_factory.mktemp("pruned")
+    text, other = tiny_text(place / "text.txt", 6000, seed=1), tiny_text(place / "eval.txt", 2000, seed=5)
+    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
+                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
+    pipeline.prune(config, place / "run")
+    return place / "run"
+
+
 @pytest.mark.parametrize("method", ["distill", "lora"])
-def test_two_ranks_train_as_one_does(model: Path, tmp_path: Path, method: str) -> None:
+def test_two_ranks_train_as_one_does(pruned: Path, tmp_path: Path, method: str) -> None:
     """Three windows a step, so that one of two ranks has more of them; of one domain there is one to judge by, so that
     the other has none."""
-    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
-    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
     short = tiny_text(tmp_path / "short.txt", 140, seed=1)  # the beginning of the other
-    mixed = f"mix:{text}=0.8,{short}=0.2"
-    config = RunConfig(model=str(model), calibration=str(text), recover_text=mixed, eval_text=str(other),
-                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
-    pipeline.prune(config, tmp_path / "of1")
-    shutil.copytree(tmp_path / "of1", tmp_path / "of2")
+    mixed = f"mix:{pruned.parent / 'text.txt'}=0.8,{short}=0.2"
     for size in (1, 2):
-        line = ["recover", str(tmp_path / f"of{size}"), "--recover", method, *TRAINING]
+        shutil.copytree(pruned, tmp_path / f"of{size}")
+        line = ["recover", str(tmp_path / f"of{size}"), "--recover", method, "--recover-text", mixed, *TRAINING]
         for code, err in ended(ranks(*line, size=size)):
             assert code == 0, err
     one, two = (read_json(tmp_path / f"of{size}" / "recover.json") for size in (1, 2))
@@ -161,20 +167,15 @@ def test_two_ranks_train_as_one_does(model: Path, tmp_path: Path, method: str) -
     for a, b in zip(one["points"], two["points"], strict=True):
         assert a["judged"] == pytest.approx(b["judged"], abs=0.1 * gained)
     weights, others = (load_file(tmp_path / f"of{size}" / "recovered" / "model.safetensors") for size in (1, 2))
-    pruned = load_file(tmp_path / "of1" / "checkpoint" / "model.safetensors")
-    moved = sum(float((tensor - pruned[name]).square().sum()) for name, tensor in weights.items())
+    before = load_file(pruned / "checkpoint" / "model.safetensors")
+    moved = sum(float((tensor - before[name]).square().sum()) for name, tensor in weights.items())
     apart = sum(float((tensor - others[name]).square().sum()) for name, tensor in weights.items())
     assert apart < 0.05 * moved
     assert moved > 0
 
 
-def test_two_ranks_train_blocks_one_by_one(model: Path, tmp_path: Path) -> None:
-    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
-    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
-    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
-                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
-    out = tmp_path / "out"
-    pipeline.prune(config, out)
+def test_two_ranks_train_blocks_one_by_one(pruned: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(pruned, tmp_path / "out")
     options = ("--recover-budget", "30 steps", "--recover-sequences", "2", "--recover-length", "48")
     for code, err in ended(ranks("recover", str(out), "--recover", "local", *options, size=2)):
         assert code == 0, err
@@ -184,14 +185,8 @@ def test_two_ranks_train_blocks_one_by_one(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_with_a_training_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    text = tiny_text(tmp_path / "text.txt", 6000, seed=1)
-    other = tiny_text(tmp_path / "eval.txt", 2000, seed=5)
-    config = RunConfig(model=str(model), calibration=str(text), recover_text=str(text), eval_text=str(other),
-                       ratio=0.35, calibration_tokens=960, sequence_length=48, fast=True)  # fmt: skip
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    pipeline.prune(config, whole)
-    shutil.copytree(whole, part)
+def test_two_ranks_go_on_with_a_training_to_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
+    whole, part = (shutil.copytree(pruned, tmp_path / name) for name in ("whole", "part"))
     line = ("--recover", "distill", *TRAINING, "--recover-budget", "24 steps")
     for code, err in ended(ranks("recover", str(whole), *line, size=2)):
         assert code == 0, err
