@@ -42,11 +42,15 @@ def run(
 
     Raises SlimExportError with the exit code that the CLI returns.
     """
+    from slimexport.gates import earlier
+    from slimexport.loading import fingerprint, locate
+
     progress = progress or Progress(quiet=True)
     config = absolute(config)
     check_targets(config)
     if config.against:
-        _check_comparable(config, Path(output))
+        _check_elsewhere(config.against, Path(output))
+        earlier.read_of(config.against, fingerprint(locate(config)))  # said before minutes of pruning
     directory = RunDirectory(Path(output))
     with directory.locked(force=force):
         with ranks.joined(config.device) as them:
@@ -66,15 +70,10 @@ def run(
         return report_stage(directory, config, progress)
 
 
-def _check_comparable(config: RunConfig, output: Path) -> None:
-    """That the earlier report is of another model, or would be replaced, is said before minutes of pruning."""
-    from slimexport.gates import earlier
-    from slimexport.loading import fingerprint, locate
-
-    assert config.against is not None
-    if config.against.resolve().is_relative_to(output.resolve()):
-        raise BadInputError(f"{config.against} is in {output}, whose report is replaced: copy it elsewhere before.")
-    earlier.read_of(config.against, fingerprint(locate(config)))
+def _check_elsewhere(against: Path, output: Path) -> None:
+    """A run compared with itself has never become worse."""
+    if against.resolve().is_relative_to(output.resolve()):
+        raise BadInputError(f"{against} is in {output}, whose report is replaced: copy it elsewhere before.")
 
 
 def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
@@ -233,6 +232,7 @@ def verify(
     directory = RunDirectory(Path(output))
     with directory.locked(must_exist=True):
         config = config_of(directory, overrides)
+        check_targets(config)
         return verify_stage(directory, config, progress or Progress(quiet=True), again=not resume)
 
 
@@ -258,4 +258,7 @@ def report(
     """
     directory = RunDirectory(Path(output))
     with directory.locked(must_exist=True):
-        return report_stage(directory, config_of(directory, overrides), progress or Progress(quiet=True))
+        config = config_of(directory, overrides)
+        if config.against:
+            _check_elsewhere(config.against, directory.path)
+        return report_stage(directory, config, progress or Progress(quiet=True))

@@ -99,8 +99,14 @@ class Gate(BaseModel):
 
     def __str__(self) -> str:
         figure = self.figure if self.of == "shrunk" else f"{self.of}({self.figure})"
-        slack = f" {'+' if self.op == '<=' else '-'}{100 * self.tolerance:g}%" if self.tolerance else ""
-        return f"{figure}{self.op}{self.bound:g}{self.unit}{slack}"
+        slack = f" {'+' if self.op == '<=' else '-'}{_plain(round(100 * self.tolerance, 9))}%" if self.tolerance else ""
+        return f"{figure}{self.op}{_plain(self.bound)}{self.unit}{slack}"
+
+
+def _plain(value: float) -> str:
+    """As short as can be read back to the same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value).removesuffix(".0")
 
 
 def gates_of(value: Any) -> Any:

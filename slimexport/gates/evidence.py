@@ -219,13 +219,13 @@ def _of_task(
     own = _questions(report, name, "baseline" if of == "baseline" else "shrunk")
     if own is None:
         return None
-    other = np.ones_like(own)
+    other = None
     if of in ("ratio", "earlier"):
         found = _questions(report, name, "baseline") if of == "ratio" else _questions(earlier, name, "shrunk")
         if found is None or len(found) != len(own):
             return None
         other = found
-    return Evidence(*sums_interval(own, other, error), len(own), "questions")
+    return Evidence(*questions_interval(own, other, error), len(own), "questions")
 
 
 def _questions(report: VerificationReport | None, name: str, model: str) -> NDArray[np.float64] | None:
@@ -239,8 +239,28 @@ def _windows(record: dict[str, Any], key: str | None) -> NDArray[np.float64] | N
     return None if values is None else np.asarray(values, np.float64)
 
 
+def questions_interval(
+    scores: NDArray[np.float64], others: NDArray[np.float64] | None, error: float
+) -> tuple[float, float]:
+    """Of the mean score, or of its ratio to that of another model's `others` on the same questions.
+
+    A question of either outcome is added (of the two models each does better on one), as Agresti and Coull do for
+    shares (The American Statistician 52, 1998): a few questions that all came out alike have no spread, and prove
+    nothing by that.
+    """
+    if len(scores) < 2 or (others is not None and others.sum() <= 0):
+        return -math.inf, math.inf
+    both = scores if others is None else np.concatenate([scores, others])
+    least, most = min(0.0, float(both.min())), max(1.0, float(both.max()))
+    added = np.append(scores, [least, most])
+    if others is not None:
+        return sums_interval(added, np.append(others, [most, least]), error)
+    low, high = sums_interval(added, np.ones_like(added), error)
+    return max(low, least), min(high, most)
+
+
 def sums_interval(a: NDArray[np.float64], b: NDArray[np.float64], error: float) -> tuple[float, float]:
-    """Of sum(a) / sum(b) over windows or questions, by Student's distribution."""
+    """Of sum(a) / sum(b) over windows, by Student's distribution."""
     if len(a) < 2 or b.sum() <= 0:
         return -math.inf, math.inf
     ratio, spread = ratio_of_sums(a, b)

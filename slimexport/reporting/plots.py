@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slimexport.artifacts import Figure, VerificationReport
+from slimexport.artifacts import Figure, VerificationReport, is_quantised
 from slimexport.reporting.schema import Report
 
 if TYPE_CHECKING:
@@ -176,26 +176,31 @@ def errors(report: Report) -> Plot | None:
 
 
 def size_against_quality(report: Report) -> Plot | None:
-    """Every export of this run and the dense one."""
+    """Every export of this run, and the dense one in full precision, which perplexity is held to."""
     each = report.each
     points = []
     for name, made in each.items():
         size, quality = made.figure("size.export_mb"), made.figure("accuracy.perplexity")
         if size and quality and size.shrunk and quality.ratio:
             points.append((name, size.shrunk, quality.ratio))
-    dense = report.verification.figure("size.export_mb")
-    if not points or dense is None or not dense.baseline:
+    # An export has beside it the dense one of its own precision.
+    rounded = {name for name, artifact in report.exports.items() if is_quantised(artifact.precision)}
+    full = [name for name in each if name not in rounded]
+    found = [(f"dense ({name})", f.baseline, 1.0) for name in full[:1]
+             if (f := each[name].figure("size.export_mb")) and f.baseline]  # fmt: skip
+    if not points:
         return None
-    caption = f"Size and token perplexity over dense: dense {dense.baseline:.4g} MB; " + "; ".join(
-        f"{name} {size:.4g} MB, {ratio:.3f}" for name, size, ratio in points
+    caption = "Size and token perplexity over dense: " + "; ".join(
+        f"{name} {size:.4g} MB, {ratio:.3f}" for name, size, ratio in (*found, *points)
     )
     with drawing(caption) as (axes, done):
-        axes.plot([dense.baseline], [1.0], "s", color=DENSE, label=f"dense ({next(iter(each))})", markersize=5)
+        for name, megabytes, ratio in found:
+            axes.plot([megabytes], [ratio], "s", color=DENSE, label=name, markersize=5)
         for number, (name, megabytes, ratio) in enumerate(points):
             marker = "o^vDP*X"[number % 7]
             axes.plot([megabytes], [ratio], marker, color=SHRUNK, label=name, markersize=6)
         axes.set(xlabel="MB", ylabel="perplexity / dense")
-        axes.set_xlim(0, 1.08 * max(dense.baseline, *(size for _, size, _ in points)))
+        axes.set_xlim(0, 1.08 * max(size for _, size, _ in (*found, *points)))
         axes.margins(y=0.15)
         axes.legend(fontsize=8)
     return caption, done[0]

@@ -69,14 +69,20 @@ def absolute(config: RunConfig) -> RunConfig:
     return config.model_copy(update=found)
 
 
-def earlier_exports(config: RunConfig, state: Mapping[str, Any], text: TextSource) -> Mapping[str, Earlier]:
-    """What gates compare the exports with, by name; empty without `config.against`. `state` is run.json's.
+def earlier_exports(
+    config: RunConfig, state: Mapping[str, Any], text: TextSource, *, needed: bool = True
+) -> Mapping[str, Earlier]:
+    """What gates compare the exports with, by name. `state` is run.json's.
 
-    Raises BadInputError where that is no report, or of another model.
+    Empty without `config.against`, and where that is gone and is not `needed`, or no gate compares with it. Raises
+    BadInputError where it is no report, or of another model.
     """
     from slimexport.gates import earlier
 
     if config.against is None:
+        return {}
+    needed = needed and any(gate.of == "earlier" for gate in config.all_gates())
+    if not needed and not config.against.exists():
         return {}
     report = earlier.read_of(config.against, state["source"]["fingerprint"])
     return earlier.comparisons(report, tuple(exports(config)), state["environment"], text, config.eval_window)
@@ -234,11 +240,11 @@ def dense_model(
     return loaded
 
 
-def check_windows(config: RunConfig, model_config: Any) -> None:
-    """Raises BadInputError for what the verify stage would refuse, or could not measure, on this model."""
-    positions = getattr(model_config, "max_position_embeddings", None)
+def check_windows(config: RunConfig, positions: int | None, *, prompts: bool = True) -> None:
+    """Raises BadInputError for what the verify stage would refuse on a model of so many positions (None: as many as one
+    likes), and for `prompts` that it could not measure, and would leave out."""
     wanted = {"eval_window": config.eval_window}
-    if config.latency_runs and config.verify == "full":
+    if prompts and config.latency_runs and config.verify == "full":
         wanted["prompt_lengths"] = max(config.prompt_lengths, default=0)
     for name, value in wanted.items():
         if positions and value > positions:

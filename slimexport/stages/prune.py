@@ -105,7 +105,7 @@ def prune_stage(
             check_overlap(calibration, evaluation)
             if config.recover != "none":
                 texts.check_ahead(config, loaded.tokenizer, loaded.model, evaluation)
-            check_windows(config, loaded.model.config)
+            check_windows(config, getattr(loaded.model.config, "max_position_embeddings", None))
         progress.note(f"{text.tokens} tokens of {text.name}")
     if ranks.size > 1:
         check_alike(ranks, _alike(config, loaded, calibration))

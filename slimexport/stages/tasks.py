@@ -1,11 +1,14 @@
-"""Asks every export, the dense one and the checkpoint the questions of the config's tasks; keeps what they answered."""
+"""Asks every export, the dense one and the checkpoint the questions of the config's tasks; keeps what they answered.
+
+They are asked before anything is measured: a task may fail in many ways that only asking shows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +34,18 @@ if TYPE_CHECKING:
     from slimexport.tasks.score import Scores
 
 
-def with_tasks(
-    found: Mapping[str, VerificationReport],
+@dataclass(frozen=True)
+class Answers:
+    """What was answered in one task; `asked` says which of its questions."""
+
+    exports: Mapping[str, Scores]
+    dense: Scores | None
+    torch: Scores
+    asked: Mapping[str, Any]
+
+
+def ask_tasks(
+    names: Sequence[str],
     directory: RunDirectory,
     config: RunConfig,
     made_of: Mapping[str, ExportArtifact],
@@ -40,18 +53,17 @@ def with_tasks(
     checkpoint: ShrunkCheckpoint,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
-) -> dict[str, VerificationReport]:
-    """The reports of all exports with the figures of the tasks. `dense` is the one that accuracy is held to, if
-    it was exported.
+) -> dict[str, Answers]:
+    """By task, of all exports. `dense` is the one that accuracy is held to, if it was exported.
 
     What was answered stays in tasks.json under the sums of the files and the questions, and is not asked again.
     """
-    from slimexport.tasks import figures, named
+    from slimexport.tasks import named
 
+    made: dict[str, Answers] = {}
     if not config.tasks:
-        return dict(found)
+        return made
     kept = _Kept(directory / TASKS)
-    made = dict(found)
     for task in map(named.parse, config.tasks):
 
         def asked(name: str, files: Mapping[str, str], place: Path, torch: bool = False, task: Named = task) -> Scores:
@@ -61,17 +73,30 @@ def with_tasks(
         other = made_of.get(dense)
         baseline = asked(dense, other.files, Path(other.path)) if other else None
         torch = asked(checkpoint.path, checkpoint.files, directory / checkpoint.path, torch=True)
-        for name in found:
-            own = asked(name, made_of[name].files, Path(made_of[name].path))
-            made[name] = replace(
-                made[name],
-                figures=(*made[name].figures, *figures.task_figures(own, baseline, torch)),
-                tasks={
-                    **made[name].tasks,
-                    task.name: figures.record(own, baseline, torch) | {"asked": _asked(task, config)},
-                },
-            )
+        own = {name: asked(name, made_of[name].files, Path(made_of[name].path)) for name in names}
+        made[task.name] = Answers(own, baseline, torch, _asked(task, config))
     return made
+
+
+def with_tasks(report: VerificationReport, name: str, answers: Mapping[str, Answers]) -> VerificationReport:
+    """The report of the export `name` with the figures of the tasks."""
+    from slimexport.tasks import figures
+
+    for task, of in answers.items():
+        own = of.exports[name]
+        report = replace(
+            report,
+            figures=(*report.figures, *figures.task_figures(own, of.dense, of.torch)),
+            tasks={**report.tasks, task: figures.record(own, of.dense, of.torch) | {"asked": dict(of.asked)}},
+        )
+    return report
+
+
+def questions_of(config: RunConfig) -> dict[str, Any]:
+    """By task, which questions the config asks: those of a file may change."""
+    from slimexport.tasks import named
+
+    return {task.name: _asked(task, config) for task in map(named.parse, config.tasks)}
 
 
 def _asked(task: Named, config: RunConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from slimexport.stages.inputs import (
     fields_of,
     reference,
 )
-from slimexport.stages.tasks import with_tasks
+from slimexport.stages.tasks import ask_tasks, questions_of, with_tasks
 
 if TYPE_CHECKING:
     from slimexport.config import RunConfig
@@ -55,7 +55,7 @@ def _decided(
 
 def _waits(directory: RunDirectory, config: RunConfig, kept: VerifyRecord) -> bool:
     """Whether a gate waits for further rounds, and there may be more than were measured (without this gate)."""
-    compared = earlier_exports(config, directory.state, kept.evaluation)
+    compared = earlier_exports(config, directory.state, kept.evaluation, needed=False)
     found = {kept.first: kept.report, **kept.others}
     return any(
         0 < of.latency.get("runs", 0) < config.max_latency_runs
@@ -78,7 +78,6 @@ def _light_accuracy(directory: RunDirectory, config: RunConfig, text: Evaluation
     for model in (shrunk, dense):
         if model is not None and model.files is None:
             progress.note(f"{model.source.name} cannot be read block by block: it is in memory as a whole")
-    check_windows(config, shrunk.model.config)
     return streamed_accuracy(
         shrunk,
         dense,
@@ -108,6 +107,8 @@ def verify_stage(
     tokenizer = load_tokenizer(Located(str(directory.path), "directory", directory / shrunk.path), config)
     text = evaluation_ids(config, tokenizer, record.calibration)
     key = {"export": directory.key("export"), "text": text.source.sha256, **fields_of(config, "verify")}
+    if config.tasks:
+        key["questions"] = questions_of(config)
     if directory.done("verify", key) and not again:
         kept = directory.read(VERIFICATION, VerifyRecord)
         if not _waits(directory, config, kept):
@@ -130,11 +131,14 @@ def verify_stage(
     dense = f"{BASELINE}/{reference(config)}"  # which accuracy is held to: in full precision
     # Of the machine that measures, whichever one pruned; written as the stage begins, when all was looked at.
     directory.state["environment"] = environment(cuda=True)
-    compared = earlier_exports(config, directory.state, text.source)
+    compared = earlier_exports(config, directory.state, text.source, needed=False)
+    positions = read_json(directory / shrunk.path / "config.json").get("max_position_embeddings")
+    check_windows(config, positions, prompts=False)
     found: dict[str, VerificationReport] = {}
-    directory.begin("verify")
     started = time.monotonic()
     with progress.stage("verify"):
+        answers = ask_tasks(tuple(exports(config)), directory, config, made_of, dense, shrunk, tokenizer, progress)
+        directory.begin("verify")  # what may not do has been looked at: until here the earlier result stands
         light = _light_accuracy(directory, config, text, progress) if config.verify == "light" else None
         for name in exports(config):
             if light is not None:
@@ -155,7 +159,7 @@ def verify_stage(
                 decode=partial(tokenizer.decode, skip_special_tokens=False),
                 enough=partial(_decided, config, name, compared, not found),
             )
-        found = with_tasks(found, directory, config, made_of, dense, shrunk, tokenizer, progress)
+        found = {name: with_tasks(report, name, answers) for name, report in found.items()}
     made, *_ = found.values()
     if far:
         progress.note(far)

@@ -11,6 +11,8 @@ from slimexport.artifacts import Figure, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.errors import ExitCode, UsageError
 
+REPORTS = ("sweep-report.json", "sweep.md", "sweep.html")
+TTFT = "prefill.ttft_ms."
 FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms.128", "decode.tpot_ms",
            "memory.peak_rss_mb")  # fmt: skip
 
@@ -96,8 +98,8 @@ def measured(point: Point, report: VerificationReport) -> Point:
 def _figure(report: VerificationReport, name: str) -> Figure | None:
     """That of another prompt length, where the usual one was not measured."""
     found = report.figure(name)
-    if found is None and name.startswith("prefill."):
-        found = next((f for f in report.figures if f.name.startswith("prefill.ttft_ms.")), None)
+    if found is None and name.startswith(TTFT):
+        found = next((f for f in report.figures if f.name.startswith(TTFT)), None)
     return found
 
 

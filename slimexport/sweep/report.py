@@ -12,10 +12,10 @@ from typing import Any
 from slimexport.artifacts import SCHEMA_VERSION, write_json, write_text
 from slimexport.reporting import markdown, page, plots, view
 from slimexport.sweep.front import COSTS, Recommendation, front, quality_of
-from slimexport.sweep.points import FIGURES, Point, Sweep
+from slimexport.sweep.points import FIGURES, REPORTS, TTFT, Point, Sweep
 
-JSON_NAME = "sweep-report.json"
-_HEADS = ("MB", "perplexity", "KL", "TTFT 128 (ms)", "TPOT (ms)", "RSS (MB)")
+JSON_NAME, MARKDOWN_NAME, HTML_NAME = REPORTS
+_HEADS = ("MB", "perplexity", "KL", "TTFT {} (ms)", "TPOT (ms)", "RSS (MB)")
 LEGEND = (
     "In brackets the ratio to the dense model, interleaved with it in one run; times of different rows were measured "
     "one after the other. A star marks a point that no other one beats in size and quality, a plus one that none beats "
@@ -25,8 +25,14 @@ LEGEND = (
 
 def columns(points: Sequence[Point]) -> list[tuple[str, str]]:
     """Names of figures that at least one point has, and their heads."""
-    pairs = zip(FIGURES, _HEADS, strict=True)
-    return [(name, head) for name, head in pairs if any(name in point.values for point in points)]
+    had = dict.fromkeys(name for point in points for name in point.values)
+    made = []
+    for name, head in zip(FIGURES, _HEADS, strict=True):
+        if name.startswith(TTFT) and name not in had:  # the prompt length that there is instead
+            name = next((other for other in had if other.startswith(TTFT)), name)
+        if name in had:
+            made.append((name, head.format(name.rpartition(".")[2])))
+    return made
 
 
 def rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
@@ -138,8 +144,8 @@ def to_html(sweep: Sweep, advice: Recommendation | None) -> str:
 
 def write(sweep: Sweep, advice: Recommendation | None, directory: Path) -> None:
     write_json(directory / JSON_NAME, to_json(sweep, advice))
-    write_text(directory / "sweep.md", to_markdown(sweep, advice))
-    write_text(directory / "sweep.html", to_html(sweep, advice))
+    write_text(directory / MARKDOWN_NAME, to_markdown(sweep, advice))
+    write_text(directory / HTML_NAME, to_html(sweep, advice))
 
 
 def summary(sweep: Sweep, advice: Recommendation | None, directory: Path) -> str:
@@ -148,4 +154,4 @@ def summary(sweep: Sweep, advice: Recommendation | None, directory: Path) -> str
     lines = [terminal.table(heads(sweep.points), rows(sweep.points)), LEGEND]
     if advice is not None:
         lines += ["", advice.why, *([command(sweep, advice.point)] if advice.point else [])]
-    return "\n".join([*lines, "", f"report: {directory / 'sweep.md'} (also .html, {JSON_NAME})"])
+    return "\n".join([*lines, "", f"report: {directory / MARKDOWN_NAME} (also .html, {JSON_NAME})"])

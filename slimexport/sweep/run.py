@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.artifacts import SCHEMA_VERSION, check_identity, read_json, remove, write_json
 from slimexport.config import RunConfig
-from slimexport.errors import BadInputError, ExitCode, SlimExportError
+from slimexport.errors import BadInputError, ExitCode, SlimExportError, first_sentence
 from slimexport.progress import Progress
 from slimexport.run_directory import LOCK, REPORT, RunDirectory, holds, lock_file
 from slimexport.stages.inputs import absolute, check_targets, exports, input_paths
-from slimexport.sweep.points import Point, Sweep, checked_ratios, config_of, measured, run_name
+from slimexport.sweep.points import REPORTS, Point, Sweep, checked_ratios, config_of, measured, run_name
 
 if TYPE_CHECKING:
     from slimexport.reporting import Report
@@ -59,6 +59,8 @@ def sweep(
         if force:
             for path in [*output.glob("ratio-*"), output / "costs.json", output / "baselines", output / STATE]:
                 remove(path)
+        for name in REPORTS:  # of the sweep as it was
+            remove(output / name)
         write_json(output / STATE, {"schema_version": SCHEMA_VERSION, "identity": identity, "ratios": list(ratios)})
         measures = allocation.needs_costs(allocation.registry.get(config.resolved_allocation))
         runs = {ratio: config_of(config, ratio, output, measures) for ratio in ratios}
@@ -89,13 +91,15 @@ def _check_free(output: Path, identity: Mapping[str, Any], *, force: bool, resum
 
 
 def _devices(config: RunConfig) -> list[str]:
-    """Where points can run beside each other."""
+    """Where points can run beside each other: of several GPUs what CUDA_VISIBLE_DEVICES calls each of ours."""
     if config.device not in ("auto", "cuda"):
         return [config.device]
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = [name.strip() for name in ours.split(",")] if ours else [str(index) for index in range(count)]
+    return named[:count] or ["cpu"]
 
 
 Outcome = tuple[list[Point], int]
@@ -111,12 +115,18 @@ def _one(config: RunConfig, output: Path, progress: Progress, report: Report | N
         made = report or pipeline.run(config, place, resume=place.exists(), progress=progress)
     except (SlimExportError, OSError) as error:
         code = error.exit_code if isinstance(error, SlimExportError) else ExitCode.BAD_INPUT
-        progress.note(f"ratio {config.ratio:g} failed: {error}")
-        return [replace(point, failed=str(error)) for point in _empty(config, place)], int(code)
+        return _failed(config, place, str(error), int(code), progress)
+    except Exception as error:  # a crash is one point's, as it is in a process of its own
+        return _failed(config, place, f"internal error: {type(error).__name__}: {first_sentence(error)}", 1, progress)
     points = [measured(point, made.each[point.export]) for point in _empty(config, place)]
     for point in points:
         progress.note("  ".join([point.name, *(f"{name} {value:.4g}" for name, value in point.values.items())]))
     return points, int(ExitCode.PASSED if made.passed else ExitCode.GATE_FAILED)
+
+
+def _failed(config: RunConfig, place: Path, why: str, code: int, progress: Progress) -> Outcome:
+    progress.note(f"ratio {config.ratio:g} failed: {why}")
+    return [replace(point, failed=why) for point in _empty(config, place)], code
 
 
 def _pin(made: Mapping[float, Outcome], progress: Progress) -> None:
@@ -148,11 +158,11 @@ def _in_parallel(
         place = output / run_name(config.ratio)
         try:
             recipe = output / f".{place.name}.json"
-            write_json(recipe, json.loads(config.model_copy(update={"device": "cuda"}).model_dump_json()))
+            write_json(recipe, json.loads(config.model_dump_json()))
             command = [sys.executable, "-m", "slimexport.cli", "run", "--recipe", str(recipe), "-o", str(place)]
             command += ["--quiet"]
             command += ["--resume"] if place.exists() else []
-            visible = {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}
+            visible = {"CUDA_VISIBLE_DEVICES": device}
             done = subprocess.run(command, env={**os.environ, **visible}, capture_output=True, text=True, check=False)
             remove(recipe)
         finally:
@@ -160,9 +170,8 @@ def _in_parallel(
         if done.returncode in (ExitCode.PASSED, ExitCode.GATE_FAILED):
             return _one(config, output, progress, load_report(place / REPORT))
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("Error: ")
-        progress.note(f"ratio {config.ratio:g} failed: {why}")
         code = done.returncode if done.returncode > 0 else ExitCode.INTERNAL  # below 0 it was killed
-        return [replace(point, failed=why) for point in _empty(config, place)], code
+        return _failed(config, place, why, code, progress)
 
     with ThreadPoolExecutor(len(devices)) as pool:
         return dict(zip(runs, pool.map(in_process, runs.values()), strict=True))

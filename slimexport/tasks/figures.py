@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimexport.artifacts import Figure
-from slimexport.gates.evidence import sums_interval
+from slimexport.gates.evidence import questions_interval
 from slimexport.tasks.score import Scores, differing, gap
 
 CONFIDENCE = 0.95
@@ -49,7 +49,7 @@ def _metric(own: Scores, dense: Scores | None, metric: str) -> Figure:
         error = difference.std(ddof=1) / math.sqrt(len(difference))
         note += f", difference {difference.mean():+.4f} with a standard error of {error:.4f}, on the same questions"
         if other.sum() > 0:
-            low, high = sums_interval(scores, other, 1 - CONFIDENCE)
+            low, high = questions_interval(scores, other, 1 - CONFIDENCE)
     ratio = value / dense.metrics[metric] if dense.metrics[metric] else None
     return Figure(
         name, "score", shrunk=value, baseline=dense.metrics[metric], ratio=ratio, ratio_low=low, ratio_high=high,

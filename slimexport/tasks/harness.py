@@ -134,7 +134,10 @@ class DecoderLM(TemplateLM):
             until = wanted.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
             most = int(wanted.get("max_gen_toks") or wanted.get("max_new_tokens") or _NEW_TOKENS)
-            texts.append(self._generated(self.tok_encode(context)[-(self.longest - most) :], until, most))
+            # A prompt that is too long loses its beginning, but not more than half of the room goes to the answer.
+            room = self.decoder.max_positions or max(_LONGEST, 2 * most)
+            prompt = self.tok_encode(context)[-max(room - most, room // 2) :]
+            texts.append(self._generated(prompt, until, min(most, room - len(prompt))))
             if self.progress:
                 self.progress(done + 1, len(requests))
         return texts

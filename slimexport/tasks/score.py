@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model got in a task: `metrics` as lm-eval aggregates them; `questions` has, by metric that is their mean,
-    the score of each question in lm-eval's order, and `answers` what was judged of each (log-likelihoods of its
-    choices, or the text)."""
+    """What a model got in a task: `metrics` as lm-eval aggregates them, with the name of the filter behind where it has
+    one (`exact_match_strict_match`); `questions` has, by metric that is their mean, the score of each question in
+    lm-eval's order, and `answers` what was judged of each (log-likelihoods of its choices, or the text)."""
 
     task: str
     metrics: Mapping[str, float]
@@ -68,20 +68,32 @@ def ask(
     results, samples = found["results"][task.name], found["samples"][task.name]
     if not samples:
         raise BadInputError(f"Task {task.name} has no questions.")
-    metrics = {key.removesuffix(",none"): float(value) for key, value in results.items()
-               if key.endswith(",none") and not key.endswith("_stderr,none") and _is_number(value)}  # fmt: skip
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    questions = {}
-    for name, value in metrics.items():
-        if all(_is_number(sample.get(name)) for sample in samples):
-            each = tuple(float(sample[name]) for sample in samples)
-            # A perplexity is no mean of its questions' log-likelihoods: nothing is known of it from them.
-            if math.isclose(math.fsum(each) / len(each), value, rel_tol=1e-6, abs_tol=1e-9):
-                questions[name] = each
-    answers = tuple(_plain(sample["filtered_resps"]) for sample in samples)
+    by_filter: dict[str, list[Any]] = {}  # what takes the answer out of the text; each has a sample of every question
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        by_filter.setdefault(sample.get("filter", "none"), []).append(sample)
     better = found.get("higher_is_better", {}).get(task.name, {})
-    lower = tuple(name for name in metrics if better.get(name) is False)
-    return Scores(task.name, metrics, questions, answers, lower)
+    metrics: dict[str, float] = {}
+    questions, lower = {}, []
+    for key, value in results.items():
+        metric, comma, taken = key.rpartition(",")
+        if not comma or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        name = metric if taken == "none" else f"{metric}_{taken.replace('-', '_')}"
+        metrics[name] = float(value)
+        if better.get(metric) is False:
+            lower.append(name)
+        each = tuple(float(s[metric]) for s in by_filter.get(taken, ()) if _is_number(s.get(metric)))
+        # A perplexity is no mean of its questions' log-likelihoods: nothing is known of it from them.
+        if each and len(each) == len(by_filter[taken]) and _is_mean(value, each):
+            questions[name] = each
+    if not metrics:
+        raise BadInputError(f"Task {task.name} was asked, and lm-eval gives no figure for it.")
+    answers = tuple(_plain(sample["filtered_resps"]) for sample in next(iter(by_filter.values())))
+    return Scores(task.name, metrics, questions, answers, tuple(lower))
+
+
+def _is_mean(value: float, each: tuple[float, ...]) -> bool:
+    return math.isclose(math.fsum(each) / len(each), value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def differing(first: Scores, second: Scores, metric: str) -> list[int]:

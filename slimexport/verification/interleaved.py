@@ -107,12 +107,14 @@ def measure(
     enough: Callable[[Samples], bool] | None = None,
     at_most: int = 0,
     warm_up: tuple[int, int] = WARM_UP,
+    on_cpu: bool = True,
 ) -> Samples:
     """`rounds` rounds after the warm-up, of at least and at most `warm_up` rounds. `prompt(n)` gives n tokens, others
     at every call; one call serves all.
 
     Until these are `enough`, as many again are measured as there are, `at_most` rounds in all. Of rounds beside other
-    work and rounds without, the latter count alone.
+    work and rounds without, the latter count alone, where the models compute `on_cpu`: elsewhere it has most of its
+    time to itself however idle the machine.
     """
     warm, before, meter = Samples.empty(list(models), quantities), None, Meter()
     while warm.warm_up < warm_up[1]:
@@ -131,7 +133,7 @@ def measure(
                 _round(models, quantities, prompt, made, number, meter)
                 if progress:
                     progress(number + 1, end)
-        made.watched, made.busy = watch.found, watch.busy
+        made.watched, made.busy = watch.found, watch.busy if on_cpu else None
         return made
 
     samples = measured(0, rounds)

@@ -141,6 +141,7 @@ def measure_latency(
         progress=progress,
         enough=(lambda found: enough(made(found))) if enough else None,
         at_most=at_most,
+        on_cpu=shrunk.provider == "cpu",
     )
     return made(samples)
 
@@ -159,11 +160,10 @@ def _latency(
         name: _Times(of, [run for past in pasts for run in samples.itl[name][past]])
         for name, of in samples.ttft.items()
     }
-    busy = samples.busy if known["provider"] == "cpu" else None
     figures = (*_figures(times, ideals), *_energy_figures(samples, pasts))
-    if busy:
-        notes = (*notes, f"No time counts: {busy}.")
-        figures = tuple(replace(figure, valid=False, note=busy) for figure in figures)
+    if samples.busy:
+        notes = (*notes, f"No time counts: {samples.busy}.")
+        figures = tuple(replace(figure, valid=False, note=samples.busy) for figure in figures)
     explained = [f for f in figures if f.name == "decode.tpot_ms" or f.name.startswith("prefill.")]
     notes = (*notes, *(why for figure in explained if (why := shortfall(figure, operators))))
     details = {

@@ -426,12 +426,15 @@ def test_gates_survive_a_resumed_prune_and_inputs_may_not_change(
 def test_the_report_of_an_earlier_run(
     cli: Callable[..., Result], run_done: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Against itself everything holds; what is no report, or another model's, is refused before anything is done."""
+    """Against a copy of itself everything holds. Itself, what is no report, or another model's is refused before
+    anything is done."""
     earlier = tmp_path / "earlier.json"
     shutil.copy(run_done / "report" / "report.json", earlier)
     gates = ["--gate", "earlier(accuracy.perplexity)<=1", "--gate", "earlier(size.export_mb)<=1", "--max-kl", 100]
-    for place in (earlier, run_done, run_done / "report"):
-        assert bare("report", run_done, "--against", place, *gates) == 0
+    assert bare("report", run_done, "--against", earlier, *gates) == 0
+    for place in (run_done, run_done / "report"):
+        assert bare("report", run_done, "--against", place, *gates) == 4
+        assert "whose report is replaced" in capfd.readouterr().err.splitlines()[-1]
     assert bare("report", run_done, *gates) == 3
     assert "no earlier report is given (--against report.json)" in capfd.readouterr().err.splitlines()[-1]
     data = json.loads(earlier.read_text())
@@ -447,6 +450,21 @@ def test_the_report_of_an_earlier_run(
     assert not (tmp_path / "new").exists()
     earlier.write_text(json.dumps({**data, "environment": {**data["environment"], "cpu": "Z80"}}))
     assert bare("report", run_done, "--against", earlier, "--gate", "earlier(load.seconds)<=9", "--max-kl", 100) == 3
+
+
+def test_a_run_outlives_the_one_that_it_was_compared_with(
+    cli: Callable[..., Result], run_done: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "earlier.json"
+    shutil.copy(run_done / "report" / "report.json", earlier)
+    out, gate = tmp_path / "next", "earlier(size.export_mb)<=1"
+    assert cli("run", model, "-o", out, against=earlier, gate=gate, latency_runs=0)[0] == 0
+    earlier.unlink()
+    assert bare("verify", out) == 0  # gates decide there how often to measure, no more
+    assert bare("report", out) == 4
+    assert "earlier.json does not exist" in capfd.readouterr().err.splitlines()[-1]
+    shutil.copy(run_done / "report" / "report.json", earlier)
+    assert bare("report", out) == 0
 
 
 def test_an_earlier_report_is_not_replaced_by_what_it_is_compared_with(

@@ -61,6 +61,20 @@ def test_tasks_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssertionError, match="not asked again"):
         pipeline.verify(out, {"task_limit": 4})
 
+    def unchanged() -> None:
+        """What cannot be measured costs nothing that was."""
+        assert pipeline.report(out).verification.figure("task.arc_easy.acc") == accuracy
+
+    unchanged()
+    for wrong in ({"tasks": ["arc_eazy"]}, {"eval_window": 10_000, "eval_tokens": 400}, {"threads": 999}):
+        with pytest.raises(BadInputError):
+            pipeline.verify(out, wrong)
+        unchanged()
+    assert slimexport.run(make_config(options), out, resume=True).verification.figure("task.arc_easy.acc") == accuracy
+    questions.write_text("".join(json.dumps(row | {"question": "Is it?"}) + "\n" for row in asked))
+    with pytest.raises(AssertionError, match="not asked again"):  # other questions in the same file are
+        slimexport.run(make_config(options), out, resume=True)
+
 
 def test_gates_on_tasks_that_are_not_asked() -> None:
     with pytest.raises(BadInputError, match=r"no figure 'task\.arc_easy\.acc': tasks are none"):

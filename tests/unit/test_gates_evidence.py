@@ -15,7 +15,7 @@ from slimexport.artifacts import Figure, VerificationReport
 from slimexport.gates import decide, figures
 from slimexport.gates.decide import Earlier, evaluate, parse
 from slimexport.gates.declared import Gate, gates_of
-from slimexport.gates.evidence import evidence, percentile_interval, student
+from slimexport.gates.evidence import evidence, percentile_interval, questions_interval, student
 from slimexport.verification.intervals import paired_figure
 
 
@@ -189,6 +189,37 @@ def test_a_task_of_other_questions_is_not_compared() -> None:
     )
 
 
+@pytest.mark.parametrize("n", [2, 10, 20, 50])
+@pytest.mark.parametrize(("true", "bound"), [(0.9, 0.95), (0.95, 0.99), (0.5, 0.6), (0.98, 1.0)])
+def test_a_share_that_is_too_low_is_seldom_taken_for_enough(n: int, true: float, bound: float) -> None:
+    """Exact probability of a lower end at the bound, at most a half of what the interval may miss."""
+    taken = 0.0
+    for right in range(n + 1):
+        low, high = questions_interval(np.array([1.0] * right + [0.0] * (n - right)), None, 0.05)
+        assert low <= right / n <= high
+        taken += math.comb(n, right) * true**right * (1 - true) ** (n - right) * (low >= bound)
+    assert taken <= 0.025
+
+
+@pytest.mark.parametrize("n", [4, 20, 50])
+def test_a_few_questions_that_two_models_answer_alike_prove_nothing(n: int) -> None:
+    """Nine in ten of what the dense model gets right: the exact probability that it is taken for nearly all."""
+    taken = 0.0
+    for right in range(n + 1):
+        others = np.array([1.0] * n)
+        low, _ = questions_interval(np.array([1.0] * right + [0.0] * (n - right)), others, 0.05)
+        taken += math.comb(n, right) * 0.9**right * 0.1 ** (n - right) * (low >= 0.98)
+    assert taken <= 0.025
+    same = np.array([1.0, 0.0] * 2000)
+    assert questions_interval(same, same, 0.05)[0] > 0.99
+
+
+def test_scores_that_are_no_shares_have_an_interval_of_their_own_size() -> None:
+    low, high = questions_interval(np.full(30, 40.0), None, 0.05)
+    assert 30 < low < 40 <= high
+    assert questions_interval(np.ones(1), None, 0.05) == (-math.inf, math.inf)
+
+
 def tokens(runs: list[list[float]], share: float) -> VerificationReport:
     """Of tokens of all runs, as the figure is."""
     value = float(np.percentile(np.concatenate(runs), 100 * share))
@@ -276,6 +307,8 @@ def test_a_busy_machine_decides_nothing() -> None:
             ["decode.tpot_ms<=20ms", "speedup(decode.tpot_ms)>=1.2"],
         ),
         ("accuracy.top1_agreement >= 70%", ["accuracy.top1_agreement>=70%"]),
+        ("memory.kv_bytes_per_token<=1048576", ["memory.kv_bytes_per_token<=1048576"]),
+        ("ratio(accuracy.kl)>=0.9999999 -7%", ["ratio(accuracy.kl)>=0.9999999 -7%"]),
         ("decode.tokens_per_s>=9.5tokens/s -10%", ["decode.tokens_per_s>=9.5tokens/s -10%"]),
     ],
 )  # fmt: skip

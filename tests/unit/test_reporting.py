@@ -382,6 +382,17 @@ def test_errors_have_numbers_on_their_axis(errors: tuple[float, float]) -> None:
     assert (">0.3<" if low > 0.01 else ">0.1<") in drawn
 
 
+def test_the_dense_model_is_drawn_in_full_precision_alone() -> None:
+    """Perplexity is held to that; what a rounded one has of it was not measured."""
+    made = measured_report()
+    (name,) = made.exports.keys() & made.each.keys()
+    rounded = dataclasses.replace(made.exports[name], precision="int4")
+    for exports, wanted in ((made.exports, True), ({name: rounded}, False)):
+        captions = [caption for caption, _ in plots.all_of(dataclasses.replace(made, exports=exports))]
+        (caption,) = (caption for caption in captions if caption.startswith("Size and token"))
+        assert ("dense (" in caption) == wanted
+
+
 def test_what_is_invalid_or_missing_is_not_drawn() -> None:
     made = measured_report()
     bad = tuple(dataclasses.replace(figure, valid=False) for figure in made.verification.figures)

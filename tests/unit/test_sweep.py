@@ -135,6 +135,44 @@ def test_a_process_that_was_killed_fails_its_point(tmp_path: Path, monkeypatch: 
         assert made[0.2][0][0].failed == "exit code -9"
 
 
+def test_points_run_on_the_gpus_that_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run._devices(RunConfig(model="m")) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-7")
+    devices = run._devices(RunConfig(model="m"))
+    assert devices == ["2", "GPU-7"]
+    seen: list[tuple[str, str]] = []
+
+    def started(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        recipe = json.loads(Path(command[command.index("--recipe") + 1]).read_text())
+        seen.append((env["CUDA_VISIBLE_DEVICES"], recipe["device"]))
+        return subprocess.CompletedProcess(command, 4, "", "Error: no.")
+
+    monkeypatch.setattr(run.subprocess, "run", started)
+    run._in_parallel({0.2: RunConfig(model="m")}, tmp_path, Progress(quiet=True), devices[:1])
+    assert seen == [("2", "auto")]  # as the first point has it: either may come first when the sweep goes on
+
+
+def test_a_crash_is_one_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel. Consider more")
+
+    monkeypatch.setattr("slimexport.pipeline.run", broken)
+    (found,), code = run._one(RunConfig(model="m"), tmp_path, Progress(quiet=True), None)
+    assert (found.failed, code) == ("internal error: RuntimeError: no kernel", 1)
+
+
+def test_the_prompt_length_that_there_is_has_a_column() -> None:
+    figures = (Figure("prefill.ttft_ms.64", "ms", 9.0, valid=True), Figure("accuracy.kl", "nats/token", 0.1))
+    made = measured(point(0.1, 500, 0.05), VerificationReport(figures))
+    assert report.columns([made]) == [("accuracy.kl", "KL"), ("prefill.ttft_ms.64", "TTFT 64 (ms)")]
+    assert ("prefill.ttft_ms.128", "TTFT 128 (ms)") not in report.columns([made])
+
+
 @pytest.mark.parametrize("ratios", [(), (1.0,), (-0.1,), (0.1, 0.1)])
 def test_ratios_that_are_none(ratios: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match="--ratios"):

@@ -83,6 +83,24 @@ def test_generated_text_is_that_of_lm_eval(model: Path) -> None:
         ours.generate_until(requests(("a", {"do_sample": True, "temperature": 0.7})))
 
 
+def test_an_answer_may_be_longer_than_the_room(model: Path) -> None:
+    """Half of it at most is taken from the prompt, whose end counts."""
+    ours, _ = harnesses(model)
+    room = ours.decoder.max_positions
+    assert room is not None
+    seen: list[tuple[list[int], int]] = []
+    ours._generated = lambda prompt, until, most: seen.append((prompt, most)) or ""
+    words = " ".join(f"word {n}" for n in range(3 * room))
+    for most in (room // 4, room - 1, room, 16 * room):
+        ours.generate_until(requests((words, {"max_gen_toks": most}), ("short", {"max_gen_toks": most})))
+    whole, short = ours.tok_encode(words), ours.tok_encode("short")
+    for (prompt, most), wanted in zip(seen[::2], (room // 4, room // 2, room // 2, room // 2), strict=True):
+        assert prompt == whole[-(room - wanted) :]
+        assert most == wanted
+    assert [prompt for prompt, _ in seen[1::2]] == [short] * 4
+    assert [most for _, most in seen[1::2]] == [room // 4, *[room - max(1, len(short))] * 3]
+
+
 def test_a_stop_string_cuts_the_text(model: Path) -> None:
     ours, _ = harnesses(model)
     whole = ours.generate_until(requests(("Once upon a time", {"until": [], "max_gen_toks": 12})))[0]
@@ -159,6 +177,33 @@ def test_a_metric_that_is_no_mean_of_its_questions_has_no_interval(
     report = VerificationReport(tuple(found.values()), tasks={"arc_easy": figures.record(made, made, None)})
     (result,) = evaluate((parse("task.arc_easy.perplexity<=20"),), report)
     assert result.outcome == "failed"
+
+
+def test_each_way_to_take_an_answer_out_of_the_text_is_a_figure(
+    model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gsm8k has two, and then no figure of none."""
+    import lm_eval
+
+    results = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.2,
+               "exact_match,flexible-extract": 0.5, "alias": "arc_easy"}  # fmt: skip
+
+    def evaluate_(*_: Any, **__: Any) -> dict[str, Any]:
+        samples = [{"doc_id": i, "filter": name, "exact_match": float(i < right), "filtered_resps": [f"{name} {i}"]}
+                   for name, right in (("strict-match", 1), ("flexible-extract", 2)) for i in range(4)]  # fmt: skip
+        return {"results": {"arc_easy": results}, "samples": {"arc_easy": samples},
+                "higher_is_better": {"arc_easy": {"exact_match": True}}}  # fmt: skip
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate_)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = score.ask(CheckpointDecoder(model), tokenizer, named.parse(f"arc_easy={questions}"))
+    assert made.metrics == {"exact_match_strict_match": 0.25, "exact_match_flexible_extract": 0.5}
+    assert made.questions["exact_match_strict_match"] == (1.0, 0.0, 0.0, 0.0)
+    assert made.questions["exact_match_flexible_extract"] == (1.0, 1.0, 0.0, 0.0)
+    assert len(made.answers) == 4
+    results.clear()
+    with pytest.raises(BadInputError, match="gives no figure"):
+        score.ask(CheckpointDecoder(model), tokenizer, named.parse(f"arc_easy={questions}"))
 
 
 def test_twenty_questions_prove_nothing() -> None:

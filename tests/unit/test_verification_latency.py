@@ -349,3 +349,18 @@ def test_of_quiet_and_busy_rounds_the_quiet_ones_count(monkeypatch):
     made, _ = measured(runs=4, enough=lambda _: False, at_most=16)
     assert made.details["runs"] == 4
     assert all(figure.valid for figure in made.figures)
+
+
+def test_where_a_gpu_computes_other_work_takes_no_rounds(monkeypatch):
+    """What it does beside, the CPU has time for."""
+
+    class Watched(watch.Watch):
+        @property
+        def busy(self):
+            return "busy"
+
+    monkeypatch.setattr(interleaved, "Watch", Watched)
+    monkeypatch.setattr(FakeDecoder, "provider", "cuda")
+    made, _ = measured(runs=4, enough=lambda _: False, at_most=16)
+    assert made.details["runs"] == 16
+    assert all(figure.valid for figure in made.figures)
