@@ -95,7 +95,10 @@ def rounding_windows(config: RunConfig, tokenizer: Any) -> NDArray[np.int64] | N
         return None
     spec = "default" if mix.written(config.calibration) else config.calibration
     fewer = config.model_copy(update={"calibration": spec, "calibration_tokens": config.rounding_tokens})
-    windows: NDArray[np.int64] = calibrate(fewer, tokenizer).input_ids.numpy()
+    try:
+        windows: NDArray[np.int64] = calibrate(fewer, tokenizer).input_ids.numpy()
+    except BadInputError as error:
+        raise BadInputError(str(error).replace("--calibration-tokens", "--rounding-tokens")) from error
     return windows
 
 

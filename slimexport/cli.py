@@ -91,6 +91,10 @@ def _storage_problem(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         where = f": {error.filename}" if error.filename else ""
         return f"{os.strerror(error.errno)}{where}. {advice}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EPERM):
+        return f"{os.strerror(error.errno)}: {error.filename}. Choose another place."
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+        return "A path begins with ~ and the name of no user: write it out."
     if isinstance(error, Exception) and os.strerror(errno.ENOSPC) in str(error):
         return f"{error}. {advice}"
     return None

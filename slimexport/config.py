@@ -7,6 +7,7 @@ Built from a YAML recipe and from flags (flags win). What does not change the re
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +166,9 @@ class RunConfig(BaseModel):
     )
 
     # export
-    target: tuple[str, ...] = Field(default=("onnx",), description="What to export to: onnx, genai, safetensors, gguf.")
+    target: tuple[str, ...] = Field(
+        default=("onnx",), min_length=1, description="What to export to: onnx, genai, safetensors, gguf."
+    )
     exporter: Literal["auto", "mobius", "transformers"] = Field(
         default="auto", description="Graph builder; auto tries in order."
     )
@@ -177,6 +180,7 @@ class RunConfig(BaseModel):
     )
     precision: tuple[Literal["fp32", "fp16", "bf16", "int8", "int4", "int4-mixed"], ...] = Field(
         default=("fp32",),
+        min_length=1,
         description="Of the graph; int8, int4: of its weights alone (mixed: 8 bits for embedding and lm_head).",
     )
     rounding_tokens: int = Field(
@@ -254,8 +258,11 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _yes_is_no_number(cls, value: Any, info: Any) -> Any:
-        # pydantic would take `seed: yes` for 1; only the two switches are booleans.
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        # pydantic would take `seed: yes` for 1; only the two switches are booleans. YAML takes on and off for some.
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(kind)):
+            return "on" if value else "off"
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError("Input should not be a boolean")
         return value
 

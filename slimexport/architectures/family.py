@@ -33,6 +33,7 @@ class Family:
     """Attributes of modules that hold sizes: query_heads, kv_groups, heads_per_group, query, key_value or channels."""
     reads_config: tuple[str, ...] = ()  # modules that look sizes up in their config while they run
     returns_tuple: bool = False  # a block gives (hidden states, ...)
+    eager: bool = False  # attention weights of a whole sequence are in memory: its class has nothing else
 
     # Fields of the config
     query_heads_field: str = "num_attention_heads"

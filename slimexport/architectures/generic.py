@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,7 @@ def generic_family(config: PreTrainedConfig, where: str, *, trusted: bool = Fals
         family = _guess(config, trusted)
     except (_UnusualError, AttributeError) as error:
         raise BadInputError(f"{where} ({config.model_type}) cannot be pruned generically: {error}.") from error
-    _check(family, config, where)
-    return family
+    return _checked(family, config, where)
 
 
 class _UnusualError(Exception):
@@ -92,6 +92,7 @@ def _guess(config: PreTrainedConfig, trusted: bool) -> Family:
         kv_groups_field="num_key_value_heads" if getattr(config, "num_key_value_heads", None) else None,
         head_dim_field="head_dim" if getattr(config, "head_dim", None) else None,
         guessed=True,
+        eager=not model._supports_sdpa,
         outputs_normed=True,  # right for every way of adding up: each matrix toward what it gives in the dense model
     )
 
@@ -137,11 +138,20 @@ def _only(weights: tuple[Weight, ...], axes: tuple[Axis, ...]) -> str:
     return found[0]
 
 
-def _check(family: Family, config: PreTrainedConfig, where: str) -> None:
+def _checked(family: Family, config: PreTrainedConfig, where: str) -> Family:
+    """With what only running a model of the kind shows."""
     from slimexport.architectures import registry
     from slimexport.testing import CHECKS, tiny_config
 
     switches = {name: value for name, value in config.to_dict().items() if isinstance(value, bool)}
+    with registry.including(config.model_type, family):
+        try:
+            family = replace(family, returns_tuple=_gives_tuples(family, tiny_config(config.model_type, **switches)))
+        except Exception as error:
+            raise BadInputError(
+                f"{where} ({config.model_type}) cannot be pruned generically: a tiny model of its kind does not run: "
+                f"{reason(error)}"
+            ) from error
     with registry.including(config.model_type, family), tempfile.TemporaryDirectory() as place:
         for name in CHECKED:
             try:
@@ -151,3 +161,18 @@ def _check(family: Family, config: PreTrainedConfig, where: str) -> None:
                     f"{where} ({config.model_type}) cannot be pruned generically: a tiny model of its kind does not "
                     f"pass the check {name!r}: {reason(error)}"
                 ) from error
+    return family
+
+
+def _gives_tuples(family: Family, config: PreTrainedConfig) -> bool:
+    import torch
+
+    from slimexport.testing.models import tiny_model
+
+    model, given = tiny_model(config), []
+    block = next(model.get_submodule(family.blocks).children())
+    handle = block.register_forward_hook(lambda _module, _args, result: given.append(isinstance(result, tuple)))
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64))
+    handle.remove()
+    return given[0]

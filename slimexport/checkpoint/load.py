@@ -43,7 +43,7 @@ def load(
         raise BadInputError(f"{directory} is no checkpoint: it has no config.json.")
     model = load_weights(path, dtype=dtype).to(device)
     try:
-        return model, AutoTokenizer.from_pretrained(str(path))
+        return model, AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:
         raise BadInputError(f"{path} has no usable tokenizer: {reason(error)}") from error
 
@@ -53,12 +53,13 @@ def load_weights(path: Path, *, dtype: str | None = None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    untrusted = {"trust_remote_code": False}  # said, or transformers asks on the terminal
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path), **untrusted)
         if config.is_heterogeneous:
             model, info = per_block_class(config, path).from_pretrained(str(path), config=config, **options)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(str(path), config=config, **options, **untrusted)
     except Exception as error:
         raise BadInputError(f"{path} cannot be loaded: {reason(error)}") from error
     missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k == "lm_head.weight")]

@@ -91,8 +91,9 @@ def write_model(
     write_json(path, data)
     facts = {"schema_version": 1, **made, "guessed": architecture.family.guessed}
     write_json(directory / "slimexport.json", facts)
-    for file in directory.iterdir():
-        file.chmod(0o644)  # transformers writes weights for the owner's eyes only
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # transformers writes weights for the owner's eyes only
 
 
 def _save_streamed(model: PreTrainedModel, where: str, blocks: BlockSource, directory: Path) -> None:

@@ -19,6 +19,9 @@ def available() -> int:
     host: int = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Pages of files that were read count as used, and are taken back as soon as memory is asked for.
+        counted = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        used -= int(counted.get("inactive_file", 0)) + int(counted.get("active_file", 0))
         host = min(host, max(limit - used, 0))
     return host
 

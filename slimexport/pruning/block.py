@@ -195,6 +195,7 @@ class Block:
             all_of_it = Kept.all(self.kept.sizes, self.architecture.experts)
             self._shrink(self.family.ffn_weight, dataclasses.replace(all_of_it, channels=channels), W, chosen[0].bias)
             self.kept = dataclasses.replace(self.kept, channels=channels)
+        del moments, of  # the fit needs as much
         if targets is not None and self.family.ffn_factors:
             assert attention is not None
             self._fit_factors(attention, targets)
@@ -297,12 +298,12 @@ class Block:
         return targets.ffn_lacks(batch, self.states[batch], project(attention[batch]), down(inputs))
 
     def _some_batches(self, tokens: int, among: range | None = None) -> range:
-        """Numbers of batches, evenly spread over those of all ranks, of about so many tokens together."""
+        """Numbers of batches, evenly spread over those of all ranks, of so many tokens together at most."""
         among = range(round(summed(self.settings.ranks, len(self.states)))) if among is None else among
         available = summed(
             self.settings.ranks, sum(math.prod(self.states[batch].shape[:2]) for batch in self._own(among))
         )
-        return among[:: max(1, round(available / tokens))]
+        return among[:: max(1, math.ceil(available / tokens))]
 
     def _number(self, batch: int) -> int:
         """Of one of this rank's batches, among those of all: they are dealt out one by one."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from slimexport.architectures.base import Architecture
 from slimexport.errors import BadInputError
+from slimexport.precisions import has_part
 from slimexport.pruning.states import ON_THE_DEVICE, HiddenStates, Keeper
 from slimexport.ranks import ALONE, Ranks
 
@@ -41,6 +42,7 @@ class Settings:
     ranks: Ranks = ALONE  # that share the calibration set
     keep: Keeper = ON_THE_DEVICE  # where what comes by batches lives between the passes
     batch_tokens: int = BATCH_TOKENS["cpu"]  # in a forward call
+    in_float32: frozenset[str] = frozenset()  # parts of the names of parameters that are, whatever `dtype` is
 
 
 _NO_CACHE: dict[str, Any] = {
@@ -82,6 +84,7 @@ def first_states(
     states = settings.keep()
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., Any]:
         signature = inspect.signature(blocks[index].forward)
@@ -89,12 +92,12 @@ def first_states(
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 states.append(hidden_states.to(settings.device))
-            given = dict(signature.bind(hidden_states, *args, **kwargs).arguments)
+            given = dict(signature.bind(hidden_states, *args, **kwargs).arguments)  # many blocks share a mask
             given.pop(next(iter(given)))  # the hidden states
             given |= given.pop("kwargs", {})
             # Whatever this version of transformers calls its cache: there is none.
             off = {name: value for name, value in _NO_CACHE.items() if name in given}
-            seen[index] = {**_to_device(given, settings.device), **off}
+            seen[index] = {**_to_device(given, settings.device, moved), **off}
             if index + 1 == len(blocks):
                 raise _Reached  # what comes after may not take the precision of the blocks
             return (hidden_states, None) if architecture.family.returns_tuple else hidden_states
@@ -104,6 +107,7 @@ def first_states(
     with torch.no_grad():
         for ids in input_ids.split(size)[ranks.rank :: ranks.size]:
             sizes.append(len(ids))
+            moved.clear()
             seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
             with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}), suppress(_Reached):
                 decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
@@ -111,13 +115,16 @@ def first_states(
 
 
 def working_copy(home: nn.Module, settings: Settings) -> nn.Module:
-    """The block in compute precision on the compute device; the block itself where it is that already."""
+    """The block in compute precision on the compute device; the block itself where it is that already. As transformers
+    would load it: what it keeps in float32, and buffers, are never rounded (routers would choose other experts)."""
     parameter = next(home.parameters())
     if parameter.dtype == settings.dtype and parameter.device == settings.device:
         return home
     made: dict[int, Any] = {}  # each tensor goes where it is to be at once; without a copy of it where it was
-    for tensor in (*home.parameters(), *home.buffers()):
+    for name, tensor in (*home.named_parameters(), *home.named_buffers()):
         dtype = settings.dtype if tensor.is_floating_point() else tensor.dtype
+        if has_part(name, settings.in_float32) or not isinstance(tensor, nn.Parameter):
+            dtype = torch.promote_types(tensor.dtype, dtype)
         there = tensor.detach().to(settings.device, dtype, non_blocking=True)
         there = there.clone() if there.data_ptr() == tensor.data_ptr() else there
         made[id(tensor)] = nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
@@ -214,11 +221,17 @@ def instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             del module.forward
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device, moved: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A tensor that came before is the same one there (`moved`, with which it lives), and one that repeats a sequence's
+    entries for all of a batch goes on doing so."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        if id(value) not in moved:
+            repeats = value.dim() > 1 and len(value) > 1 and value.stride(0) == 0
+            there = value[:1].to(device).expand(value.shape) if repeats else value.to(device)
+            moved[id(value)] = (value, there)
+        return moved[id(value)][1]
     if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
+        return {k: _to_device(v, device, moved) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(v, device) for v in value)
+        return type(value)(_to_device(v, device, moved) for v in value)
     return value

@@ -137,13 +137,14 @@ def needs(
         if weighs_errors(config):
             curvature = 2 * 4 * blocks * out**2
             measured = min(config.resolved_curvature_tokens, tokens)
-            backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width)
+            length = config.sequence_length
+            backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width, length)
             phases.append((width * measured * out * (blocks + 2), backwards))
             reading = max(reading, head + 4 * vocab * min(config.sequence_length, PROBE_LENGTH))
         if measures_costs(config):
             candidates = 2 * len(PROBED_SHARES) * (blocks + 1) + 1
             seen = min(tokens, COST_SEQUENCES * config.sequence_length)
-            passed = _batch(plan, architecture, max(min(seen, batch), probes), width)
+            passed = _batch(plan, architecture, max(min(seen, batch), probes), width, config.sequence_length)
             columns, channels = _widest(plan, architecture)
             cuts = 4 * out * (len(PROBED_SHARES) * (columns + channels)) * 2 // 3
             if config.resolved_allocation == "search":
@@ -193,7 +194,8 @@ def _measuring_gradients(
     # Experts that are kept in one tensor take no adapters.
     whole = sum(blocks) if kind == "all" or architecture.experts > 1 else 0
     moved = width * plan.dense_estimates.parameters if device.type == "cuda" or width != _stored(plan) else 0
-    backwards = len(blocks) * _batch(plan, architecture, config.sequence_length, width)
+    length = config.sequence_length
+    backwards = len(blocks) * _batch(plan, architecture, length, width, length)
     return 4 * whole, moved + width * whole + backwards
 
 
@@ -210,19 +212,24 @@ def _pruning(
     columns, channels = _widest(plan, architecture)
     out, refit = architecture.hidden, bool(config.resolved_refit)
     held = width * tokens * (out + columns + (4 * out if refit else 0))
-    work = _solving(plan, architecture, _batch(plan, architecture, batch, width), refit)
+    work = _solving(plan, architecture, _batch(plan, architecture, batch, width, config.sequence_length), refit)
     parts = len(architecture.family.ffn_factors)
     if refit and parts:
         kept = max(b.channels for b in plan.blocks)
+        # In float64, of each projection: the preconditioner with its inverse, and what conjugate gradients go by.
+        work = max(work, parts * (21 * kept**2 + 54 * kept * out))
         work += 4 * min(tokens, factor.TOKENS) * (3 * out + parts * kept)
     # All experts of a block are looked at together, and then solved one by one.
     return held, work + (architecture.experts - 1) * 8 * channels**2
 
 
-def _batch(plan: PruningPlan, architecture: Architecture, tokens: int, width: int) -> int:
-    """A batch on its way through the FFN."""
+def _batch(plan: PruningPlan, architecture: Architecture, tokens: int, width: int, length: int) -> int:
+    """A batch on its way through the FFN, or, where attention weights are in memory (the softmax in float32), through
+    attention; `length`: of its sequences."""
     channels = _widest(plan, architecture)[1]
-    return width * tokens * (4 * architecture.hidden + 3 * channels * architecture.active_experts)
+    ffn = width * 3 * channels * architecture.active_experts
+    heads = max(block.query_heads for block in plan.dense) if architecture.family.eager else 0
+    return tokens * (width * 4 * architecture.hidden + max(ffn, (2 * width + 4) * heads * min(length, tokens)))
 
 
 def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: bool) -> int:

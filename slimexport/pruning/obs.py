@@ -496,7 +496,7 @@ def removal_errors(
     else:
         D = selection.W - W
         moved = D.any(0)  # where nothing is compensated only what went
-        after = squared_error(D[:, moved], H[moved][:, moved])
+        after = squared_error(D, H) if bool(moved.all()) else squared_error(D[:, moved], H[moved][:, moved])
     if selection.bias is not None:
         assert mean is not None
         after += float(selection.bias @ (2 * (selection.W - W) @ mean + selection.bias))

@@ -15,7 +15,7 @@ from slimexport import __version__
 from slimexport.artifacts import BlockTrace, CalibrationSet, CostTable, ModelSource, PruningPlan, TextSource
 from slimexport.errors import BadInputError
 from slimexport.loading import LoadedModel, resolve_device
-from slimexport.precisions import cast_parameters
+from slimexport.precisions import cast_parameters, parts_in_float32
 from slimexport.pruning import allocation, readout
 from slimexport.pruning.allocation import SearchSettings
 from slimexport.pruning.biases import bias_fields, with_output_biases
@@ -133,7 +133,7 @@ def prune_model(
     trace: tuple[BlockTrace, ...] = ()
     scale = 1.0
     if plan.blocks != plan.dense:
-        alone = settings_of(config, device, stored, room)
+        alone = settings_of(loaded.model, config, device, stored, room)
         settings = dataclasses.replace(alone, ranks=ranks)
         if loaded.files is not None and sink is None and ranks.rank == 0:
             raise ValueError("blocks that are not in memory need a sink")
@@ -215,7 +215,7 @@ def measure_model(
     """
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    alone = settings_of(config, device, stored, room)
+    alone = settings_of(loaded.model, config, device, stored, room)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     chosen = _probed(ids, config)
@@ -264,7 +264,7 @@ def curvature_of(
         return ()
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored, room)
+    settings = settings_of(loaded.model, config, device, stored, room)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     for name, parameter in model.named_parameters():
@@ -289,7 +289,7 @@ def supernet_of(
     windows that costs are measured on."""
     device = resolve_device(config.device)
     stored = getattr(torch, save_dtype_of(config, loaded))
-    settings = settings_of(config, device, stored)
+    settings = settings_of(loaded.model, config, device, stored)
     _full_float32_matmul()
     model, architecture, ids = loaded.model, loaded.architecture, calibration.input_ids
     pieces = _pieces(ids, _probed(ids, config))
@@ -366,10 +366,14 @@ def cost_identity(fingerprint: str, config: RunConfig, text: str | None) -> dict
     return known if text is None else {**known, "text": text}
 
 
-def settings_of(config: RunConfig, device: torch.device, stored: torch.dtype, room: Room = Room()) -> Settings:
+def settings_of(
+    model: PreTrainedModel, config: RunConfig, device: torch.device, stored: torch.dtype, room: Room = Room()
+) -> Settings:
+    dtype = compute_dtype(config, device, stored)
     return Settings(
         device=device,
-        dtype=compute_dtype(config, device, stored),
+        dtype=dtype,
+        in_float32=parts_in_float32(model, dtype),
         group_size_start=config.group_size_start,
         group_size_end=config.group_size_end,
         damping=config.damping,

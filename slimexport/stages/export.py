@@ -38,6 +38,7 @@ from slimexport.stages.inputs import (
     export_options,
     exports,
     fields_of,
+    rounds_by_text,
 )
 
 if TYPE_CHECKING:
@@ -102,14 +103,14 @@ Windows = NDArray[np.int64] | None
 
 
 def _rounding_text(checkpoint: Path, config: RunConfig) -> Windows:
-    """None where no precision needs one."""
-    if not any(map(is_quantised, config.precision)):
+    """None where nothing needs one."""
+    if not rounds_by_text(config):
         return None
     from transformers import AutoTokenizer
 
     from slimexport.calibration import rounding_windows
 
-    return rounding_windows(config, AutoTokenizer.from_pretrained(str(checkpoint)))
+    return rounding_windows(config, AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False))
 
 
 def export_checkpoint(

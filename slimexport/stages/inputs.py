@@ -204,7 +204,8 @@ def input_paths(config: RunConfig) -> list[Path]:
     """Of all that is read, which no output may replace."""
     texts = (config.calibration, config.eval_text, config.recover_text)
     files = [*(file for spec in texts for file in mix.files(spec)), config.sizes, config.costs, config.against]
-    return [*map(Path, (config.model, *texts)), *(file for file in files if file)]
+    named = [Path(name).expanduser() for name in (config.model, *texts)]  # or something that is no path
+    return [*(path for path in named if path.exists()), *(file for file in files if file)]
 
 
 def check_files(place: Path, files: Mapping[str, str], *, advice: str) -> None:
@@ -213,6 +214,14 @@ def check_files(place: Path, files: Mapping[str, str], *, advice: str) -> None:
         path = place / name
         if not path.is_file() or sha256_file(path) != digest:
             raise BadInputError(f"{path} is not the file that was written here: its sha256 differs. {advice}.")
+
+
+def rounds_by_text(config: RunConfig) -> bool:
+    """Whether weights of few bits are rounded by what the text makes of them."""
+    from slimexport.targets import registry as targets
+
+    each = (getattr(targets.get(name), "rounds_by_text", True) for name in config.target)
+    return any(map(is_quantised, config.precision)) and any(each)
 
 
 def check_same_text(text: TextSource | TextPart, tokens: int, since: str) -> None:

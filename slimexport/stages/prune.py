@@ -24,7 +24,14 @@ from slimexport.errors import BadInputError
 from slimexport.progress import Progress
 from slimexport.ranks import ALONE, Message, Ranks, check_alike, versions
 from slimexport.run_directory import CHECKPOINT, PLAN, PRUNE, TRAINING, WORK, PruneRecord, RunDirectory
-from slimexport.stages.inputs import check_possible, check_same_text, check_windows, fields_of, input_paths
+from slimexport.stages.inputs import (
+    check_possible,
+    check_same_text,
+    check_windows,
+    fields_of,
+    input_paths,
+    rounds_by_text,
+)
 from slimexport.stages.plan import assist_planning, known_costs, measured_plan, plan_stage
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ def prune_stage(
 
     `ranks`: this is the first of them; the others `assist`.
     """
-    from slimexport.calibration import calibrate, check_overlap, evaluation_ids
+    from slimexport.calibration import calibrate, check_overlap, evaluation_ids, rounding_windows
     from slimexport.environment import environment
     from slimexport.loading import load_model, resolve_device
     from slimexport.pruning import allocation as allocations
@@ -103,6 +110,8 @@ def prune_stage(
         if evaluated:
             evaluation = evaluation_ids(config, loaded.tokenizer, text)
             check_overlap(calibration, evaluation)
+            if rounds_by_text(config) and config.rounding_tokens > config.calibration_tokens:
+                rounding_windows(config, loaded.tokenizer)  # that there is so much
             if config.recover != "none":
                 texts.check_ahead(config, loaded.tokenizer, loaded.model, evaluation)
             check_windows(config, getattr(loaded.model.config, "max_position_embeddings", None))

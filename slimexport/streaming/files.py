@@ -27,6 +27,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.places
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same bytes, of which few are in memory."""
+        a, b = self.places[one], self.places[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with open(a.path, "rb") as first, open(b.path, "rb") as second:
+            first.seek(a.start)
+            second.seek(b.start)
+            for start in range(0, a.length, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, a.length - start)
+                if first.read(size) != second.read(size):
+                    return False
+        return True
+
     def read(self, name: str) -> torch.Tensor:
         """A copy in memory of its own. Raises BadInputError where the file ends before the tensor does."""
         place = self.places[name]
@@ -70,9 +85,10 @@ def files_of(path: Path) -> list[Path]:
 
 
 def names_of(directory: Path) -> list[str]:
-    """Of the files with its tensors: one, or those of the index. Raises BadInputError for an index that is none."""
+    """Of the files with its tensors: one, or those of the index, which may be left from before there was the one (and
+    transformers looks for that first). Raises BadInputError for an index that is none."""
     index = directory / INDEX
-    if not index.is_file():
+    if (directory / SINGLE).is_file() or not index.is_file():
         return [SINGLE]
     try:
         return [str(name) for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]

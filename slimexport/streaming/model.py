@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from slimexport.architectures.base import Architecture
 
+HEAD = "lm_head.weight"
+
 
 def streamable(directory: Path, architecture: Architecture) -> TensorFiles | None:
     """The files, where each of the model's tensors is in them under its own name and in its own shape.
@@ -29,9 +31,17 @@ def streamable(directory: Path, architecture: Architecture) -> TensorFiles | Non
     except BadInputError:
         return None
     shapes = architecture.shapes()
-    harmless = {"lm_head.weight"} if architecture.tied else set()
     same = all(name in files and files.places[name].shape == shape for name, shape in shapes.items())
-    return files if same and not set(files.places) - set(shapes) - harmless else None
+    surplus = set(files.places) - set(shapes)
+    if same and architecture.tied and HEAD in surplus and _is_embedding(HEAD, files, architecture):
+        surplus.remove(HEAD)
+    return files if same and not surplus else None
+
+
+def _is_embedding(head: str, files: TensorFiles, architecture: Architecture) -> bool:
+    """Whether what the config calls tied is: where not, transformers takes the head that is in the files."""
+    inside = f"{architecture.family.blocks}."
+    return any(files.same(head, name) for name in architecture.shapes() if not name.startswith(inside))
 
 
 def skeleton(
@@ -53,6 +63,10 @@ def skeleton(
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = build(config, dtype=dtype, **options)
+    # Tables that are computed and not stored were so in `dtype`, where transformers does it in float32.
+    for module in model.modules():
+        if not any(True for _ in module.parameters()) and any(True for _ in module.buffers()):
+            model._init_weights(module)
     inside = f"{architecture.family.blocks}."
     model.tie_weights()
     for name, _ in list(model.named_parameters()):

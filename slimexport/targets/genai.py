@@ -85,7 +85,10 @@ def check_generation(directory: Path, tokenizer: PreTrainedTokenizerBase, provid
 
 
 def _check_chat(directory: Path, tokenizer: PreTrainedTokenizerBase, theirs: Any) -> None:
-    wanted = tokenizer.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    try:
+        wanted = tokenizer.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    except Exception:  # one that asks for more than MESSAGES: there is nothing to compare with
+        return
     try:
         got = theirs.apply_chat_template(json.dumps(list(MESSAGES)), add_generation_prompt=True)
     except Exception as error:  # a template that its small interpreter does not know

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from slimexport.artifacts import ExportArtifact, sha256_tree
 from slimexport.errors import BadInputError
+from slimexport.precisions import stays_in_float32
 from slimexport.runtime.base import DTYPES
 from slimexport.targets import registry
 from slimexport.targets.base import Check, ExportOptions, save_artifact, without_graph
@@ -52,10 +53,10 @@ class SafetensorsTarget:
         directory = Path(directory)
         architecture = architecture_of(model.config, str(directory))
         stored = copy.deepcopy(model)
-        kept = stored.state_dict().keys()
+        kept, dtype = stored.state_dict().keys(), getattr(torch, DTYPES[options.precision])
         for name, tensor in (*stored.named_parameters(), *stored.named_buffers()):
             if name in kept and tensor.is_floating_point():  # what is not stored stays as it is computed
-                tensor.data = tensor.data.to(getattr(torch, DTYPES[options.precision]))
+                tensor.data = tensor.data.to(torch.float32 if stays_in_float32(stored, name, dtype) else dtype)
         write_model(stored, tokenizer, architecture, directory)
         if check:  # what a fresh process reads, bit for bit; `check` then says what the precision costs
             check_round_trip(stored, directory, seed=0)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_table(config: PreTrainedConfig, place: Path) -> None:
-    """The table of weights is that of the model, and its counts are those of the tensors."""
+    """The table of weights is that of the model, and its counts are those of the tensors; its blocks give what it says,
+    and attend as it says."""
     model = tiny_model(config)
     architecture = architecture_of(model.config, "tiny")
     tied = {"lm_head.weight"} if architecture.tied else set()
@@ -30,6 +31,12 @@ def check_table(config: PreTrainedConfig, place: Path) -> None:
         assert own.block_linear_parameters(sizes) == (
             own.attention_parameters(sizes) + sizes.channels * own.channel_parameters()
         )
+    family, given = architecture.family, []
+    block = next(model.get_submodule(family.blocks).children())
+    with block.register_forward_hook(lambda _module, _args, result: given.append(isinstance(result, tuple))):
+        logits(model, random_ids(1, 8, seed=9))
+    assert given == [family.returns_tuple]
+    assert family.eager == (not model._supports_sdpa)
 
 
 def check_shrunk_equals_masked(config: PreTrainedConfig, place: Path) -> None:

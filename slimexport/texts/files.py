@@ -53,10 +53,15 @@ def jsonl_documents(content: str, whole: bool, path: Path) -> tuple[str, ...]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise BadInputError(f"{path}, line {number}: {_found(record)}; an object with a string 'text' is needed.")
         if record["text"].strip():
-            documents.append(record["text"])
+            documents.append(paired(record["text"]))
     if not documents:
         raise BadInputError(f"{path} is empty: no line holds any text.")
     return tuple(documents)
+
+
+def paired(text: str) -> str:
+    """With question marks for halves of characters, which JSON can hold and no tokenizer takes (`Text.sha256` too)."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _decode(data: bytes, whole: bool, path: Path) -> str:

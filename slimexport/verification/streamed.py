@@ -70,7 +70,7 @@ def _logits(
     device = resolve_device(config.device)
     stored = getattr(torch, model.source.stored_dtype)
     # As full verification's, whatever pruning computed in.
-    settings = replace(settings_of(config, device, stored, room), dtype=torch.float32)
+    settings = replace(settings_of(model.model, config, device, stored, room), dtype=torch.float32)
     # No padding: a last window that is shorter goes apart.
     groups = [[w for w in windows if len(w) == length] for length in dict.fromkeys(map(len, windows))]
     ids = [torch.from_numpy(np.stack(group)) for group in groups]

@@ -224,3 +224,36 @@ def test_a_sentencepiece_file_comes_along(tmp_path: Path) -> None:
         model, AutoTokenizer.from_pretrained(tmp_path / "dense"), architecture, plan, tmp_path / "small", card=""
     )
     assert (tmp_path / "small" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_directories_of_a_tokenizer_can_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with several chat templates has some of them in a directory."""
+    tokenizer, model = tiny_tokenizer(), shrunk("llama", SAME)
+    original = type(tokenizer).save_pretrained
+
+    def save_pretrained(self: Any, directory: str, **more: Any) -> Any:
+        (Path(directory) / "additional_chat_templates").mkdir()
+        (Path(directory) / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+        return original(self, directory, **more)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", save_pretrained)
+    architecture = architecture_of(model.config, "tiny")
+    plan = make_plan(architecture, ratio=0, criterion="slimgpt", allocation="incremental", layout="per_layer")
+    (tmp_path / "small").mkdir()
+    save_checkpoint(model, tokenizer, architecture, plan, tmp_path / "small", card="")
+    place = tmp_path / "small" / "additional_chat_templates"
+    assert place.stat().st_mode & 0o100
+    assert (place / "tool_use.jinja").stat().st_mode & 0o777 == 0o644
+
+
+def test_code_in_a_checkpoint_is_not_even_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks on the terminal, unless it is told."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stranger", "auto_map": {
+        "AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}))  # fmt: skip
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "y")
+    with pytest.raises(BadInputError, match="cannot be loaded"):
+        slimexport.load(tmp_path)
+    assert not asked
+    assert not (tmp_path / "ran").exists()

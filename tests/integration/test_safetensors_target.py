@@ -94,3 +94,21 @@ def test_a_run_measures_it_beside_the_graph(finished: tuple[Path, Any]) -> None:
 def test_precisions_that_it_does_not_have_are_said_first(finished: tuple[Path, Any]) -> None:
     with pytest.raises(BadInputError, match="holds fp32, fp16, bf16, not int8"):
         pipeline.export(finished[0], {"target": ("safetensors",), "precision": ("int8",)}, force=True)
+
+
+def test_routers_keep_their_precision(tmp_path: Path) -> None:
+    """What transformers keeps in float32: rounded biases that are nearly alike would choose other experts."""
+    from slimexport.testing.models import tiny_config, tiny_model
+
+    model = tiny_model(tiny_config("deepseek_v3"))
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases
+    for bias in biases:
+        bias.copy_(5 + 0.01 * torch.arange(len(bias)) / len(bias))
+    export(tmp_path / "out", model, precision="bf16")
+    loaded, _ = slimexport.load(tmp_path / "out")
+    found = dict(loaded.named_buffers())
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert torch.equal(found[name], bias), name
+    assert loaded.dtype == torch.bfloat16

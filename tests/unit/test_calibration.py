@@ -16,10 +16,18 @@ import pytest
 import torch
 
 from slimexport.artifacts import CalibrationSet, TextSource
-from slimexport.calibration import EvaluationText, calibrate, check_overlap, evaluation_ids, spread
+from slimexport.calibration import (
+    EvaluationText,
+    calibrate,
+    check_overlap,
+    evaluation_ids,
+    rounding_windows,
+    spread,
+)
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError, ExitCode
 from slimexport.texts import wikipedia
+from slimexport.texts.files import file_text
 
 WORDS = [f"w{i}" for i in range(997)]
 EOS = "<|endoftext|>"
@@ -131,6 +139,22 @@ def test_jsonl_documents_are_packed_with_eos(tmp_path: Path, tokenizer: Any) -> 
     assert found == [*ids_of(words(10, 1)), 997, *ids_of(words(25, 2))][:32]
     without = calibrate(config(calibration=file), make_tokenizer()).input_ids.flatten().tolist()
     assert without == [*ids_of(words(10, 1)), *ids_of(words(25, 2))][:32]
+
+
+def test_half_a_character_is_a_question_mark(tmp_path: Path, tokenizer: Any) -> None:
+    """JSON can hold one; no tokenizer takes it."""
+    lines = [json.dumps({"text": f"{words(40, 1)} \ud83d {words(40, 2)}"})]
+    found = calibrate(config(calibration=write(tmp_path / "a.jsonl", lines[0] + "\n")), tokenizer)
+    assert found.input_ids.numel()
+    (text,) = file_text(tmp_path / "a.jsonl", 10**6).documents
+    assert text == f"{words(40, 1)} ? {words(40, 2)}"
+
+
+def test_the_text_that_rounding_lacks_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    given = config(calibration=write(tmp_path / "a.txt", words(80))).model_copy(update={"rounding_tokens": 800})
+    message = refused(rounding_windows, given, tokenizer)
+    assert "lower --rounding-tokens to 80" in message
+    assert "--calibration-tokens" not in message
 
 
 def test_evaluation_gets_no_special_tokens(tmp_path: Path, tokenizer: Any) -> None:

@@ -112,6 +112,9 @@ def test_sugar_becomes_gates() -> None:
         ({"group_size_start": 1, "group_size_end": 4}, "group_size_end must not be larger than group_size_start"),
         ({"layout": "uniform", "allocation": "incremental"}, "layout uniform has the same sizes in every block"),
         ({"first_ratio": 1.0}, "first_ratio: Input should be less than 1"),
+        ({"target": []}, "target: Tuple should have at least 1 item"),
+        ({"precision": []}, "precision: Tuple should have at least 1 item"),
+        ({"fast": "on", "layout": True}, "layout: Input should not be a boolean"),
     ],
 )
 def test_bad_values_are_one_line(values: dict[str, Any], message: str) -> None:
@@ -121,6 +124,18 @@ def test_bad_values_are_one_line(values: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith("recipe.yaml: ")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 4
+
+
+def test_on_and_off_are_words_of_yaml(tmp_path: Path) -> None:
+    for word in ("on", "off"):
+        (tmp_path / "recipe.yaml").write_text(f"model: m\nbias_compensation: {word}\n")
+        assert make_config(load_recipe(tmp_path / "recipe.yaml")).bias_compensation == word
+
+
+def test_a_directory_of_a_recipes_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("fast"))
 
 
 def test_error_in_a_flag_names_the_flag() -> None:

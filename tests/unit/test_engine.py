@@ -22,8 +22,9 @@ from slimexport.pruning.blocks import DirectorySink, kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
 from slimexport.pruning.curvature import BlockCurvature, Weighting
+from slimexport.pruning.forward import _to_device, working_copy
 from slimexport.pruning.planner import make_plan
-from slimexport.pruning.stage import curvature_of, prune_model
+from slimexport.pruning.stage import curvature_of, prune_model, settings_of
 from slimexport.pruning.states import Keeper, Room
 from slimexport.testing.models import tiny_tokenizer
 
@@ -153,6 +154,30 @@ def test_compensation_helps_in_every_block() -> None:
         assert 0 < trace.attention_error < trace.attention_error_before
     for trace in small.trace:
         assert trace.ffn_error <= trace.ffn_error_before
+
+
+def test_routers_are_not_rounded_for_half_precision() -> None:
+    """Biases that are nearly alike would send tokens to other experts than the stored model does."""
+    model = tiny_model("deepseek_v3")
+    whole = loaded(model)
+    settings = settings_of(model, config(dtype="bfloat16"), torch.device("cpu"), torch.float32)
+    block = model.get_submodule(f"{whole.architecture.family.blocks}.1")
+    work = dict((copied := working_copy(block, settings)).named_parameters())
+    assert "mlp.gate.weight" in work
+    for name in work:
+        assert work[name].dtype == (torch.float32 if name == "mlp.gate.weight" else torch.bfloat16), name
+    buffers = dict(copied.named_buffers())
+    for name, buffer in block.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+def test_masks_that_blocks_share_are_one_elsewhere_too() -> None:
+    mask = torch.ones(1, 1, 8, 8).expand(4, 1, 8, 8)
+    moved: dict[int, Any] = {}
+    first, second = (_to_device({"mask": (mask,)}, torch.device("meta"), moved)["mask"][0] for _ in range(2))
+    assert first is second
+    assert first.shape == mask.shape
+    assert first.stride(0) == 0
 
 
 def test_ratio_zero_changes_nothing() -> None:

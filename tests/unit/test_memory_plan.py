@@ -304,3 +304,34 @@ def test_a_full_disk_under_the_states_is_told_by_the_system(tmp_path: Path, monk
     monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         Keeper("file", CPU, tmp_path)([torch.ones(2)])
+
+
+def test_eager_attention_and_the_fit_of_projections_are_counted() -> None:
+    """The first is 12 bytes for every pair of positions and head; the second was half of a default run's peak."""
+    plan, architecture = of_seven_billion()
+
+    def took(**more: Any) -> int:
+        config = RunConfig(model="7B", calibration_tokens=2**14, sequence_length=2048, allocation="incremental", **more)
+        return memory.needs(plan, architecture, config, CPU, "device", streamed=True).host
+
+    eager = dataclasses.replace(architecture, family=dataclasses.replace(architecture.family, eager=True))
+    fast = RunConfig(model="7B", calibration_tokens=2**14, sequence_length=2048, fast=True)
+    more = memory._batch(plan, eager, 4096, 4, 2048) - memory._batch(plan, architecture, 4096, 4, 2048)
+    assert more == 4096 * (12 * 32 * 2048 - 4 * 3 * 11008)
+    assert memory.needs(plan, eager, fast, CPU, "device", streamed=True).host > took(fast=True)
+    kept = max(block.channels for block in plan.blocks)
+    assert took(refit=0.1) - took(fast=True) > 2 * (21 * kept**2 + 54 * kept * 4096) - 20 * 11008**2
+
+
+def test_files_in_the_cache_of_a_container_are_no_memory_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimexport.machine import memory as machine
+
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2900000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 1500000\nactive_file 500000\n")
+    assert machine.available() == 3_000_000 - (2_900_000 - 2_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available() > 3_000_000

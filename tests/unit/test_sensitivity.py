@@ -32,6 +32,18 @@ def tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(VOCAB, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "falcon"])
+def test_logits_are_those_of_every_sequence(family: str) -> None:
+    """Blocks of some families give a tuple."""
+    model = tiny_model(family)
+    logits = output_logits(model, architecture_of(model.config, "tiny"), torch.device("cpu"), every=1)
+    states = torch.randn(4, 12, model.config.hidden_size)
+    with torch.no_grad():
+        alone = torch.cat([logits(one) for one in states.split(1)])
+        torch.testing.assert_close(logits(states), alone)
+    assert alone.shape == (4, 12, VOCAB)
+
+
 def measured(model: Any, known: torch.Tensor, probed: torch.Tensor, **changes: Any) -> CostTable:
     architecture = architecture_of(model.config, "tiny")
     settings = Settings(torch.device("cpu"), torch.float64, 8, 1, DAMPING)

@@ -170,6 +170,66 @@ def test_tensors_under_other_names_are_loaded_whole(tmp_path: Path) -> None:
 def test_an_index_that_is_none_is_refused_and_no_reason_to_stop_a_plan(tmp_path: Path) -> None:
     place = saved(tmp_path / "model")
     (place / INDEX).write_text("{}")
+    (place / SINGLE).unlink()
     with pytest.raises(BadInputError, match=rf"{INDEX} is not a valid safetensors index \(KeyError"):
         TensorFiles(place)
     assert slimexport.plan(RunConfig(model=str(place), fast=True)).cost is not None
+
+
+def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
+    """transformers does not tie then either; the same tensor twice is one."""
+    place = saved(tmp_path / "model", tie_word_embeddings=True)
+    found = load_file(place / SINGLE)
+    embedding = found["model.embed_tokens.weight"]
+    save_file({**found, "lm_head.weight": embedding.clone()}, place / SINGLE, metadata={"format": "pt"})
+    tied = load_model(RunConfig(model=str(place)), streamed=True)
+    assert tied.files is not None
+    assert tied.architecture.tied
+    head = torch.randn(embedding.shape)
+    save_file({**found, "lm_head.weight": head}, place / SINGLE, metadata={"format": "pt"})
+    for streamed in (True, False):
+        loaded = load_model(RunConfig(model=str(place)), streamed=streamed)
+        assert torch.equal(loaded.model.lm_head.weight, head)
+        assert not loaded.architecture.tied
+        assert not loaded.model.config.tie_word_embeddings
+    out = tmp_path / "out"
+    pruned(place, out, fast=True)
+    assert torch.equal(load_file(out / "checkpoint" / SINGLE)["lm_head.weight"], head)
+
+
+def test_tensors_that_are_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimexport.streaming.files.CHUNK_BYTES", 16)
+    one = torch.randn(5, 7)
+    other = one.clone()
+    other[4, 6] += 1
+    save_file({"a": one, "b": one.clone(), "c": other, "d": one.reshape(7, 5).contiguous()}, tmp_path / SINGLE)
+    files = TensorFiles(tmp_path)
+    assert [files.same("a", name) for name in "abcd"] == [True, True, False, False]
+
+
+def test_an_index_that_was_left_behind_does_not_count(tmp_path: Path) -> None:
+    """As for transformers."""
+    place = saved(tmp_path / "model")
+    (place / INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    loaded = load_model(RunConfig(model=str(place)), streamed=True)
+    assert loaded.files is not None
+    assert {path.name for path in (of.path for of in loaded.files.places.values())} == {SINGLE}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_that_are_computed_are_not_rounded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """GPT-J's positions; in float32, as transformers makes them."""
+    place = saved(tmp_path / "model", "gptj", dtype)
+    loaded, whole = (load_model(RunConfig(model=str(place)), streamed=streamed) for streamed in (True, False))
+    assert loaded.files is not None
+    expected = dict(whole.model.named_buffers())
+    assert expected
+    for name, buffer in loaded.model.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    place = saved(tmp_path / "model")
+    (place / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInputError, match="merge the adapter into the weights, or move that file away"):
+        slimexport.plan(RunConfig(model=str(place), fast=True))

@@ -7,6 +7,7 @@ from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, attention_we
 GEMMA2 = registry.register("gemma2")(
     Family(
         model_type="gemma2",
+        eager=True,
         block_weights=(
             *norms(
                 "input_layernorm",

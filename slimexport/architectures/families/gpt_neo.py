@@ -16,6 +16,8 @@ from slimexport.architectures.weights import (
 registry.register("gpt_neo")(
     Family(
         model_type="gpt_neo",
+        eager=True,
+        returns_tuple=True,
         block_weights=(
             *norms("ln_1", "ln_2", bias="always"),
             *attention_weights("attn.attention", o_bias="always", output="out_proj"),

@@ -20,6 +20,7 @@ GATE_UP = Fused((CHANNELS, CHANNELS), turns=CHANNELS)
 registry.register("gpt_oss")(
     Family(
         model_type="gpt_oss",
+        eager=True,
         block_weights=(
             *norms("input_layernorm", "post_attention_layernorm"),
             *attention_weights(qkv_bias="attention_bias", o_bias="attention_bias"),

@@ -7,6 +7,7 @@ from slimexport.architectures.weights import DECODER_MODEL_WEIGHTS, QUERY_HEADS,
 registry.register("granite_swa")(
     Family(
         model_type="granite_swa",
+        eager=True,
         block_weights=(
             *gated_decoder_block(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
             Weight("self_attn.sinks", (QUERY_HEADS,)),

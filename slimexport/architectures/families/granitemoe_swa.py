@@ -10,6 +10,7 @@ registry.register("granitemoe_swa")(
     replace(
         GRANITEMOESHARED,
         model_type="granitemoe_swa",
+        eager=True,
         block_weights=(*GRANITEMOESHARED.block_weights, Weight("self_attn.sinks", (QUERY_HEADS,))),
     )
 )

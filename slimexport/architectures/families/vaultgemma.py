@@ -10,6 +10,7 @@ registry.register("vaultgemma")(
     replace(
         GEMMA2,
         model_type="vaultgemma",
+        eager=True,
         block_weights=(
             *norms("input_layernorm", "pre_feedforward_layernorm"),
             *attention_weights(qkv_bias="attention_bias", o_bias="attention_bias"),

@@ -52,6 +52,7 @@ class GgufTarget:
     """See `slimexport.targets.base.Target`."""
 
     name = "gguf"
+    rounds_by_text = False  # but by llama.cpp's rules
 
     def check_options(self, options: ExportOptions) -> None:
         """Also whether llama.cpp is there, without which no file is known to be right."""
