@@ -10,6 +10,7 @@ registry.register("gemma3_text")(
     replace(
         GEMMA2,
         model_type="gemma3_text",
+        eager=False,
         block_weights=(
             *GEMMA2.block_weights,
             Weight("self_attn.q_norm.weight", (HEAD_DIM,)),
