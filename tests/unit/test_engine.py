@@ -26,6 +26,7 @@ from slimexport.pruning.forward import _to_device, working_copy
 from slimexport.pruning.planner import make_plan
 from slimexport.pruning.stage import curvature_of, prune_model, settings_of
 from slimexport.pruning.states import Keeper, Room
+from slimexport.testing import models as testing
 from slimexport.testing.models import tiny_tokenizer
 
 TEXT = TextSource("random", 0, "0" * 64)
@@ -158,7 +159,7 @@ def test_compensation_helps_in_every_block() -> None:
 
 def test_routers_are_not_rounded_for_half_precision() -> None:
     """Biases that are nearly alike would send tokens to other experts than the stored model does."""
-    model = tiny_model("deepseek_v3")
+    model = testing.tiny_model(testing.tiny_config("deepseek_v3"))
     whole = loaded(model)
     settings = settings_of(model, config(dtype="bfloat16"), torch.device("cpu"), torch.float32)
     block = model.get_submodule(f"{whole.architecture.family.blocks}.1")

@@ -23,6 +23,7 @@ from slimexport.pruning.grid import POSITIONS
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import channel_curve, head_curve, interpolate, measure_costs
 from slimexport.pruning.stage import measure_model
+from slimexport.testing import models as testing
 
 HEADS, CHANNELS = "self_attn.o_proj", "mlp.down_proj"
 DAMPING, ROUND_TO = 0.01, 16
@@ -35,13 +36,13 @@ def tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt_neo", "falcon"])
 def test_logits_are_those_of_every_sequence(family: str) -> None:
     """Blocks of some families give a tuple."""
-    model = tiny_model(family)
+    model = testing.tiny_model(testing.tiny_config(family))
     logits = output_logits(model, architecture_of(model.config, "tiny"), torch.device("cpu"), every=1)
     states = torch.randn(4, 12, model.config.hidden_size)
     with torch.no_grad():
         alone = torch.cat([logits(one) for one in states.split(1)])
         torch.testing.assert_close(logits(states), alone)
-    assert alone.shape == (4, 12, VOCAB)
+    assert alone.shape == (4, 12, model.config.vocab_size)
 
 
 def measured(model: Any, known: torch.Tensor, probed: torch.Tensor, **changes: Any) -> CostTable:
