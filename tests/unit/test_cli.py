@@ -297,6 +297,8 @@ def test_wrong_usage_is_one_line_and_exit_2(cli, pipeline, words, message) -> No
         (GateFailedError("accuracy.kl"), 3, "Error: accuracy.kl"),
         (OSError(errno.ENOSPC, "No space left on device", "/out/x"), 4, "Error: No space left on device: /out/x."),
         (OSError(errno.EROFS, "Read-only file system", "/out"), 4, "Error: Read-only file system: /out."),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), 4, "Error: Not a directory: /file/x."),
+        (RuntimeError("Could not determine home directory."), 4, "Error: A path begins with ~ and the name of no user"),
         (RuntimeError("serializing: No space left on device (os error 28)"), 4, "Error: serializing: No space left"),
         (KeyError("bug"), 1, "Error: internal error: KeyError: 'bug' (--debug shows the traceback)"),
         (KeyboardInterrupt(), 130, "Error: Interrupted."),
@@ -314,6 +316,18 @@ def test_every_error_is_one_line_with_its_code(cli, pipeline, tmp_path, error, c
     assert json.loads(out)["exit_code"] == code
     if code == 1:
         assert "Traceback" in cli("prune", "m", "-o", tmp_path, "--debug")[2]
+
+
+def test_names_are_no_paths_that_would_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in the working directory itself is one like any other; of files in it, it is still said."""
+    from slimexport.run_directory import RunDirectory
+    from slimexport.stages.inputs import input_paths
+
+    monkeypatch.chdir(tmp_path)
+    RunDirectory(tmp_path).check_holds_none(input_paths(RunConfig(model="smollm2-135m")))
+    (tmp_path / "text.txt").write_text("w1")
+    with pytest.raises(BadInputError, match=r"text\.txt lies in"):
+        RunDirectory(tmp_path).check_holds_none(input_paths(RunConfig(model="a/b", calibration="text.txt")))
 
 
 def test_bad_recipe_exits_4_before_anything_runs(cli, pipeline, tmp_path) -> None:

@@ -81,7 +81,7 @@ def test_costs_are_measured_where_there_is_something_to_remove(family: str, allo
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "taylor_lora", "flap", "fasp", "wanda_sp", "magnitude", "random"])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "glm4_moe", "phimoe"])
 def test_every_criterion_prunes_them(family: str, criterion: str) -> None:
     of = loaded(tiny_model(tiny_config(family)))
     plan = make_plan(
