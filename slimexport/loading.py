@@ -72,11 +72,7 @@ def locate(config: RunConfig) -> Located:
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f" It holds {ggufs[0]}: name that file instead." if ggufs else ""
             raise BadInputError(f"{name} is not a model directory: it has no config.json.{hint}")
-        if (path / ADAPTER).is_file():
-            raise BadInputError(
-                f"{name} holds {ADAPTER} beside a model: merge the adapter into the weights, or move that file away."
-            )
-        return Located(path.resolve().name, "directory", path)
+        return _merged(Located(path.resolve().name, "directory", path))
     if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
     return _download(name, config.revision, trusted=config.trust_remote_code)
@@ -111,7 +107,16 @@ def _download(name: str, revision: str | None, *, trusted: bool) -> Located:
             f"Model {name!r} is no local directory, and the Hub did not give it ({reason(error)})."
             f"{nearest(name, BUILTIN)}"
         ) from error
-    return Located(name, "hub", Path(directory))
+    return _merged(Located(name, "hub", Path(directory)))
+
+
+def _merged(located: Located) -> Located:
+    if all((located.directory / name).is_file() for name in ("config.json", ADAPTER)):
+        raise BadInputError(
+            f"{located.directory} holds {ADAPTER} beside a model: merge the adapter into the weights, or move that "
+            "file away."
+        )
+    return located
 
 
 # ------------------------------------------------------------------------------------------------------------ config
