@@ -299,6 +299,8 @@ def test_transformers_builder_numbers(traced_export: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

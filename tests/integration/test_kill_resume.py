@@ -88,6 +88,8 @@ def test_kill_while_exporting(command: list[str], whole: dict[str, dict[str, str
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_kill_while_training(command: list[str], tmp_path: Path) -> None:
     training = ("--recover", "distill", "--recover-budget", "12 steps", "--recover-text", command[6],
                 "--recover-length", "64", "--recover-learning-rate", "0.002")  # fmt: skip

@@ -25,6 +25,7 @@ from slimexport.config import RunConfig
 
 # Sums over two parts differ in the last bit of float64; what is stored are float32 weights of about 0.1.
 TOLERANCE = 1e-6
+LONG = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,9 @@ def kept(out: Path) -> list[Any]:
     "more",
     [
         ("--fast",),
-        ("--refit", "0.1", "--allocation", "incremental"),
+        pytest.param(("--refit", "0.1", "--allocation", "incremental"), marks=LONG),
         (),  # candidates are dealt out
-        ("--allocation", "search", "--search-evaluations", "6"),  # and plans
+        pytest.param(("--allocation", "search", "--search-evaluations", "6"), marks=LONG),  # and plans
     ],
 )
 def test_two_ranks_choose_what_one_chooses(
@@ -103,6 +104,8 @@ def test_two_ranks_choose_what_one_chooses(
         assert a["attention_error"] == pytest.approx(b["attention_error"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_last_rank_may_have_less(model: Path, words: list[str], tmp_path: Path) -> None:
     """Three ranks and four batches."""
     for size in (1, 3):
@@ -185,6 +188,7 @@ def test_two_ranks_train_blocks_one_by_one(pruned: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_go_on_with_a_training_to_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
     whole, part = (shutil.copytree(pruned, tmp_path / name) for name in ("whole", "part"))
     line = ("--recover", "distill", *TRAINING, "--recover-budget", "24 steps")
