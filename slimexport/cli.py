@@ -86,7 +86,8 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
 
 
 def _storage_problem(error: BaseException) -> str | None:
-    """Full disks and read-only places are the user's to mend; writers below raise them in many classes."""
+    """Full disks, read-only places and paths that cannot be are the user's to mend; writers below raise them in many
+    classes."""
     advice = "Make room or choose another place."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         where = f": {error.filename}" if error.filename else ""

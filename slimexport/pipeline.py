@@ -42,13 +42,13 @@ def run(
 
     Raises SlimExportError with the exit code that the CLI returns.
     """
-    from slimexport.gates import earlier
-    from slimexport.loading import fingerprint, locate
-
     progress = progress or Progress(quiet=True)
     config = absolute(config)
     check_targets(config)
     if config.against:
+        from slimexport.gates import earlier
+        from slimexport.loading import fingerprint, locate
+
         _check_elsewhere(config.against, Path(output))
         earlier.read_of(config.against, fingerprint(locate(config)))  # said before minutes of pruning
     directory = RunDirectory(Path(output))

@@ -142,11 +142,14 @@ def _checked(family: Family, config: PreTrainedConfig, where: str) -> Family:
     """With what only running a model of the kind shows."""
     from slimexport.architectures import registry
     from slimexport.testing import CHECKS, tiny_config
+    from slimexport.testing.models import tiny_model
+    from slimexport.testing.steps import gives_tuples
 
     switches = {name: value for name, value in config.to_dict().items() if isinstance(value, bool)}
     with registry.including(config.model_type, family):
         try:
-            family = replace(family, returns_tuple=_gives_tuples(family, tiny_config(config.model_type, **switches)))
+            model = tiny_model(tiny_config(config.model_type, **switches))
+            family = replace(family, returns_tuple=gives_tuples(model, family.blocks))
         except Exception as error:
             raise BadInputError(
                 f"{where} ({config.model_type}) cannot be pruned generically: a tiny model of its kind does not run: "
@@ -162,17 +165,3 @@ def _checked(family: Family, config: PreTrainedConfig, where: str) -> Family:
                     f"pass the check {name!r}: {reason(error)}"
                 ) from error
     return family
-
-
-def _gives_tuples(family: Family, config: PreTrainedConfig) -> bool:
-    import torch
-
-    from slimexport.testing.models import tiny_model
-
-    model, given = tiny_model(config), []
-    block = next(model.get_submodule(family.blocks).children())
-    handle = block.register_forward_hook(lambda _module, _args, result: given.append(isinstance(result, tuple)))
-    with torch.no_grad():
-        model(torch.ones(1, 4, dtype=torch.int64))
-    handle.remove()
-    return given[0]

@@ -58,7 +58,6 @@ def bench(
         rounds=settings.rounds,
         threads=settings.resolved_threads,
         progress=(lambda done, total: progress.update(done, total, "rounds")) if progress else None,
+        on_cpu=settings.provider == "cpu",
     )
-    if settings.provider != "cpu":
-        samples.busy = None  # the CPU waits for the device
     return result(subjects, settings, most, samples)

@@ -221,10 +221,9 @@ def _of_task(
         return None
     other = None
     if of in ("ratio", "earlier"):
-        found = _questions(report, name, "baseline") if of == "ratio" else _questions(earlier, name, "shrunk")
-        if found is None or len(found) != len(own):
+        other = _questions(report, name, "baseline") if of == "ratio" else _questions(earlier, name, "shrunk")
+        if other is None or len(other) != len(own):
             return None
-        other = found
     return Evidence(*questions_interval(own, other, error), len(own), "questions")
 
 

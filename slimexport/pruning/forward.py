@@ -25,6 +25,8 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # per forward call: enough to keep 
 
 Arguments = Callable[[int, int], dict[str, Any]]
 """(block, batch) -> keyword arguments of that block's forward (mask, position embeddings, ...)."""
+Moved = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""id of a tensor -> that tensor, and what it is on the device."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,14 @@ def first_states(
     states = settings.keep()
     recorded: dict[int, dict[int, dict[str, Any]]] = {}  # batch size -> block -> arguments
     sizes: list[int] = []
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def recorder(index: int, seen: dict[int, dict[str, Any]]) -> Callable[..., Any]:
+    def recorder(index: int, seen: dict[int, dict[str, Any]], moved: Moved) -> Callable[..., Any]:
         signature = inspect.signature(blocks[index].forward)
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 states.append(hidden_states.to(settings.device))
-            given = dict(signature.bind(hidden_states, *args, **kwargs).arguments)  # many blocks share a mask
+            given = dict(signature.bind(hidden_states, *args, **kwargs).arguments)
             given.pop(next(iter(given)))  # the hidden states
             given |= given.pop("kwargs", {})
             # Whatever this version of transformers calls its cache: there is none.
@@ -107,9 +108,9 @@ def first_states(
     with torch.no_grad():
         for ids in input_ids.split(size)[ranks.rank :: ranks.size]:
             sizes.append(len(ids))
-            moved.clear()
             seen = recorded[len(ids)] = {}  # no padding: the same for every batch of this size
-            with instead({block: recorder(i, seen) for i, block in enumerate(blocks)}), suppress(_Reached):
+            moved: Moved = {}  # blocks share masks
+            with instead({block: recorder(i, seen, moved) for i, block in enumerate(blocks)}), suppress(_Reached):
                 decoder(inputs_embeds=embed(ids.to(embed.weight.device)).to(settings.dtype), use_cache=False)
     return states, lambda index, batch: recorded[sizes[batch]][index]
 
@@ -221,7 +222,7 @@ def instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             del module.forward
 
 
-def _to_device(value: Any, device: torch.device, moved: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+def _to_device(value: Any, device: torch.device, moved: Moved) -> Any:
     """A tensor that came before is the same one there (`moved`, with which it lives), and one that repeats a sequence's
     entries for all of a batch goes on doing so."""
     if isinstance(value, torch.Tensor):

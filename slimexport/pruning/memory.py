@@ -127,7 +127,7 @@ def needs(
         batch = min(own, max(BATCH_TOKENS[device.type], config.sequence_length))
         width = computed_in(plan, config, device).itemsize
         out, blocks = architecture.hidden, len(plan.blocks)
-        probes = min(config.probe_tokens, tokens)
+        probes, length = min(config.probe_tokens, tokens), config.sequence_length
         phases = [_pruning(plan, architecture, config, own, batch, width)]
         vocab = 4 * architecture.vocab
         # The head in float32, and logits with their softmax, on the host.
@@ -137,14 +137,13 @@ def needs(
         if weighs_errors(config):
             curvature = 2 * 4 * blocks * out**2
             measured = min(config.resolved_curvature_tokens, tokens)
-            length = config.sequence_length
             backwards = 3 * _batch(plan, architecture, min(measured, BATCH_TOKENS[device.type]), width, length)
             phases.append((width * measured * out * (blocks + 2), backwards))
-            reading = max(reading, head + 4 * vocab * min(config.sequence_length, PROBE_LENGTH))
+            reading = max(reading, head + 4 * vocab * min(length, PROBE_LENGTH))
         if measures_costs(config):
             candidates = 2 * len(PROBED_SHARES) * (blocks + 1) + 1
-            seen = min(tokens, COST_SEQUENCES * config.sequence_length)
-            passed = _batch(plan, architecture, max(min(seen, batch), probes), width, config.sequence_length)
+            seen = min(tokens, COST_SEQUENCES * length)
+            passed = _batch(plan, architecture, max(min(seen, batch), probes), width, length)
             columns, channels = _widest(plan, architecture)
             cuts = 4 * out * (len(PROBED_SHARES) * (columns + channels)) * 2 // 3
             if config.resolved_allocation == "search":

@@ -23,6 +23,7 @@ from slimexport.artifacts import (
 from slimexport.config import RunConfig
 from slimexport.gates.decide import GateResult
 from slimexport.gates.declared import Gate
+from slimexport.gates.figures import TTFT
 from slimexport.progress import seconds
 from slimexport.reporting.schema import Report
 
@@ -66,7 +67,6 @@ COLUMNS = ("figure", "dense", "shrunk", "ratio", "ideal", "floor", "gate")
 NUMBERS = (1, 2, 3, 4, 5)  # those of COLUMNS
 REMOVED_COLUMNS = ("", "dense", "shrunk", "ratio")
 EXPORT_COLUMNS = ("export", "MB", "token perplexity", "KL", "TTFT (ms)", "TPOT (ms)")
-_TTFT = "prefill.ttft_ms."
 _WORST_FIRST = ("failed", "undecided", "passed")
 BLOCK_COLUMNS = ("block", "query heads", "KV groups", "channels", "attention error", "FFN error")
 
@@ -137,9 +137,9 @@ def exports(report: Report) -> list[tuple[str, ...]]:
     dense model (latency: in the same precision; accuracy: in full precision)."""
     if not report.others:
         return []
-    lengths = [int(f.name.rpartition(".")[2]) for f in report.verification.figures if f.name.startswith(_TTFT)]
+    lengths = [int(f.name.rpartition(".")[2]) for f in report.verification.figures if f.name.startswith(TTFT)]
     usual = min(lengths, key=lambda length: abs(length - 128)) if lengths else 0
-    names = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", f"{_TTFT}{usual}", "decode.tpot_ms")
+    names = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", f"{TTFT}{usual}", "decode.tpot_ms")
     return [(name, *(_brief(made.figure(figure)) for figure in names)) for name, made in report.each.items()]
 
 

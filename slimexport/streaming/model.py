@@ -33,15 +33,15 @@ def streamable(directory: Path, architecture: Architecture) -> TensorFiles | Non
     shapes = architecture.shapes()
     same = all(name in files and files.places[name].shape == shape for name, shape in shapes.items())
     surplus = set(files.places) - set(shapes)
-    if same and architecture.tied and HEAD in surplus and _is_embedding(HEAD, files, architecture):
+    if same and architecture.tied and HEAD in surplus and _is_embedding(files, architecture):
         surplus.remove(HEAD)
     return files if same and not surplus else None
 
 
-def _is_embedding(head: str, files: TensorFiles, architecture: Architecture) -> bool:
-    """Whether what the config calls tied is: where not, transformers takes the head that is in the files."""
+def _is_embedding(files: TensorFiles, architecture: Architecture) -> bool:
+    """Whether the head in the files is what the config says: where not, transformers does not tie it."""
     inside = f"{architecture.family.blocks}."
-    return any(files.same(head, name) for name in architecture.shapes() if not name.startswith(inside))
+    return any(files.same(HEAD, name) for name in architecture.shapes() if not name.startswith(inside))
 
 
 def skeleton(
@@ -65,7 +65,7 @@ def skeleton(
         model: PreTrainedModel = build(config, dtype=dtype, **options)
     # Tables that are computed and not stored were so in `dtype`, where transformers does it in float32.
     for module in model.modules():
-        if not any(True for _ in module.parameters()) and any(True for _ in module.buffers()):
+        if next(module.parameters(), None) is None and next(module.buffers(), None) is not None:
             model._init_weights(module)
     inside = f"{architecture.family.blocks}."
     model.tie_weights()

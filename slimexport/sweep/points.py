@@ -10,9 +10,9 @@ from typing import Any
 from slimexport.artifacts import Figure, VerificationReport
 from slimexport.config import RunConfig
 from slimexport.errors import ExitCode, UsageError
+from slimexport.gates.figures import TTFT
 
 REPORTS = ("sweep-report.json", "sweep.md", "sweep.html")
-TTFT = "prefill.ttft_ms."
 FIGURES = ("size.export_mb", "accuracy.perplexity", "accuracy.kl", "prefill.ttft_ms.128", "decode.tpot_ms",
            "memory.peak_rss_mb")  # fmt: skip
 

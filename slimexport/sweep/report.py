@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slimexport.artifacts import SCHEMA_VERSION, write_json, write_text
+from slimexport.gates.figures import TTFT
 from slimexport.reporting import markdown, page, plots, view
 from slimexport.sweep.front import COSTS, Recommendation, front, quality_of
-from slimexport.sweep.points import FIGURES, REPORTS, TTFT, Point, Sweep
+from slimexport.sweep.points import FIGURES, REPORTS, Point, Sweep
 
 JSON_NAME, MARKDOWN_NAME, HTML_NAME = REPORTS
 _HEADS = ("MB", "perplexity", "KL", "TTFT {} (ms)", "TPOT (ms)", "RSS (MB)")

@@ -117,7 +117,8 @@ def _one(config: RunConfig, output: Path, progress: Progress, report: Report | N
         code = error.exit_code if isinstance(error, SlimExportError) else ExitCode.BAD_INPUT
         return _failed(config, place, str(error), int(code), progress)
     except Exception as error:  # a crash is one point's, as it is in a process of its own
-        return _failed(config, place, f"internal error: {type(error).__name__}: {first_sentence(error)}", 1, progress)
+        why = f"internal error: {type(error).__name__}: {first_sentence(error)}"
+        return _failed(config, place, why, int(ExitCode.INTERNAL), progress)
     points = [measured(point, made.each[point.export]) for point in _empty(config, place)]
     for point in points:
         progress.note("  ".join([point.name, *(f"{name} {value:.4g}" for name, value in point.values.items())]))

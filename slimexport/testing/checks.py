@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from slimexport.architectures import architecture_of
 from slimexport.testing.models import tiny_model, tiny_tokenizer
-from slimexport.testing.steps import generated_by_genai, greedy, layouts, logits, mask_like, pruned, random_ids, saved
+from slimexport.testing.steps import (
+    generated_by_genai,
+    gives_tuples,
+    greedy,
+    layouts,
+    logits,
+    mask_like,
+    pruned,
+    random_ids,
+    saved,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,11 +41,8 @@ def check_table(config: PreTrainedConfig, place: Path) -> None:
         assert own.block_linear_parameters(sizes) == (
             own.attention_parameters(sizes) + sizes.channels * own.channel_parameters()
         )
-    family, given = architecture.family, []
-    block = next(model.get_submodule(family.blocks).children())
-    with block.register_forward_hook(lambda _module, _args, result: given.append(isinstance(result, tuple))):
-        logits(model, random_ids(1, 8, seed=9))
-    assert given == [family.returns_tuple]
+    family = architecture.family
+    assert gives_tuples(model, family.blocks) == family.returns_tuple
     assert family.eager == (not model._supports_sdpa)
 
 

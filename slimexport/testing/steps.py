@@ -34,6 +34,15 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def gives_tuples(model: Any, blocks: str) -> bool:
+    """Whether a block of `model`, one of those in its module `blocks`, gives (hidden states, ...)."""
+    given: list[bool] = []
+    block = next(model.get_submodule(blocks).children())
+    with block.register_forward_hook(lambda _module, _args, result: given.append(isinstance(result, tuple))):
+        logits(model, random_ids(1, 8, seed=9))
+    return given[0]
+
+
 def greedy(model: Any, ids: torch.Tensor, *, cached: bool, stop: bool = False, tokens: int = 8) -> torch.Tensor:
     """Prompt and `tokens` greedy ones; `stop`: fewer where the end token comes first."""
     least = 0 if stop else tokens

@@ -53,13 +53,13 @@ def jsonl_documents(content: str, whole: bool, path: Path) -> tuple[str, ...]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise BadInputError(f"{path}, line {number}: {_found(record)}; an object with a string 'text' is needed.")
         if record["text"].strip():
-            documents.append(paired(record["text"]))
+            documents.append(_paired(record["text"]))
     if not documents:
         raise BadInputError(f"{path} is empty: no line holds any text.")
     return tuple(documents)
 
 
-def paired(text: str) -> str:
+def _paired(text: str) -> str:
     """With question marks for halves of characters, which JSON can hold and no tokenizer takes (`Text.sha256` too)."""
     return text.encode("utf-8", "replace").decode()
 
