@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Arguments, Settings, given_to, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
-from slimexport.pruning.obs import Selection, mean_square, refit, removal_errors, usual_group_sizes
+from slimexport.pruning.obs import Selection, refit, removal_errors, usual_group_sizes
 from slimexport.pruning.shrink import shrink_block
 from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
@@ -34,7 +34,7 @@ from slimexport.ranks import Message, summed
 @dataclass(frozen=True)
 class Chosen:
     """What stays of a block's heads or of an expert's channels; errors of plain removal and after compensation, and the
-    output's own size, all summed over its tokens. Of one expert alone, and of heads, only the ratios matter."""
+    output's own size: of channels summed over their tokens, as experts see unlike numbers of them."""
 
     kept: tuple[int, ...]
     W: torch.Tensor  # [out, kept]
@@ -124,7 +124,7 @@ class Block:
             self._shrink(self.family.attention_weight, self.kept, chosen.W, chosen.bias)
             for batch in range(len(inputs)):
                 inputs[batch] = inputs[batch][..., columns]
-        return inputs, (chosen.before, chosen.after)
+        return inputs, _shares([chosen])
 
     def _choose_heads(self, name: str, H: torch.Tensor, moments: Moments, whole: bool) -> Chosen:
         W = self._fitted(name, H, moments, 0, self.targets)
@@ -135,8 +135,8 @@ class Block:
         self.factorised |= {selection.factorised} - {""}
         selection = self._with_bias_where_it_can(name, selection)
         columns = self._columns_of_heads(self._with_heads(selection.kept))
-        before, after = removal_errors(W, selection, columns, H, moments.mean())
-        return Chosen(selection.kept, selection.W[:, columns], selection.bias, before, after, 1.0)
+        errors = removal_errors(W, selection, columns, H, moments.mean())
+        return Chosen(selection.kept, selection.W[:, columns], selection.bias, *errors)
 
     def _with_heads(self, query_heads: tuple[int, ...]) -> Kept:
         groups = tuple(sorted({h // self.dense.heads_per_group for h in query_heads}))
@@ -199,9 +199,7 @@ class Block:
         if targets is not None and self.family.ffn_factors:
             assert attention is not None
             self._fit_factors(attention, targets)
-        before, after = (sum(getattr(c, part) for c in chosen) for part in ("before", "after"))
-        power = sum(c.power for c in chosen)
-        return (before / power, after / power) if power else (0.0, 0.0)
+        return _shares(chosen)
 
     def _choose_channels(
         self, name: str, expert: int, moments: Moments, targets: Targets | None, whole: bool
@@ -226,9 +224,10 @@ class Block:
         self.factorised |= {selection.factorised} - {""}
         columns = torch.tensor(selection.kept, device=self.settings.device)
         selection = self._with_bias_where_it_can(name, selection)
-        power = mean_square(W, H) * moments.tokens if self.family.experts else 1.0
-        before, after = removal_errors(W, selection, columns, H, moments.mean())
-        return Chosen(selection.kept, selection.W[:, columns], selection.bias, before * power, after * power, power)
+        errors = removal_errors(W, selection, columns, H, moments.mean())
+        return Chosen(
+            selection.kept, selection.W[:, columns], selection.bias, *(moments.tokens * error for error in errors)
+        )
 
     def _fit_factors(self, attention: HiddenStates, targets: Targets) -> None:
         """The projections that make the inputs of down_proj, fitted toward the dense stream once all else is in place.
@@ -366,6 +365,12 @@ class Block:
             tensors[name] = old + bias
         shrink_block(self.home, self.architecture, kept, tensors)
         self.work = working_copy(self.home, self.settings)
+
+
+def _shares(chosen: Sequence[Chosen]) -> tuple[float, float]:
+    """Errors before and after compensation, of all together, as shares of their power."""
+    before, after, power = (sum(getattr(c, part) for c in chosen) for part in ("before", "after", "power"))
+    return (before / power, after / power) if power > 0 else (0.0, 0.0)
 
 
 def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:

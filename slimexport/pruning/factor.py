@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from slimexport.pruning.forward import instead
-from slimexport.pruning.obs import damped_inverse
+from slimexport.pruning.inverse import damped_inverse
 from slimexport.ranks import ALONE, Ranks, summed
 
 STEPS = 3
@@ -91,7 +91,7 @@ def fit_factors(
     V = [torch.zeros_like(part) for part in left]
     if not any(held) or not any(bool(part.any()) for part in left):
         return V
-    inverse_x, *inverse_slopes = (damped_inverse(moment, PRECONDITIONER)[0] for moment in (of_x, *of_slopes))
+    inverse_x, *inverse_slopes = (damped_inverse(moment, PRECONDITIONER).inverse for moment in (of_x, *of_slopes))
     direction, last = V, math.inf
     for step in range(steps):
         better = [(inverse_slopes[k].to(inverse_x) @ left[k].to(inverse_x) @ inverse_x).to(left[k]) for k in parts]

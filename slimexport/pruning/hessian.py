@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from slimexport.errors import BadInputError
-from slimexport.pruning.obs import NotPositiveDefiniteError
+from slimexport.pruning.inverse import NotPositiveDefiniteError
 from slimexport.ranks import ALONE, Ranks, summed
 
 ROWS = 768  # of H that are added to at a time

@@ -20,7 +20,7 @@ from slimexport.pruning.grid import (
     SEARCHED_CHANNELS,
     SEARCHED_HEADS,
 )
-from slimexport.pruning.obs import SINGLE_FROM
+from slimexport.pruning.inverse import SINGLE_FROM
 from slimexport.pruning.states import Place
 from slimexport.ranks import beside
 

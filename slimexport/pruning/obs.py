@@ -5,114 +5,23 @@ re-fitting the others costs, with A = H^-1 restricted to what is still there,
 
     error(R) = tr(W_R (A_RR)^-1 W_R^T),          W <- W - W_R (A_RR)^-1 A_R:,      A <- A - A_:R (A_RR)^-1 A_R:
 
-which is the exact least-squares optimum. This module imports torch and nothing else.
+which is the exact least-squares optimum. This module imports torch and nothing else but `inverse`, which gives A.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
-T = TypeVar("T")
+from slimexport.pruning.inverse import ROWS, SINGLE_FROM
 
+FEW = 16  # rows of a wide matrix, so that what is made of them stays in the cache
 ENUMERATION_LIMIT = 256  # combinations of one head per group that are still scored one by one
-DAMPING_RETRIES = 6
-SINGLE_FROM = 2048  # inputs: from here on a factor is tried in float32 first; smaller ones take no time in float64
-SINGLE_RESIDUAL = 1e-3  # of A in float32, at most: what compensation loses to it is of second order
-ROWS = 512  # of a matrix that are converted at a time: the widest are gigabytes
-
-
-class NotPositiveDefiniteError(RuntimeError):
-    """H stayed singular even with the largest damping that was tried."""
-
-
-# ----------------------------------------------------------------------------------------------------- damped inverse
-
-
-class DampedInverse(NamedTuple):
-    """(H + ridge I)^-1."""
-
-    inverse: torch.Tensor  # [n, n] float64, or float32 where that was found good enough
-    dead: torch.Tensor  # [n] bool, inputs that never fired: as if of size one, so that removing them touches nothing
-    damping: float  # that was used, as a share of the mean diagonal
-    ridge: float
-
-
-def solved(H: torch.Tensor, damping: float, solve: Callable[[DampedInverse], T]) -> tuple[T, DampedInverse]:
-    """`solve` by the damped inverse of H: again by one in float64, where by one in float32 a Cholesky factor fails."""
-    found = damped_inverse(H, damping)
-    try:
-        return solve(found), found
-    except torch.linalg.LinAlgError:
-        if found.inverse.dtype == torch.float64:
-            raise
-    found = damped_inverse(H, damping, single=False)
-    return solve(found), found
-
-
-def damped_inverse(H: torch.Tensor, damping: float, *, single: bool = True) -> DampedInverse:
-    """Inverse of H + lambda I, lambda = damping * mean(diag H), ten times more whenever Cholesky fails.
-
-    Of SINGLE_FROM inputs and more it is computed in float32 first, and kept where (H + lambda I) A v is v within
-    SINGLE_RESIDUAL for random v, by H as it is; else in float64, as for fewer inputs.
-
-    Args:
-        H: [n, n], symmetric, float64.
-        damping: share of the mean diagonal.
-        single: whether float32 will do.
-    """
-    diagonal = H.diagonal().double()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    for _ in range(DAMPING_RETRIES):
-        ridge = damping * mean
-        raised = diagonal.masked_fill(dead, 1.0) + ridge
-        if single and len(H) >= SINGLE_FROM and (found := _inverse_in_single(H, raised)) is not None:
-            return DampedInverse(found, dead, damping, ridge)
-        damped = H.double().clone()
-        damped.diagonal().copy_(raised)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # as large as the factor and the inverse
-        if not bool(failed):
-            return DampedInverse(torch.cholesky_inverse(factor), dead, damping, ridge)
-        damping *= 10
-    raise NotPositiveDefiniteError(f"H of size {len(H)} is not positive definite, even with damping {damping / 10:g}")
-
-
-def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor | None:
-    """Inverse of H with this `diagonal` [n] by a float32 Cholesky, None where that is not accurate enough.
-
-    Scaled to a unit diagonal, S H S: activations of one channel may be a thousand times those of another, and it is
-    only what then is left of H's condition that costs digits.
-    """
-    n, scale = len(H), diagonal.rsqrt()
-    scaled = torch.empty(n, n, dtype=torch.float32, device=H.device)
-    single = scale.float()
-    for start in range(0, n, ROWS):
-        rows = slice(start, start + ROWS)
-        scaled[rows].copy_(H[rows]).mul_(single[rows, None]).mul_(single)
-    scaled.diagonal().fill_(1.0)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    del scaled
-    if bool(failed):
-        return None
-    inverse = torch.cholesky_inverse(factor)  # S^-1 A S^-1
-    del factor
-    v = torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
-    x = (inverse @ v.float()).double() * scale[:, None]
-    back = scale[:, None] * (H @ x + (diagonal - H.diagonal())[:, None] * x)
-    if not float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()):  # NaN is not accurate enough either
-        return None
-    for start in range(0, n, ROWS):  # of which the second product finds in the cache what the first has left there
-        inverse[start : start + ROWS].mul_(single[start : start + ROWS, None]).mul_(single)
-    return inverse
-
-
 # -------------------------------------------------------------------------------------------------------------- re-fit
 
 
@@ -153,7 +62,7 @@ class Eliminator:
     def __init__(self, W: torch.Tensor, inverse: torch.Tensor, removed: int = 64):
         """W [out, n] and inverse [n, n], float64 or float32, on one device; W is copied, `inverse` only read.
         `removed`: how many columns will go, as far as that is known: L is as large from the beginning."""
-        self._columns = W.to(inverse.dtype).T.clone(memory_format=torch.contiguous_format)
+        self._columns = torch.empty(W.T.shape, dtype=inverse.dtype, device=W.device).copy_(W.T)
         self.alive = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
         self.error = 0.0  # sum of the exact errors of all groups removed so far
         self._inverse = inverse
@@ -176,25 +85,34 @@ class Eliminator:
         L = self._L[:, columns].transpose(0, 1)  # [c, used, s]
         return self._inverse[columns.unsqueeze(2), columns.unsqueeze(1)] - L.transpose(1, 2) @ L
 
-    def scores(self, columns: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+    def scores(self, columns: torch.Tensor, chunk: int = 256, given: torch.Tensor | None = None) -> torch.Tensor:
         """Exact error of removing each candidate with optimal compensation: columns [c, s] -> [c] float64.
 
         One batched Cholesky over all candidates (the paper's grouped Cholesky): B = l l^T, error =
-        tr(l^-1 (W^T W)_PP l^-T), which has the outputs summed over already.
+        tr(l^-1 (W^T W)_PP l^-T), which has the outputs summed over already. `given` [g]: what each adds to the error
+        once these have gone; they stay.
         """
         candidates, size = columns.shape
+        step = None if given is None else self._step(given)
         # Candidates that together have more entries than W^T W share them.
-        gram = self._columns @ self._columns.T if candidates * size**2 > len(self._columns) ** 2 else None
+        shared = step is None and candidates * size**2 > len(self._columns) ** 2
+        gram = self._columns @ self._columns.T if shared else None
         parts = []
         for some in columns.split(chunk):
-            factor = torch.linalg.cholesky(self.blocks(some))
+            blocks = self.blocks(some)
             if gram is None:
-                W = self._columns[some]  # [c, s, out]
+                W = self._columns[some.flatten()]
+                if step is not None:
+                    moved = step[0][:, some.flatten()].T  # [c * s, g]
+                    W.addmm_(moved, step[1], alpha=-1)
+                    moved = moved.view(*some.shape, -1)
+                    blocks -= moved @ moved.mT
+                W = W.view(*some.shape, -1)
                 G = W @ W.mT
             else:
                 G = gram[some.unsqueeze(2), some.unsqueeze(1)]
-            reduced = torch.linalg.solve_triangular(factor, G, upper=False)
-            both = torch.linalg.solve_triangular(factor, reduced.mT, upper=False)
+            factor = torch.linalg.cholesky(blocks)
+            both = _divided(factor, _divided(factor, G).mT)
             parts.append(both.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64).clamp(min=0.0))
         return torch.cat(parts)
 
@@ -205,11 +123,7 @@ class Eliminator:
 
     def eliminate(self, columns: torch.Tensor) -> float:
         """Removes `columns` [s], compensates W, returns the exact error that this adds."""
-        L = self._L
-        block = torch.addmm(self._inverse[columns], L[:, columns].T, L, alpha=-1)  # current A_P:, [s, n]
-        factor = torch.linalg.cholesky(block[:, columns])
-        new = torch.linalg.solve_triangular(factor, block, upper=False)  # l^-1 A_P:, [s, n]
-        W = torch.linalg.solve_triangular(factor, self._columns[columns], upper=False)  # l^-1 W_P^T, [s, out]
+        new, W = self._step(columns)
         self._columns.addmm_(new.T, W, alpha=-1)
         self._columns[columns] = 0.0
         self.alive[columns] = False
@@ -218,6 +132,14 @@ class Eliminator:
         error = float(W.square().sum(dtype=torch.float64))
         self.error += error
         return error
+
+    def _step(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """l^-1 A_P: [s, n] and l^-1 W_P^T [s, out] of `columns` [s], l the factor of A_PP: what A and W lose with them
+        is products of these."""
+        L = self._L
+        block = torch.addmm(self._inverse[columns], L[:, columns].T, L, alpha=-1)  # current A_P:, [s, n]
+        factor = torch.linalg.cholesky(block[:, columns])
+        return _divided(factor, block), _divided(factor, self._columns[columns])
 
     def masked(self) -> torch.Tensor:
         """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
@@ -241,6 +163,11 @@ class Eliminator:
         other._inverse, other._factor, other._used = self._inverse, self._factor.clone(), self._used
         other.diagonal = self.diagonal.clone()
         return other
+
+
+def _divided(factor: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """l^-1 B; said from the right, which LAPACK solves in a third of the time."""
+    return torch.linalg.solve_triangular(factor.mT, B.mT, upper=True, left=False).mT
 
 
 @dataclass(frozen=True)
@@ -292,7 +219,7 @@ def select_heads(
 
     def columns(heads: Sequence[int]) -> torch.Tensor:
         steps = torch.arange(head_dim, device=W.device)
-        return (torch.tensor(list(heads), device=W.device).unsqueeze(1) * head_dim + steps).flatten()
+        return (torch.tensor(list(heads), dtype=torch.long, device=W.device).unsqueeze(1) * head_dim + steps).flatten()
 
     while True:
         moves: list[tuple[float, list[int]]] = []
@@ -333,7 +260,7 @@ def walk_heads(
     steps = torch.arange(head_dim, device=W.device)
 
     def columns(heads: Sequence[int]) -> torch.Tensor:
-        return (torch.tensor(list(heads), device=W.device).unsqueeze(1) * head_dim + steps).flatten()
+        return (torch.tensor(list(heads), dtype=torch.long, device=W.device).unsqueeze(1) * head_dim + steps).flatten()
 
     state = Eliminator(W, inverse)
     groups = [list(range(g * heads_per_group, (g + 1) * heads_per_group)) for g in range(kv_groups)]
@@ -378,13 +305,12 @@ def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> 
     while improved:
         improved = False
         for g, heads in enumerate(groups):
-            swaps = [[*taken[:g], h, *taken[g + 1 :]] for h in heads if h != taken[g]]
-            if not swaps:
-                continue
-            scores = state.scores(torch.stack([columns(s) for s in swaps]), chunk=16)
-            best = int(scores.argmin())
-            if float(scores[best]) < score * (1 - 1e-9):
-                score, taken, improved = float(scores[best]), swaps[best], True
+            others = columns([*taken[:g], *taken[g + 1 :]])
+            added = state.scores(torch.stack([columns([h]) for h in heads]), given=others)
+            best = int(added.argmin())
+            saved = float(added[heads.index(taken[g])] - added[best])
+            if saved > 1e-9 * score:
+                score, taken[g], improved = score - saved, heads[best], True
     return score, taken
 
 
@@ -436,68 +362,78 @@ def squared_error(difference: torch.Tensor, H: torch.Tensor) -> float:
     return max(float(((difference @ H) * difference).sum()), 0.0)
 
 
-def mean_square(W: torch.Tensor, H: torch.Tensor) -> float:
-    """tr(W H W^T), the output's mean square; of wide ones by products in float32, as those of H were."""
-    if len(W) * len(H) < SINGLE_FROM**2:
-        return squared_error(W, H)
+def mean_square(W: torch.Tensor, H: torch.Tensor, columns: torch.Tensor | None = None) -> float:
+    """tr(W H W^T), the output's mean square, of some inputs alone (indices) or of all; of wide ones by products in
+    float32, as those of H were."""
+    wide = len(W) * len(H) >= SINGLE_FROM**2
+    if columns is not None:
+        W = W[:, columns]
+    n = W.shape[1]
+    if not wide:
+        return squared_error(W.to(H), H if columns is None else H[columns][:, columns])
     single, total = W.float(), 0.0
-    for start in range(0, len(H), ROWS):  # of H, which is symmetric, what is left of its diagonal counts twice
-        rows = H[start:, start : start + ROWS].float()
+    for start in range(0, n, ROWS):  # of H, which is symmetric, what is left of its diagonal counts twice
+        below, own = slice(start, None), slice(start, start + ROWS)
+        rows = (H[below, own] if columns is None else H[columns[below, None], columns[own]]).float()
         rows[ROWS:] *= 2
-        product = single[:, start:] @ rows
-        total += float(product.mul_(single[:, start : start + ROWS]).sum(dtype=torch.float64))
+        product = single[:, below] @ rows
+        total += float(product.mul_(single[:, own]).sum(dtype=torch.float64))
     return total
 
 
-def optimum_error(
-    D: torch.Tensor, rows: torch.Tensor, diagonal: torch.Tensor, gone: torch.Tensor, ridge: float
-) -> float:
-    """tr(D H D^T) of the D that has the least tr(D (H + ridge I) D^T) for its columns in `gone`.
+class Errors(NamedTuple):
+    """Mean squares of outputs, in units of H."""
 
-    D (H + ridge I) is zero in all other columns then, so of D H only the few columns in `gone` need be computed.
-
-    Args:
-        D: [out, n], of which columns that never fired may be anything.
-        rows: of H, those in `gone`; diagonal: of H.
-        gone: indices.
-    """
-    rest = diagonal > 0
-    rest[gone] = False
-    product = (D.to(rows) @ rows.T).mul_(D[:, gone])
-    return max(float(product.sum(dtype=torch.float64)) - ridge * float(D.square().sum(0)[rest].sum()), 0.0)
+    before: float  # ||(W' - W) X||^2 of plain removal
+    after: float  # of the selection's W', and of its bias if it has any
+    power: float  # ||W X||^2
 
 
 def removal_errors(
     W: torch.Tensor, selection: Selection, columns: torch.Tensor, H: torch.Tensor, mean: torch.Tensor | None = None
-) -> tuple[float, float]:
-    """||(W' - W) X + b 1^T||^2 / ||W X||^2 of plain removal, and of the selection's W' and b (its bias, if any), from
-    H = X X^T / tokens (without a bias: any scale), undamped; 0.0 where W X is zero.
+) -> Errors:
+    """Of what stays, from H = X X^T / tokens (without a bias: any scale), undamped.
 
     Args:
         W, H: [out, in] and [in, in], float64.
         columns: indices of what stays.
         mean: [in], of the inputs; for the bias.
     """
-    total = mean_square(W, H)
-    if total <= 0:
-        return 0.0, 0.0
     stays = torch.zeros(W.shape[1], dtype=torch.bool, device=W.device)
     stays[columns] = True
     gone = (~stays).nonzero().flatten()
-    rows = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)  # nothing cancels in products with it
-    plain = W[:, gone].to(rows)
-    before = float((plain @ rows[:, gone]).mul_(plain).sum(dtype=torch.float64))
-    if selection.ridge is not None and selection.weighted:
-        after = optimum_error(selection.W - W, rows, H.diagonal(), gone, selection.ridge)
-    elif selection.ridge is not None:  # what the damping adds to it was found with it
-        pairs = zip(selection.W.split(ROWS), W.split(ROWS), strict=True)
-        squares = sum((now - old).square_().sum(0) for now, old in pairs)[H.diagonal() > 0]
-        after = max(selection.error - selection.ridge * float(squares.sum()), 0.0)
-    else:
-        D = selection.W - W
-        moved = D.any(0)  # where nothing is compensated only what went
-        after = squared_error(D, H) if bool(moved.all()) else squared_error(D[:, moved], H[moved][:, moved])
+    before = max(mean_square(W, H, gone), 0.0)
+    if selection.ridge is not None:
+        return Errors(before, *_of_optimum(W, selection, columns, gone, H, selection.ridge))
+    D = selection.W - W
+    moved = D.any(0)  # where nothing is compensated only what went
+    after = squared_error(D, H) if bool(moved.all()) else squared_error(D[:, moved], H[moved][:, moved])
     if selection.bias is not None:
         assert mean is not None
-        after += float(selection.bias @ (2 * (selection.W - W) @ mean + selection.bias))
-    return max(before, 0.0) / total, max(after, 0.0) / total
+        after += float(selection.bias @ (2 * D @ mean + selection.bias))
+    return Errors(before, max(after, 0.0), mean_square(W, H))
+
+
+def _of_optimum(
+    W: torch.Tensor, selection: Selection, columns: torch.Tensor, gone: torch.Tensor, H: torch.Tensor, ridge: float
+) -> tuple[float, float]:
+    """(error, power) of a W' with the least tr(D (H + ridge I) D^T), D = W' - W, that zeros in `gone` can have.
+
+    D (H + ridge I) is zero outside of `gone`, where W' is not: all products with H that W and D need are those of W' in
+    what stays, and of D in the few columns that are gone. Columns of inputs that never fired may be anything.
+    """
+    fired = H.diagonal() > 0
+    squares, inner = (torch.zeros(W.shape[1], dtype=torch.float64, device=W.device) for _ in range(2))
+    for now, old in zip(selection.W.split(FEW), W.split(FEW), strict=True):
+        D = now - old
+        squares += D.square().sum(0)
+        inner += D.mul_(now).sum(0)
+    if selection.weighted:  # and the error that was found is not that of W
+        single = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)
+        D = (selection.W - W).to(single)
+        found = float((D @ single.T).mul_(D[:, gone]).sum(dtype=torch.float64))
+        squares[gone] = 0.0
+    else:
+        found = selection.error
+    after = max(found - ridge * float(squares[fired].sum()), 0.0)
+    return after, mean_square(selection.W, H, columns) + after + 2 * ridge * float(inner[fired].sum())

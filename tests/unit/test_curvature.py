@@ -21,7 +21,7 @@ from slimexport.pruning.criteria import Site, registry
 from slimexport.pruning.curvature import DAMPING, Weighting, measure_curvature, unweighted, weighted
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.grid import PROBE_LENGTH
-from slimexport.pruning.obs import damped_inverse
+from slimexport.pruning.inverse import damped_inverse
 from slimexport.pruning.probe import output_scores
 from slimexport.pruning.sensitivity import channel_curve, head_curve
 from slimexport.pruning.stage import curvature_of, measure_model, prune_model

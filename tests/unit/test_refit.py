@@ -14,6 +14,7 @@ from test_engine import calibration, config, loaded, logits, planned
 
 from slimexport.architectures import architecture_of
 from slimexport.pruning import obs
+from slimexport.pruning.inverse import damped_inverse
 from slimexport.pruning.block import Block
 from slimexport.pruning.blocks import kept_of
 from slimexport.pruning.criteria import Site
@@ -57,7 +58,7 @@ class Problem:
 
     def fitted_and_pruned(self, share: float, damping: float, keep: int = 7) -> tuple[torch.Tensor, obs.Selection]:
         V = obs.refit(self.W, self.H, self.C - self.W @ self.H, share)
-        inverse, *_ = obs.damped_inverse(self.H, damping)
+        inverse, *_ = damped_inverse(self.H, damping)
         return V, obs.select_channels(V, inverse, keep=keep, group_size_start=2, group_size_end=1)
 
 

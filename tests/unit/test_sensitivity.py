@@ -20,6 +20,7 @@ from slimexport.pruning import grid, obs
 from slimexport.pruning.blocks import ModelBlocks
 from slimexport.pruning.forward import Settings, first_states
 from slimexport.pruning.grid import POSITIONS
+from slimexport.pruning.inverse import damped_inverse
 from slimexport.pruning.probe import output_logits
 from slimexport.pruning.sensitivity import channel_curve, head_curve, interpolate, measure_costs
 from slimexport.pruning.stage import measure_model
@@ -82,7 +83,7 @@ def candidates(model: Any, ids: torch.Tensor, index: int) -> list[tuple[str, Any
     architecture = architecture_of(model.config, "tiny")
     dense, made = architecture.blocks[index], []
     W, H = _matrix(model, index, HEADS), dense_H(model, ids, index, HEADS)
-    inverse, *_ = obs.damped_inverse(H, DAMPING)
+    inverse, *_ = damped_inverse(H, DAMPING)
     for groups in range(1, dense.kv_groups + 1):
         for per_group in range(1, dense.heads_per_group + 1):
             found = obs.select_heads(
@@ -91,7 +92,7 @@ def candidates(model: Any, ids: torch.Tensor, index: int) -> list[tuple[str, Any
             )  # fmt: skip
             made.append((HEADS, (groups, per_group), found.W))
     W, H = _matrix(model, index, CHANNELS), dense_H(model, ids, index, CHANNELS)
-    inverse, *_ = obs.damped_inverse(H, DAMPING)
+    inverse, *_ = damped_inverse(H, DAMPING)
     for count in grid.legal_channels(dense.channels, ROUND_TO):
         # All at once between two legal counts, as the curve goes.
         state = obs.Eliminator(W, inverse)
@@ -194,7 +195,7 @@ def test_errors_of_heads_are_those_of_brute_force(seed: int) -> None:
     architecture = architecture_of(model.config, "tiny")
     W, H, _ = problem(5, 12, seed=seed)
     raw = H - 0.01 / 1.01 * H.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    curve = head_curve(W, obs.damped_inverse(raw, 0.01), BlockSizes(3, 2, 80), architecture, searched=True)
+    curve = head_curve(W, damped_inverse(raw, 0.01), BlockSizes(3, 2, 80), architecture, searched=True)
     assert set(curve.errors) == {(g, h) for g in (1, 2, 3) for h in (1, 2)}
     for (groups, per_group), error in curve.errors.items():
         _, expected = brute_force_heads(W, H, 3, 2, 2, groups, per_group)
@@ -212,7 +213,7 @@ def test_errors_of_heads_are_those_of_brute_force(seed: int) -> None:
 def test_errors_of_channels_are_those_of_brute_force(channels: int, round_to: int) -> None:
     W, H, _ = problem(5, channels)
     raw = H - 0.01 / 1.01 * H.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
-    curve = channel_curve(W, obs.damped_inverse(raw, 0.01), BlockSizes(1, 1, channels), round_to, searched=True)
+    curve = channel_curve(W, damped_inverse(raw, 0.01), BlockSizes(1, 1, channels), round_to, searched=True)
     counts = grid.legal_channels(channels, round_to)
     assert list(curve.errors) == counts
     assert curve.errors[channels] == 0
@@ -238,7 +239,7 @@ def test_dead_inputs_cost_nothing() -> None:
     W, H, _ = problem(5, 12)
     H[[2, 9]] = 0
     H[:, [2, 9]] = 0
-    curve = channel_curve(W, obs.damped_inverse(H, 0.01), BlockSizes(1, 1, 12), 2)
+    curve = channel_curve(W, damped_inverse(H, 0.01), BlockSizes(1, 1, 12), 2)
     assert curve.errors[10] == pytest.approx(0, abs=1e-12)
     assert curve.errors[8] > 1e-6
 

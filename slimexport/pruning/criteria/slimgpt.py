@@ -12,7 +12,8 @@ import torch
 
 from slimexport.pruning.criteria import Site, registry
 from slimexport.pruning.curvature import unweighted, weighted
-from slimexport.pruning.obs import DampedInverse, Selection, select_channels, select_heads, solved
+from slimexport.pruning.inverse import DampedInverse, solved
+from slimexport.pruning.obs import Selection, select_channels, select_heads
 
 
 class SlimGPT:
