@@ -24,7 +24,7 @@ from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Arguments, Settings, given_to, inputs_of, known_attention, working_copy
 from slimexport.pruning.hessian import Moments, check_finite
 from slimexport.pruning.matrices import matrix, set_matrix
-from slimexport.pruning.obs import Selection, refit, removal_errors, usual_group_sizes
+from slimexport.pruning.obs import Selection, picked, refit, removal_errors, usual_group_sizes
 from slimexport.pruning.shrink import shrink_block
 from slimexport.pruning.states import HiddenStates
 from slimexport.pruning.targets import Targets
@@ -123,7 +123,7 @@ class Block:
             columns = self._columns_of_heads(self.kept)
             self._shrink(self.family.attention_weight, self.kept, chosen.W, chosen.bias)
             for batch in range(len(inputs)):
-                inputs[batch] = inputs[batch][..., columns]
+                inputs[batch] = picked(inputs[batch], columns)
         return inputs, _shares([chosen])
 
     def _choose_heads(self, name: str, H: torch.Tensor, moments: Moments, whole: bool) -> Chosen:
@@ -136,7 +136,7 @@ class Block:
         selection = self._with_bias_where_it_can(name, selection)
         columns = self._columns_of_heads(self._with_heads(selection.kept))
         errors = removal_errors(W, selection, columns, H, moments.mean())
-        return Chosen(selection.kept, selection.W[:, columns], selection.bias, *errors)
+        return Chosen(selection.kept, picked(selection.W, columns), selection.bias, *errors)
 
     def _with_heads(self, query_heads: tuple[int, ...]) -> Kept:
         groups = tuple(sorted({h // self.dense.heads_per_group for h in query_heads}))
@@ -226,7 +226,7 @@ class Block:
         selection = self._with_bias_where_it_can(name, selection)
         errors = removal_errors(W, selection, columns, H, moments.mean())
         return Chosen(
-            selection.kept, selection.W[:, columns], selection.bias, *(moments.tokens * error for error in errors)
+            selection.kept, picked(selection.W, columns), selection.bias, *(moments.tokens * error for error in errors)
         )
 
     def _fit_factors(self, attention: HiddenStates, targets: Targets) -> None:

@@ -61,12 +61,11 @@ def damped_inverse(H: torch.Tensor, damping: float, *, single: bool = True) -> D
         raised = diagonal.masked_fill(dead, 1.0) + ridge
         if single and len(H) >= SINGLE_FROM and (found := _inverse_in_single(H, raised)) is not None:
             return DampedInverse(found, dead, damping, ridge)
-        damped = H.double().clone()
+        damped = H.double().clone(memory_format=torch.contiguous_format)
         damped.diagonal().copy_(raised)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # as large as the factor
-        if not bool(failed):
-            return DampedInverse(_inverse_by(factor), dead, damping, ridge)
+        if _invert(damped):
+            return DampedInverse(damped, dead, damping, ridge)
+        del damped  # the next one is as large
         damping *= 10
     raise NotPositiveDefiniteError(f"H of size {len(H)} is not positive definite, even with damping {damping / 10:g}")
 
@@ -84,29 +83,32 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
         rows = slice(start, start + ROWS)
         scaled[rows].copy_(H[rows]).mul_(single[rows, None]).mul_(single)
     scaled.diagonal().fill_(1.0)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    del scaled
-    if bool(failed):
+    if not _invert(scaled, single):
         return None
-    inverse = _inverse_by(factor, single)
     v = torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
-    x = (inverse @ v.float()).double()
+    x = (scaled @ v.float()).double()
     back = H @ x + (diagonal - H.diagonal())[:, None] * x
     # NaN is not accurate enough either.
-    return inverse if float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()) else None
+    return scaled if float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()) else None
 
 
-def _inverse_by(factor: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """S (L L^T)^-1 S in place of L [n, n], lower triangular; S = diag(scale) [n], or one.
+def _invert(A: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    """S A^-1 S in place of A [n, n], contiguous, symmetric; S = diag(scale) [n], or one. False, and anything in A, where
+    it is not positive definite.
 
-    First V = L^-T, then V V^T; nearly all of both by products of blocks, which torch.cholesky_inverse is slower than.
+    By A = L L^T, V = L^-T and V V^T; nearly all of the latter two by products of blocks, which
+    torch.cholesky_inverse is slower than.
     """
-    V = factor.T  # rows in memory, as LAPACK leaves them
+    lower, failed = A.T, torch.empty(0, dtype=torch.int32, device=A.device)  # of which LAPACK wants columns in memory
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if bool(failed):
+        return False
+    V = A  # upper triangular
     blocks = [slice(start, start + ROWS) for start in range(0, len(V), ROWS)]
     for own in blocks:
         corner, above = V[own, own], V[: own.start, own]
         one = torch.eye(len(corner), dtype=V.dtype, device=V.device)
-        corner.copy_(torch.linalg.solve_triangular(corner, one, upper=True))
+        corner.copy_(torch.linalg.solve_triangular(corner, one, upper=True, left=False))
         product = above @ -corner
         for rows in blocks[: own.start // ROWS]:  # what stands to the left is inverted already
             torch.mm(V[rows, rows.start : own.start], product[rows.start :], out=above[rows])
@@ -118,4 +120,4 @@ def _inverse_by(factor: torch.Tensor, scale: torch.Tensor | None = None) -> torc
         V[own, own] = rows @ rows.T
     for own in blocks:
         V[: own.start, own] = V[own, : own.start].T
-    return V
+    return True

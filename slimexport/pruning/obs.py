@@ -101,7 +101,7 @@ class Eliminator:
         for some in columns.split(chunk):
             blocks = self.blocks(some)
             if gram is None:
-                W = self._columns[some.flatten()]
+                W = self._columns.index_select(0, some.flatten())
                 if step is not None:
                     moved = step[0][:, some.flatten()].T  # [c * s, g]
                     W.addmm_(moved, step[1], alpha=-1)
@@ -136,10 +136,10 @@ class Eliminator:
     def _step(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """l^-1 A_P: [s, n] and l^-1 W_P^T [s, out] of `columns` [s], l the factor of A_PP: what A and W lose with them
         is products of these."""
-        L = self._L
-        block = torch.addmm(self._inverse[columns], L[:, columns].T, L, alpha=-1)  # current A_P:, [s, n]
+        L, A = self._L, self._inverse.index_select(0, columns)
+        block = A.addmm_(L.T.index_select(0, columns), L, alpha=-1)  # current A_P:, [s, n]
         factor = torch.linalg.cholesky(block[:, columns])
-        return _divided(factor, block), _divided(factor, self._columns[columns])
+        return _divided(factor, block), _divided(factor, self._columns.index_select(0, columns))
 
     def masked(self) -> torch.Tensor:
         """W with exact zeros in the removed columns, where the arithmetic leaves 1e-17."""
@@ -357,6 +357,11 @@ def select_channels(
     return Selection(kept, state.masked(), state.error)
 
 
+def picked(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """x[..., columns], in a third of the time."""
+    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
+
+
 def squared_error(difference: torch.Tensor, H: torch.Tensor) -> float:
     """tr(D H D^T), the mean squared length of D x: D [out, in], H [in, in]."""
     return max(float(((difference @ H) * difference).sum()), 0.0)
@@ -367,7 +372,7 @@ def mean_square(W: torch.Tensor, H: torch.Tensor, columns: torch.Tensor | None =
     float32, as those of H were."""
     wide = len(W) * len(H) >= SINGLE_FROM**2
     if columns is not None:
-        W = W[:, columns]
+        W = picked(W, columns)
     n = W.shape[1]
     if not wide:
         return squared_error(W.to(H), H if columns is None else H[columns][:, columns])
