@@ -173,7 +173,7 @@ def _measuring_operations(architecture: Architecture, tokens: int, config: RunCo
 def _solve(n: int, out: int, removed: int) -> Operations:
     """Of Cholesky and inverse of H, of the eliminations and of the errors, in float32 or in float64 by the number of
     inputs."""
-    flops = n**3 + 2 * removed * n * (removed + 2 * out) + out * n**2
+    flops = n**3 + removed * n * (removed + 2 * out) + out * ((n - removed) ** 2 + removed**2)
     return Operations(solves=flops) if n >= SINGLE_FROM else Operations(solves_in_double=flops)
 
 
