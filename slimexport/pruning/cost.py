@@ -11,8 +11,8 @@ from slimexport.architectures.weights import LATENT_QUERY, QUERY
 from slimexport.artifacts import BlockSizes, PruningCost, PruningPlan
 from slimexport.pruning import factor
 from slimexport.pruning.grid import COST_SEQUENCES, POSITIONS, PROBED_SHARES
-from slimexport.pruning.memory import calibrated_tokens, columns_of, computed_in, fitting, measures_costs
 from slimexport.pruning.inverse import SINGLE_FROM
+from slimexport.pruning.memory import calibrated_tokens, columns_of, computed_in, fitting, measures_costs
 
 if TYPE_CHECKING:
     import torch

@@ -77,27 +77,27 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
     only what then is left of H's condition that costs digits.
     """
     n, scale = len(H), diagonal.rsqrt()
-    scaled = torch.empty(n, n, dtype=torch.float32, device=H.device)
+    inverse = torch.empty(n, n, dtype=torch.float32, device=H.device)  # first of S H S
     single = scale.float()
     for start in range(0, n, ROWS):
         rows = slice(start, start + ROWS)
-        scaled[rows].copy_(H[rows]).mul_(single[rows, None]).mul_(single)
-    scaled.diagonal().fill_(1.0)
-    if not _invert(scaled, single):
+        inverse[rows].copy_(H[rows]).mul_(single[rows, None]).mul_(single)
+    inverse.diagonal().fill_(1.0)
+    if not _invert(inverse, single):
         return None
     v = torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
-    x = (scaled @ v.float()).double()
+    x = (inverse @ v.float()).double()
     back = H @ x + (diagonal - H.diagonal())[:, None] * x
     # NaN is not accurate enough either.
-    return scaled if float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()) else None
+    return inverse if float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()) else None
 
 
 def _invert(A: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
-    """S A^-1 S in place of A [n, n], contiguous, symmetric; S = diag(scale) [n], or one. False, and anything in A, where
-    it is not positive definite.
+    """S A^-1 S in place of A [n, n], contiguous and symmetric; S = diag(scale) [n], or one. False, with anything in A,
+    where it is not positive definite.
 
-    By A = L L^T, V = L^-T and V V^T; nearly all of the latter two by products of blocks, which
-    torch.cholesky_inverse is slower than.
+    By A = L L^T, V = L^-T and V V^T; the latter two nearly all by products of blocks, faster than
+    torch.cholesky_inverse, and in no more memory.
     """
     lower, failed = A.T, torch.empty(0, dtype=torch.int32, device=A.device)  # of which LAPACK wants columns in memory
     torch.linalg.cholesky_ex(lower, out=(lower, failed))

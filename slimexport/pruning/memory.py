@@ -236,10 +236,11 @@ def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: 
     columns go. `double`: in float64 however wide (a re-fit's system is)."""
     widest, out = max(_widest(plan, architecture)), architecture.hidden
     removed = max(dense.channels - kept.channels for dense, kept in zip(plan.dense, plan.blocks, strict=True))
+    item = 8 if widest < SINGLE_FROM else 4
     return max(
         12 * widest**2 + batch,  # H in float64, and a batch's part of it
-        (24 if double else 16) * widest**2 + 8 * out * widest,  # with what stands in for float32 where that fails
-        (16 if widest < SINGLE_FROM else 12) * widest**2 + 32 * out * widest + (8 if double or widest < SINGLE_FROM else 4) * removed * widest,
+        (24 if double else 16) * widest**2 + 8 * out * widest,  # 16 also where float32 was not accurate enough
+        (8 + item) * widest**2 + (32 * out + item * removed) * widest,
     )
 
 

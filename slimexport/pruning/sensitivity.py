@@ -30,8 +30,8 @@ from slimexport.pruning.experts import add_ffn_inputs, ffn_matrices
 from slimexport.pruning.forward import Settings, output, watch, working_copy
 from slimexport.pruning.grid import legal_channels
 from slimexport.pruning.hessian import Moments, check_finite, overflow, solvable
-from slimexport.pruning.matrices import matrix
 from slimexport.pruning.inverse import DampedInverse, solved
+from slimexport.pruning.matrices import matrix
 from slimexport.pruning.obs import Eliminator, walk_heads
 from slimexport.pruning.probe import Candidates, Cut, replaced
 from slimexport.pruning.states import HiddenStates

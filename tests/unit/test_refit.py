@@ -14,11 +14,11 @@ from test_engine import calibration, config, loaded, logits, planned
 
 from slimexport.architectures import architecture_of
 from slimexport.pruning import obs
-from slimexport.pruning.inverse import damped_inverse
 from slimexport.pruning.block import Block
 from slimexport.pruning.blocks import kept_of
 from slimexport.pruning.criteria import Site
 from slimexport.pruning.criteria import registry as criteria
+from slimexport.pruning.inverse import damped_inverse
 from slimexport.pruning.readout import held_out
 from slimexport.pruning.stage import prune_model
 

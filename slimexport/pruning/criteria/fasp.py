@@ -12,8 +12,8 @@ import torch
 
 from slimexport.pruning.criteria import Site, registry
 from slimexport.pruning.criteria.wanda_sp import column_scores
-from slimexport.pruning.legal import head_columns, per_head, remove_channels, remove_heads
 from slimexport.pruning.inverse import damped_inverse
+from slimexport.pruning.legal import head_columns, per_head, remove_channels, remove_heads
 from slimexport.pruning.obs import Selection, squared_error
 
 
