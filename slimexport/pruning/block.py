@@ -370,7 +370,7 @@ class Block:
 def _shares(chosen: Sequence[Chosen]) -> tuple[float, float]:
     """Errors before and after compensation, of all together, as shares of their power."""
     before, after, power = (sum(getattr(c, part) for c in chosen) for part in ("before", "after", "power"))
-    return (before / power, after / power) if power > 0 else (0.0, 0.0)
+    return (0.0, 0.0) if power <= 0 else (before / power, after / power)
 
 
 def _joined(changes: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:

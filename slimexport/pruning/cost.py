@@ -142,14 +142,19 @@ def _refit_operations(plan: PruningPlan, architecture: Architecture, tokens: int
 
 
 def _curvature_operations(plan: PruningPlan, architecture: Architecture, tokens: int) -> Operations:
-    """Of the passes forwards, forwards again and backwards through blocks and head, and of the moments; and of two
-    Cholesky factors a block in float64 and of what they multiply, there and back."""
+    """Of the passes forwards, forwards again and backwards through blocks and head, and of the moments; of two Cholesky
+    factors a block in float64 and of what they multiply, there and back; and of the errors of what was chosen by others
+    than its own."""
     hidden = architecture.hidden
     each = list(zip(architecture.by_block, plan.dense, strict=True))
     blocks = sum(_passed(own, dense) + 2 * hidden**2 / 3 for own, dense in each)
     columns = sum(columns_of(dense, own) + dense.channels for own, dense in each)
     double = 2 * len(plan.dense) * hidden**3 / 3 + 2 * hidden**2 * columns
-    return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, 0.0, double)
+    gone = 0
+    for own, dense, kept in zip(architecture.by_block, plan.dense, plan.blocks, strict=True):
+        gone += columns_of(dense, own) * (columns_of(dense, own) - columns_of(kept, own))
+        gone += architecture.experts * dense.channels * (dense.channels - kept.channels)
+    return Operations(6 * tokens * blocks + 4 * tokens * architecture.vocab * hidden, 0.0, 2 * hidden * gone, double)
 
 
 def _measuring_operations(architecture: Architecture, tokens: int, config: RunConfig) -> Operations:

@@ -38,6 +38,7 @@ def solved(H: torch.Tensor, damping: float, solve: Callable[[DampedInverse], T])
     except torch.linalg.LinAlgError:
         if found.inverse.dtype == torch.float64:
             raise
+    del found  # half as large as the next one
     found = damped_inverse(H, damping, single=False)
     return solve(found), found
 
@@ -46,7 +47,7 @@ def damped_inverse(H: torch.Tensor, damping: float, *, single: bool = True) -> D
     """Inverse of H + lambda I, lambda = damping * mean(diag H), ten times more whenever Cholesky fails.
 
     Of SINGLE_FROM inputs and more it is computed in float32 first, and kept where (H + lambda I) A v is v within
-    SINGLE_RESIDUAL for random v, by H as it is; else in float64, as for fewer inputs.
+    SINGLE_RESIDUAL for random v, by H as it is but for the scale of its inputs; else in float64, as for fewer inputs.
 
     Args:
         H: [n, n], symmetric, float64.
@@ -86,8 +87,8 @@ def _inverse_in_single(H: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor 
     if not _invert(inverse, single):
         return None
     v = torch.randint(2, (n, 1), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(H)
-    x = (inverse @ v.float()).double()
-    back = H @ x + (diagonal - H.diagonal())[:, None] * x
+    x = (inverse @ (v / scale[:, None]).float()).double()
+    back = scale[:, None] * (H @ x + (diagonal - H.diagonal())[:, None] * x)
     # NaN is not accurate enough either.
     return inverse if float((back - v).norm()) <= SINGLE_RESIDUAL * float(v.norm()) else None
 

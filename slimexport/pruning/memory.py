@@ -239,7 +239,7 @@ def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: 
     item = 8 if widest < SINGLE_FROM else 4
     return max(
         12 * widest**2 + batch,  # H in float64, and a batch's part of it
-        (24 if double else 16) * widest**2 + 8 * out * widest,  # 16 also where float32 was not accurate enough
+        (32 if double else 16) * widest**2 + 8 * out * widest,  # 16 also where float32 was not accurate enough
         (8 + item) * widest**2 + (32 * out + item * removed) * widest,
     )
 

@@ -21,8 +21,12 @@ import torch
 from slimexport.pruning.inverse import SINGLE_FROM
 
 ROWS = 256  # of H that are multiplied at a time
-FEW = 16  # rows of a wide matrix, so that what is made of them stays in the cache
+CACHED_ROWS = 16  # of a wide matrix: what is made of so many stays in a CPU's cache
+TALL_FROM = 16  # columns: from here on a CPU takes two thirds of the time for a tall product that it takes for a wide one
 ENUMERATION_LIMIT = 256  # combinations of one head per group that are still scored one by one
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # as a share of an error: what less is saved counts for nothing
+
+
 # -------------------------------------------------------------------------------------------------------------- re-fit
 
 
@@ -139,9 +143,9 @@ class Eliminator:
         is products of these."""
         L, block = self._L, self._inverse.index_select(0, columns)
         of_columns = L.T.index_select(0, columns)
-        if len(columns) < FEW:
+        if len(columns) < TALL_FROM:
             block.addmm_(of_columns, L, alpha=-1)
-        else:  # the same, in two thirds of the time on a CPU
+        else:
             block -= (L.T @ of_columns.T).T
         factor = torch.linalg.cholesky(block[:, columns])  # `block` is of the current A, [s, n]
         return _divided(factor, block), _divided(factor, self._columns.index_select(0, columns))
@@ -306,6 +310,7 @@ def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> 
         del open_groups[group]
     taken = [chosen[g] for g in range(len(groups))]
     score = trial.error - state.error
+    seen = {tuple(taken)}  # what went round in a circle would never end
     improved = True
     while improved:
         improved = False
@@ -314,8 +319,10 @@ def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> 
             added = state.scores(torch.stack([columns([h]) for h in heads]), given=others)
             best = int(added.argmin())
             saved = float(added[heads.index(taken[g])] - added[best])
-            if saved > 1e-9 * score:
-                score, taken[g], improved = score - saved, heads[best], True
+            swapped = [*taken[:g], heads[best], *taken[g + 1 :]]
+            if saved > NOISE[state.W.dtype] * score and tuple(swapped) not in seen:
+                score, taken, improved = score - saved, swapped, True
+                seen.add(tuple(taken))
     return score, taken
 
 
@@ -402,7 +409,7 @@ class Errors(NamedTuple):
 def removal_errors(
     W: torch.Tensor, selection: Selection, columns: torch.Tensor, H: torch.Tensor, mean: torch.Tensor | None = None
 ) -> Errors:
-    """Of what stays, from H = X X^T / tokens (without a bias: any scale), undamped.
+    """What a selection adds to the output, from H = X X^T / tokens (without a bias: any scale), undamped.
 
     Args:
         W, H: [out, in] and [in, in], float64.
@@ -413,7 +420,7 @@ def removal_errors(
     stays[columns] = True
     gone = (~stays).nonzero().flatten()
     before = max(mean_square(W, H, gone), 0.0)
-    if selection.ridge is not None:
+    if selection.ridge is not None and selection.bias is None:
         return Errors(before, *_of_optimum(W, selection, columns, gone, H, selection.ridge))
     D = selection.W - W
     moved = D.any(0)  # where nothing is compensated only what went
@@ -434,7 +441,8 @@ def _of_optimum(
     """
     fired = H.diagonal() > 0
     squares, inner = (torch.zeros(W.shape[1], dtype=torch.float64, device=W.device) for _ in range(2))
-    for now, old in zip(selection.W.split(FEW), W.split(FEW), strict=True):
+    rows = CACHED_ROWS if W.device.type == "cpu" else len(W)
+    for now, old in zip(selection.W.split(rows), W.split(rows), strict=True):
         D = now - old
         squares += D.square().sum(0)
         inner += D.mul_(now).sum(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,50 @@ def test_the_error_of_an_optimum_is_that_of_any_other_matrix() -> None:
         assert 0 < fast[1] < fast[0]
         of_any = obs.removal_errors(W, dataclasses.replace(optimum, weighted=True), kept, H)
         assert of_any == pytest.approx(exact, rel=1e-9)
+
+
+def with_columns(head_dim: int):  # type: ignore[no-untyped-def]
+    return lambda heads: torch.tensor(columns_of(heads, head_dim))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_head_from_each_group_is_the_best_that_one_swap_reaches(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(obs, "ENUMERATION_LIMIT", 0)
+    W, _, inverse = problem(5, 4 * 4 * 2, seed=seed)
+    state, columns = obs.Eliminator(W, inverse), with_columns(2)
+    state.eliminate(columns([5]))
+    groups = [[h for h in range(4 * g, 4 * g + 4) if h != 5] for g in range(4)]
+    score, taken = obs._one_head_from_each(state, groups, columns)
+    assert all(head in heads for head, heads in zip(taken, groups, strict=True))
+    swaps = [[*taken[:g], h, *taken[g + 1 :]] for g, heads in enumerate(groups) for h in heads]
+    joint = state.scores(torch.stack([columns(heads) for heads in swaps]))
+    assert score == pytest.approx(float(state.scores(columns(taken)[None])), rel=1e-9)
+    assert score <= float(joint.min()) * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_heads_that_are_all_alike_are_not_swapped_for_ever(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """In float32 one or the other is cheaper by what was rounded, and not always the same one."""
+    monkeypatch.setattr(obs, "ENUMERATION_LIMIT", 0)
+    g = torch.Generator().manual_seed(seed)
+    turned = [torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64)).Q for _ in range(16)]
+    H = torch.block_diag(*turned)
+    H = H @ torch.kron(torch.eye(16) + 0.5, torch.eye(4)).double() @ H.T
+    W = torch.cat([torch.eye(4, dtype=torch.float64) @ Q.T for Q in turned], 1)
+    state = obs.Eliminator(W, torch.linalg.inv(H).float())
+    asked, scores = 0, obs.Eliminator.scores
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        assert asked < 500
+        return scores(*args, **options)
+
+    monkeypatch.setattr(obs.Eliminator, "scores", counted)
+    groups = [list(range(4 * g, 4 * g + 4)) for g in range(4)]
+    score, taken = obs._one_head_from_each(state, groups, with_columns(4))
+    exact = obs.Eliminator(W, torch.linalg.inv(H)).scores(with_columns(4)(taken)[None])
+    assert score == pytest.approx(float(exact), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------- float32
