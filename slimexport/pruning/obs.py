@@ -22,7 +22,9 @@ from slimexport.pruning.inverse import SINGLE_FROM
 
 ROWS = 256  # of H that are multiplied at a time
 CACHED_ROWS = 16  # of a wide matrix: what is made of so many stays in a CPU's cache
-TALL_FROM = 16  # columns: from here on a CPU takes two thirds of the time for a tall product that it takes for a wide one
+TALL_FROM = (
+    16  # columns: from here on a CPU takes two thirds of the time for a tall product that it takes for a wide one
+)
 ENUMERATION_LIMIT = 256  # combinations of one head per group that are still scored one by one
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # as a share of an error: what less is saved counts for nothing
 

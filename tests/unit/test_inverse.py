@@ -46,6 +46,15 @@ def test_hopeless_matrix_is_refused() -> None:
         damped_inverse(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), 1e-8)
 
 
+def test_a_few_large_inputs_are_no_reason_for_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    H = wide(1.0)
+    large = torch.ones(96, dtype=torch.float64)
+    large[[3, 40, 41, 90]] = 1e4
+    monkeypatch.setattr(inverses, "SINGLE_FROM", 64)
+    found = damped_inverse(H * large * large[:, None], 1e-9)
+    assert found.inverse.dtype == torch.float32
+
+
 def test_what_float32_cannot_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs that are nearly one input: no scaling helps."""
     g = torch.Generator().manual_seed(10)

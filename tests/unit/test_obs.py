@@ -205,6 +205,8 @@ def test_removal_errors_are_those_of_the_outputs() -> None:
         selection = obs.Selection((1, 2, 4), changed, 0.0, b)
         found = obs.removal_errors(W, selection, columns, H, X.mean(1))
         assert found == pytest.approx((error(plain), error(changed, b), error(torch.zeros_like(W))), rel=1e-10)
+        with_ridge = dataclasses.replace(selection, ridge=0.0)
+        assert b is None or obs.removal_errors(W, with_ridge, columns, H, X.mean(1)) == found
 
 
 def test_the_error_of_an_optimum_is_that_of_any_other_matrix() -> None:
@@ -307,9 +309,11 @@ def test_a_wide_one_is_factorised_in_float32(monkeypatch: pytest.MonkeyPatch, sp
     assert nearly == pytest.approx(exactly, rel=1e-5)
     for single_from in (64, 16):  # a matrix that is narrower than the factor, and one that is not
         monkeypatch.setattr(obs, "SINGLE_FROM", single_from)
-        by_optimum = obs.removal_errors(W, dataclasses.replace(of[1], ridge=found.ridge), columns, H)
-        assert by_optimum.after == pytest.approx(exactly.after, rel=1e-2)
-        assert (by_optimum.before, by_optimum.power) == pytest.approx((exactly.before, exactly.power), rel=1e-5)
+        for weighted in (False, True):
+            optimum = dataclasses.replace(of[1], ridge=found.ridge, weighted=weighted)
+            by_optimum = obs.removal_errors(W, optimum, columns, H)
+            assert by_optimum.after == pytest.approx(exactly.after, rel=1e-2)
+            assert (by_optimum.before, by_optimum.power) == pytest.approx((exactly.before, exactly.power), rel=1e-5)
 
 
 def test_the_mean_square_of_a_wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
