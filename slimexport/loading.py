@@ -328,7 +328,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
         kind=located.kind,
         path=str(located.directory / located.gguf) if located.gguf else str(located.directory),
         revision=config.revision,
-        fingerprint=fingerprint(located),
+        fingerprint=fingerprint(located, trusted=config.trust_remote_code),
         stored_dtype=stored,
         license=license_of(located.directory / located.gguf if located.gguf else located.directory),
     )
@@ -422,11 +422,12 @@ def _types_in(path: Path, apart: frozenset[str]) -> set[str]:
     return {t for t in types if t.startswith(("F", "BF"))}
 
 
-def fingerprint(located: Located) -> str:
-    """sha256 over all files that end up in a checkpoint or export: same bytes, same baseline, whatever the path."""
+def fingerprint(located: Located, *, trusted: bool = False) -> str:
+    """sha256 over all files that end up in a checkpoint or export, and over the model's own code where that is `trusted`:
+    same bytes, same baseline, whatever the path."""
     if located.gguf:
         return sha256_file(located.directory / located.gguf)
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in DOWNLOADED for p in located.directory.glob(pattern)}):
+    digest, patterns = hashlib.sha256(), [*DOWNLOADED, *(CODE if trusted else ())]
+    for path in sorted({p for pattern in patterns for p in located.directory.glob(pattern)}):
         digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from slimexport.architectures import architecture_of
 from slimexport.artifacts import CalibrationSet, ModelSource, TextSource
 from slimexport.config import RunConfig
 from slimexport.errors import BadInputError
-from slimexport.loading import LoadedModel
+from slimexport.loading import LoadedModel, Located, fingerprint
 from slimexport.precisions import stays_in_float32
 from slimexport.pruning.planner import make_plan, ratio_of
 from slimexport.pruning.stage import measure_model, prune_model, search_settings
@@ -134,3 +134,13 @@ def test_routers_stay_in_float32() -> None:
     small = prune_model(of, plan, calibration(), CONFIG.model_copy(update={"save_dtype": "bfloat16"})).model
     assert small.get_parameter(name).dtype == torch.float32
     assert small.get_parameter("model.layers.1.self_attn.o_proj.weight").dtype == torch.bfloat16
+
+
+def test_code_that_is_run_is_part_of_the_model(tmp_path: Path) -> None:
+    located = Located("model", "local", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    found = []
+    for code in ("x = 1", "x = 2"):
+        (tmp_path / "modeling_own.py").write_text(code)
+        found.append((fingerprint(located), fingerprint(located, trusted=True)))
+    assert found[0][0] == found[1][0] != found[0][1] != found[1][1]
