@@ -423,7 +423,7 @@ def _types_in(path: Path, apart: frozenset[str]) -> set[str]:
 
 
 def fingerprint(located: Located, *, trusted: bool = False) -> str:
-    """sha256 over all files that end up in a checkpoint or export, and over the model's own code where that is `trusted`:
+    """sha256 over all files that end up in a checkpoint or export, and over the model's own code where it is `trusted`:
     same bytes, same baseline, whatever the path."""
     if located.gguf:
         return sha256_file(located.directory / located.gguf)
