@@ -239,7 +239,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             f"{row['anonymous_bytes'] / 2**30:.2f}" if one else "–", f"{row['planned_bytes'] / 2**30:.2f}",
             f"{row['mapped_bytes'] / MIB:.0f}" if one else "–", f"{row['wall_seconds']:.0f}",
             f"{row['planned_seconds']:.0f}" if one else "–", f"{parts['forward']:.0f}", f"{parts['hessian']:.0f}",
-            f"{parts['selection']:.0f} ({parts['selection'] / whole:.0%})",
+            f"{parts['selection']:.0f} ({parts['selection'] / whole:.1%})",
         ])  # fmt: skip
     return table(head, body)
 
