@@ -10,7 +10,7 @@ from slimexport.architectures.base import Architecture
 from slimexport.artifacts import BlockSizes, PruningPlan
 from slimexport.errors import BadInputError
 from slimexport.machine.memory import free_bytes
-from slimexport.pruning import factor, readout
+from slimexport.pruning import factor, hessian, readout
 from slimexport.pruning.forward import BATCH_TOKENS
 from slimexport.pruning.grid import (
     COST_SEQUENCES,
@@ -237,10 +237,15 @@ def _solving(plan: PruningPlan, architecture: Architecture, batch: int, double: 
     widest, out = max(_widest(plan, architecture)), architecture.hidden
     removed = max(dense.channels - kept.channels for dense, kept in zip(plan.dense, plan.blocks, strict=True))
     item = 8 if widest < SINGLE_FROM else 4
+    cross = 8 * out * widest if double else 0  # what a re-fit's targets are with the inputs
     return max(
-        12 * widest**2 + batch,  # H in float64, and a batch's part of it
+        8 * widest**2
+        + 4 * hessian.ROWS * widest
+        + cross
+        + batch,  # H in float64, and of a batch's part of it some rows
         (32 if double else 16) * widest**2 + 8 * out * widest,  # 16 also where float32 was not accurate enough
-        (8 + item) * widest**2 + (32 * out + item * removed) * widest,
+        # W as it came, as it changes, what becomes of it, and that again without what went.
+        (8 + item) * widest**2 + (8 * out + 4 * item * out + item * removed) * widest + cross,
     )
 
 
