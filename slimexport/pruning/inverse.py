@@ -116,9 +116,9 @@ def _invert(A: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
     if scale is not None:
         V *= scale[:, None]
     for own in blocks:  # into the zeros on the left, and what V has in them no other block needs
-        rows = V[own, own.start :]
-        torch.mm(rows, V[: own.start, own.start :].T, out=V[own, : own.start])
-        V[own, own] = rows @ rows.T
+        right = V[own, own.start :]
+        torch.mm(right, V[: own.start, own.start :].T, out=V[own, : own.start])
+        V[own, own] = right @ right.T
     for own in blocks:
         V[: own.start, own] = V[own, : own.start].T
     return True
