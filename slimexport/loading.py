@@ -55,6 +55,7 @@ class Located:
     kind: str
     directory: Path
     gguf: str | None = None
+    trusted: bool = False  # whether the model's own code is run
 
 
 def locate(config: RunConfig) -> Located:
@@ -72,7 +73,7 @@ def locate(config: RunConfig) -> Located:
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f" It holds {ggufs[0]}: name that file instead." if ggufs else ""
             raise BadInputError(f"{name} is not a model directory: it has no config.json.{hint}")
-        return _merged(Located(path.resolve().name, "directory", path))
+        return _merged(Located(path.resolve().name, "directory", path, trusted=config.trust_remote_code))
     if path.exists() or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadInputError(f"Model {name} is neither a directory, a .gguf file nor a Hub id.{nearest(name, BUILTIN)}")
     return _download(name, config.revision, trusted=config.trust_remote_code)
@@ -99,7 +100,7 @@ def _download(name: str, revision: str | None, *, trusted: bool) -> Located:
         directory = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=[*DOWNLOADED, *(CODE if trusted else ()), "README.md"],
+            allow_patterns=[*_patterns(trusted), "README.md"],
             ignore_patterns=["*/*"],
         )
     except Exception as error:  # the Hub's client raises a dozen kinds; each means: not there, or not reachable
@@ -107,7 +108,12 @@ def _download(name: str, revision: str | None, *, trusted: bool) -> Located:
             f"Model {name!r} is no local directory, and the Hub did not give it ({reason(error)})."
             f"{nearest(name, BUILTIN)}"
         ) from error
-    return _merged(Located(name, "hub", Path(directory)))
+    return _merged(Located(name, "hub", Path(directory), trusted=trusted))
+
+
+def _patterns(trusted: bool) -> list[str]:
+    """Of the files that make a model; with its own code where that is trusted."""
+    return [*DOWNLOADED, *(CODE if trusted else ())]
 
 
 def _merged(located: Located) -> Located:
@@ -328,7 +334,7 @@ def load_model(config: RunConfig, *, streamed: bool = False) -> LoadedModel:
         kind=located.kind,
         path=str(located.directory / located.gguf) if located.gguf else str(located.directory),
         revision=config.revision,
-        fingerprint=fingerprint(located, trusted=config.trust_remote_code),
+        fingerprint=fingerprint(located),
         stored_dtype=stored,
         license=license_of(located.directory / located.gguf if located.gguf else located.directory),
     )
@@ -422,12 +428,12 @@ def _types_in(path: Path, apart: frozenset[str]) -> set[str]:
     return {t for t in types if t.startswith(("F", "BF"))}
 
 
-def fingerprint(located: Located, *, trusted: bool = False) -> str:
-    """sha256 over all files that end up in a checkpoint or export, and over the model's own code where it is `trusted`:
+def fingerprint(located: Located) -> str:
+    """sha256 over all files that end up in a checkpoint or export, and over the model's own code where it is trusted:
     same bytes, same baseline, whatever the path."""
     if located.gguf:
         return sha256_file(located.directory / located.gguf)
-    digest, patterns = hashlib.sha256(), [*DOWNLOADED, *(CODE if trusted else ())]
-    for path in sorted({p for pattern in patterns for p in located.directory.glob(pattern)}):
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in _patterns(located.trusted) for p in located.directory.glob(pattern)}):
         digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
     return digest.hexdigest()

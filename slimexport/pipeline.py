@@ -50,8 +50,7 @@ def run(
         from slimexport.loading import fingerprint, locate
 
         _check_elsewhere(config.against, Path(output))
-        of = fingerprint(locate(config), trusted=config.trust_remote_code)
-        earlier.read_of(config.against, of)  # said before minutes of pruning
+        earlier.read_of(config.against, fingerprint(locate(config)))  # said before minutes of pruning
     directory = RunDirectory(Path(output))
     with directory.locked(force=force):
         with ranks.joined(config.device) as them:
@@ -117,7 +116,7 @@ def plan(config: RunConfig, progress: Progress | None = None) -> PruningPlan:
                 f"shown is {made.allocation}. --costs FILE measures them now and keeps them"
             )
             return with_cost(replace(made, notes=(*made.notes, note)), architecture, config, streamed=streamed)
-        of = fingerprint(located, trusted=config.trust_remote_code)
+        of = fingerprint(located)
         costs = known_costs(config.costs, cost_identity(of, config, None))
         if costs is not None and not mix.writes(config.calibration):  # what the model writes is not written for this
             text = calibrate(config, load_tokenizer(located, config)).source.sha256

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +22,7 @@ from slimexport.pruning.inverse import SINGLE_FROM
 
 ROWS = 256  # of H that are multiplied at a time
 CACHED_ROWS = 16  # of a wide matrix: what is made of so many stays in a CPU's cache
-TALL_FROM = (
-    16  # columns: from here on a CPU takes two thirds of the time for a tall product that it takes for a wide one
-)
+TALL_FROM = 16  # columns: of so many a tall product takes two thirds of the time of a wide one on a CPU
 ENUMERATION_LIMIT = 256  # combinations of one head per group that are still scored one by one
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # as a share of an error: what less is saved counts for nothing
 
@@ -218,7 +216,7 @@ def select_heads(
 
     Args:
         W: o_proj [out, kv_groups * heads_per_group * head_dim].
-        inverse: damped H^-1 over the same columns, float64.
+        inverse: damped H^-1 over the same columns, float64 or float32.
         kv_cost: parameters of a group's key and value heads, in units of one query head's (q and o): for the price of
             a move. Keys and values are one matrix row block each, q and o likewise, hence 2 / 2 per head pair.
 
@@ -227,11 +225,7 @@ def select_heads(
     """
     state = Eliminator(W, inverse)
     groups = {g: list(range(g * heads_per_group, (g + 1) * heads_per_group)) for g in range(kv_groups)}
-
-    def columns(heads: Sequence[int]) -> torch.Tensor:
-        steps = torch.arange(head_dim, device=W.device)
-        return (torch.tensor(list(heads), dtype=torch.long, device=W.device).unsqueeze(1) * head_dim + steps).flatten()
-
+    columns = _columns_of_heads(head_dim, W.device)
     while True:
         moves: list[tuple[float, list[int]]] = []
         per_group = len(next(iter(groups.values())))
@@ -268,11 +262,7 @@ def walk_heads(
     Yields:
         ((KV groups, heads per group), kept query heads, error), the dense structure first.
     """
-    steps = torch.arange(head_dim, device=W.device)
-
-    def columns(heads: Sequence[int]) -> torch.Tensor:
-        return (torch.tensor(list(heads), dtype=torch.long, device=W.device).unsqueeze(1) * head_dim + steps).flatten()
-
+    columns = _columns_of_heads(head_dim, W.device)
     state = Eliminator(W, inverse)
     groups = [list(range(g * heads_per_group, (g + 1) * heads_per_group)) for g in range(kv_groups)]
     while True:
@@ -290,7 +280,17 @@ def walk_heads(
         groups = [heads for i, heads in enumerate(groups) if i != cheapest]
 
 
-def _one_head_from_each(state: Eliminator, groups: list[list[int]], columns) -> tuple[float, list[int]]:
+def _columns_of_heads(head_dim: int, device: torch.device) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Heads, of which there may be none -> indices of their columns."""
+    steps = torch.arange(head_dim, device=device)
+    return lambda heads: (
+        torch.tensor(heads, dtype=torch.long, device=device).unsqueeze(1) * head_dim + steps
+    ).flatten()
+
+
+def _one_head_from_each(
+    state: Eliminator, groups: list[list[int]], columns: Callable[[Sequence[int]], torch.Tensor]
+) -> tuple[float, list[int]]:
     """The cheapest way to take one query head from every group, with its exact joint error.
 
     All combinations are scored where there are few. Otherwise one is built head by head, each the cheapest given those
@@ -359,7 +359,7 @@ def select_channels(
 
     Args:
         W: down_proj [out, channels].
-        inverse: damped H^-1 [channels, channels], float64.
+        inverse: damped H^-1 [channels, channels], float64 or float32.
         keep: channels that stay. Group sizes 1 and 1 are exact one-at-a-time greedy.
     """
     state = Eliminator(W, inverse, W.shape[1] - keep)
@@ -449,9 +449,9 @@ def _of_optimum(
         squares += D.square().sum(0)
         inner += D.mul_(now).sum(0)
     if selection.weighted:  # and the error that was found is not that of W
-        single = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)
-        D = (selection.W - W).to(single)
-        found = float((D @ single.T).mul_(D[:, gone]).sum(dtype=torch.float64))
+        of_gone = H[gone].to(torch.float32 if len(H) >= SINGLE_FROM else torch.float64)
+        D = (selection.W - W).to(of_gone)
+        found = float((D @ of_gone.T).mul_(D[:, gone]).sum(dtype=torch.float64))
         squares[gone] = 0.0
     else:
         found = selection.error

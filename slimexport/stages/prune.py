@@ -285,7 +285,7 @@ def _check_same_source(directory: RunDirectory, config: RunConfig) -> None:
     from slimexport.pruning.memory import calibrated_tokens
 
     since = f"since {directory.path} was made from it: --force starts over"
-    if fingerprint(locate(config), trusted=config.trust_remote_code) != directory.state["source"]["fingerprint"]:
+    if fingerprint(locate(config)) != directory.state["source"]["fingerprint"]:
         raise BadInputError(f"{config.model} has changed {since}.")
     text = directory.read(PRUNE, PruneRecord).calibration
     for part in text.parts or (text,):

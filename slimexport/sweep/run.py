@@ -49,7 +49,7 @@ def sweep(
     check_targets(config)
     identity = {
         "config": json.loads(config.model_copy(update={"ratio": 0.0}).model_dump_json()),
-        "fingerprint": fingerprint(locate(config), trusted=config.trust_remote_code),
+        "fingerprint": fingerprint(locate(config)),
     }
     _check_free(output, identity, force=force, resume=resume)
     if force:

@@ -137,10 +137,10 @@ def test_routers_stay_in_float32() -> None:
 
 
 def test_code_that_is_run_is_part_of_the_model(tmp_path: Path) -> None:
-    located = Located("model", "local", tmp_path)
+    located, trusted = (Located("model", "directory", tmp_path, trusted=trusted) for trusted in (False, True))
     (tmp_path / "config.json").write_text("{}")
     found = []
     for code in ("x = 1", "x = 2"):
         (tmp_path / "modeling_own.py").write_text(code)
-        found.append((fingerprint(located), fingerprint(located, trusted=True)))
+        found.append((fingerprint(located), fingerprint(trusted)))
     assert found[0][0] == found[1][0] != found[0][1] != found[1][1]
